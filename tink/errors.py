@@ -1,0 +1,88 @@
+"""Every error that Tink raises on purpose.
+
+Each class says what causes it and what to do. `status` is its HTTP status when it is answered at
+once; `category` is what the SDK is told when the error is the durable result of an accepted job
+(`user`: the request is wrong; `server`: Tink or a backend is).
+
+    TinkError
+    ├── UserError            the caller's request cannot be served as it is
+    │   ├── MalformedRequest     not decodable
+    │   ├── Unauthorized         no valid API key
+    │   ├── NotFound             no such id, for this tenant
+    │   ├── TooLarge             over a limit of tink/limits.py
+    │   └── SessionFinished      a heartbeat for a session that its client has closed
+    ├── Overloaded           a bounded queue is full; try again
+    ├── BackendError         the trainer or a sampling server failed
+    ├── JournalUnavailable   the journal could not commit; the process stops
+    └── StartupError         the configuration or the home cannot be used
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TinkError(Exception):
+    """The root. Its text is one line for a person: what was wrong, where, what to do."""
+
+    status: ClassVar[int] = 500
+    category: ClassVar[str] = "server"
+
+
+class UserError(TinkError):
+    """The request is well formed but cannot be served: the text says why and what would work."""
+
+    status = 400
+    category = "user"
+
+
+class MalformedRequest(UserError):
+    """The body is not the JSON or protobuf that the route takes. Nothing was accepted."""
+
+
+class Unauthorized(UserError):
+    """The API key is missing or unknown. Pass one of TINK_API_KEYS as X-API-Key."""
+
+    status = 401
+
+
+class NotFound(UserError):
+    """The id does not exist, or belongs to another tenant (the two are not told apart)."""
+
+    status = 404
+
+
+class TooLarge(UserError):
+    """The body is over its limit, before or after decompression. Send less at a time."""
+
+    status = 413
+
+
+class SessionFinished(UserError):
+    """The client closed this session; its heartbeat may stop."""
+
+    status = 410
+
+
+class Overloaded(TinkError):
+    """A bounded queue is full. Nothing was accepted: send the same request again later."""
+
+    status = 503
+
+
+class BackendError(TinkError):
+    """The trainer or a sampling server failed while it worked on a job."""
+
+    status = 502
+
+
+class JournalUnavailable(TinkError):
+    """The journal's database could not commit. The worker stops: after a failed commit only a
+    restart can tell what is on disk. What was acknowledged is safe; an unanswered request may or
+    may not have been accepted, and sending it again is harmless."""
+
+    status = 503
+
+
+class StartupError(TinkError):
+    """Tink cannot start with this configuration. The text names the setting and the remedy."""

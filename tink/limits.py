@@ -1,0 +1,56 @@
+"""Every limit, with its reason. Bytes, counts and seconds; nothing else in Tink bounds a thing by a
+number of its own."""
+
+from __future__ import annotations
+
+# -- requests ---------------------------------------------------------------------------------------
+
+# The SDK splits forward_backward at 5 MB, but sends a single larger datum whole.
+MAX_TRAINING_BODY = 64 * 1024 * 1024
+# A JSON prompt of 128k tokens is below 1 MB.
+MAX_JSON_BODY = 8 * 1024 * 1024
+# A zstd frame may claim any size: what it really yields is counted against MAX_TRAINING_BODY, and the
+# window it may ask memory for against this.
+MAX_ZSTD_WINDOW = 16 * 1024 * 1024
+# Past this many samples a request is a mistake, and its answer would not fit a reply.
+MAX_NUM_SAMPLES = 1024
+# A (len, k) float matrix per sample: more than this is a vocabulary dump.
+MAX_TOPK = 64
+MAX_NAME = 128
+MAX_METADATA_BYTES = 16 * 1024
+MAX_STOPS = 64
+
+# -- promises ---------------------------------------------------------------------------------------
+
+# The SDK gives up on one poll after 45 s; below that, 408 makes it ask again at once.
+POLL_HOLD = 20.0
+# Model 8B's fp32 logits for 64 such jobs are what a laptop can queue; beyond it the SDK retries.
+MAX_OPEN_JOBS = 20_000
+# Finished results kept in memory for the poll that is about to come; older ones come from disk.
+RESULT_CACHE_BYTES = 64 * 1024 * 1024
+# How long a model's lane waits for a seq_id that never came while later ones are there: the SDK has
+# retried for at most 30 s at a time, once the worker is up.
+SEQ_GAP_SECONDS = 60.0
+
+# -- queues -----------------------------------------------------------------------------------------
+
+MAILBOX = 1024
+# Group commit: rows and bytes that may wait for the next transaction before append() blocks.
+BATCH_ROWS = 1_000
+BATCH_BYTES = 4 * 1024 * 1024
+BODY_BATCH_BYTES = 64 * 1024 * 1024
+# Bodies up to this size travel inside their event: one commit instead of two.
+INLINE_BODY = 4 * 1024
+READ_CONNECTIONS = 4
+
+# -- trainer ----------------------------------------------------------------------------------------
+
+TRAINER_QUEUE = 256
+# Ops of one model that the trainer may hold behind the running one.
+TRAINER_AHEAD = 4
+MAX_RANK = 512
+MAX_OP_WAIT = 30.0
+SAMPLE_SLOTS = 2
+ADAPTER_CACHE = 64
+# Results of samples are kept this long for the poll that was lost.
+SAMPLE_KEEP_SECONDS = 600.0

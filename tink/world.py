@@ -1,0 +1,57 @@
+"""The one door to everything that is not a pure function: clock, ids, randomness, threads, network.
+
+Nothing else in Tink reads a clock, draws a random number, makes an id, starts a thread or opens a
+socket of its own (tests/unit/test_boundaries.py holds the tree to that). A simulation passes another
+World and has the whole worker in its hands.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+import httpx
+import trio
+
+T = TypeVar("T")
+
+
+class RunSync(Protocol):
+    """Runs a blocking function off the Trio thread. Uncancellable: it returns when `fn` has."""
+
+    def __call__(
+        self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
+    ) -> Awaitable[T]: ...
+
+
+class World:
+    """The real one. Clock readings are seconds; ids are 32 hexadecimal digits."""
+
+    def now(self) -> float:
+        """Seconds since the epoch (UTC): for people and for the journal, never for time-outs."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Seconds of an arbitrary clock that never goes back: for durations."""
+        return time.monotonic()
+
+    def new_id(self) -> str:
+        return uuid.uuid4().hex
+
+    def new_seed(self) -> int:
+        """A seed for sampling, 0 <= seed < 2**31."""
+        return random.SystemRandom().randrange(2**31)
+
+    async def run_sync(
+        self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
+    ) -> T:
+        return await trio.to_thread.run_sync(fn, *args, abandon_on_cancel=False, limiter=limiter)
+
+    def http_transport(self, origin: str, max_slots: int) -> httpx.AsyncBaseTransport:
+        """A transport to one backend origin, with at most `max_slots` connections."""
+        from tink.backends.transport import SlotTransport
+
+        return SlotTransport(origin, max_slots)
