@@ -56,7 +56,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 # -- operations on a model ------------------------------------------------------------------------
 
 
-class CreateModel(Message, tag="create_model"):
+class CreateModel(Message, frozen=True, tag="create_model"):
     """A new LoRA on the frozen base, B = 0; or, with `source`, one read from a saved state (its rank,
     alpha and targets then come from there, and its moments too when `optimizer` is true)."""
 
@@ -70,19 +70,19 @@ class CreateModel(Message, tag="create_model"):
     optimizer: bool = False
 
 
-class Forward(Message, tag="forward"):
+class Forward(Message, frozen=True, tag="forward"):
     """Log-probabilities and loss; touches no gradient. `body` is the SDK's ForwardBackwardRequest."""
 
     body: bytes
 
 
-class ForwardBackward(Message, tag="forward_backward"):
+class ForwardBackward(Message, frozen=True, tag="forward_backward"):
     """Adds the gradient of the summed loss to what the model has accumulated."""
 
     body: bytes
 
 
-class OptimStep(Message, tag="optim_step"):
+class OptimStep(Message, frozen=True, tag="optim_step"):
     """AdamW with the accumulated gradient, which is then zero. `grad_clip_norm` 0 clips nothing."""
 
     learning_rate: float = 1e-4
@@ -93,13 +93,13 @@ class OptimStep(Message, tag="optim_step"):
     grad_clip_norm: float = 0.0
 
 
-class SaveState(Message, tag="save_state"):
+class SaveState(Message, frozen=True, tag="save_state"):
     """Weights and optimizer, into the new directory `path`. Accumulated gradients stay untouched."""
 
     path: str
 
 
-class LoadState(Message, tag="load_state"):
+class LoadState(Message, frozen=True, tag="load_state"):
     """Weights from `path`, moments and step too when `optimizer` is true (else they start anew).
     Accumulated gradients become zero."""
 
@@ -107,13 +107,13 @@ class LoadState(Message, tag="load_state"):
     optimizer: bool
 
 
-class ExportAdapter(Message, tag="export_adapter"):
+class ExportAdapter(Message, frozen=True, tag="export_adapter"):
     """The adapter in PEFT's format (safetensors), into the new directory `path`."""
 
     path: str
 
 
-class RemoveModel(Message, tag="remove_model"):
+class RemoveModel(Message, frozen=True, tag="remove_model"):
     """The model is gone; its op numbers stay consumed."""
 
 
@@ -129,7 +129,7 @@ Op = (
 )
 
 
-class OpRequest(Message):
+class OpRequest(Message, frozen=True):
     """`acked`: results up to this op_no may be dropped. `lease` grows with every worker that starts;
     an older one is fenced. `wait`: seconds the call may be held before it answers 202."""
 
@@ -143,7 +143,7 @@ class OpRequest(Message):
     wait: float = 20.0
 
 
-class File(Message):
+class File(Message, frozen=True):
     """A file of a published directory: name relative to it, size in bytes, sha256 in hex."""
 
     name: str
@@ -151,7 +151,7 @@ class File(Message):
     sha256: str
 
 
-class OpResult(Message):
+class OpResult(Message, frozen=True):
     """What an op gave. `body`: the ForwardBackwardOutput protobuf of forward and forward_backward,
     to be passed on untouched. `tokens`: input tokens. `run_ms` is the only part that a redo of the
     same op may change."""
@@ -165,7 +165,7 @@ class OpResult(Message):
     run_ms: float = 0.0
 
 
-class ModelInfo(Message):
+class ModelInfo(Message, frozen=True):
     """What a model is made of: the answer to create_model."""
 
     rank: int
@@ -176,12 +176,12 @@ class ModelInfo(Message):
     train_unembed: bool
 
 
-class Failure(Message):
+class Failure(Message, frozen=True):
     category: Literal["user", "server"]
     message: str
 
 
-class OpReply(Message):
+class OpReply(Message, frozen=True):
     state: Literal["queued", "running", "done", "failed"]
     incarnation: str
     model_id: str
@@ -195,7 +195,7 @@ class OpReply(Message):
 # -- sampling -------------------------------------------------------------------------------------
 
 
-class SampleRequest(Message):
+class SampleRequest(Message, frozen=True):
     """`num_samples` continuations of one prompt. A pure function of its fields: sent twice, it gives
     the same answer. `adapter`: an exported directory, or None for the base model. `max_tokens` None:
     what is left of the context. `top_k` -1 and `top_p` 1.0 are off; temperature 0 is greedy.
@@ -223,7 +223,7 @@ class SampleRequest(Message):
     wait: float = 20.0
 
 
-class SampleReply(Message):
+class SampleReply(Message, frozen=True):
     """`body`: the SampleResponse protobuf, to be passed on untouched."""
 
     state: Literal["queued", "running", "done", "failed"]
@@ -238,7 +238,7 @@ class SampleReply(Message):
 # -- snapshots ------------------------------------------------------------------------------------
 
 
-class SnapshotRequest(Message):
+class SnapshotRequest(Message, frozen=True):
     """All of a model's state, between two ops, into the new directory `path`: weights, moments, step,
     accumulated gradients, `applied` and the results not yet acked. Changes nothing."""
 
@@ -248,12 +248,12 @@ class SnapshotRequest(Message):
     path: str
 
 
-class SnapshotReply(Message):
+class SnapshotReply(Message, frozen=True):
     applied: int
     files: list[File]
 
 
-class RestoreRequest(Message):
+class RestoreRequest(Message, frozen=True):
     """Puts a snapshot back. Only onto an absent model, or one that has applied less."""
 
     incarnation: str
@@ -262,21 +262,21 @@ class RestoreRequest(Message):
     path: str
 
 
-class RestoreReply(Message):
+class RestoreReply(Message, frozen=True):
     applied: int
 
 
 # -- what the server says of itself ---------------------------------------------------------------
 
 
-class Running(Message):
+class Running(Message, frozen=True):
     model_id: str
     op_no: int
     job_id: str
     seconds: float
 
 
-class Health(Message):
+class Health(Message, frozen=True):
     """`state`: loading (not yet serving), ready, or broken (`detail` says why). Busy is healthy."""
 
     protocol: str
@@ -286,7 +286,7 @@ class Health(Message):
     running: list[Running] = []
 
 
-class Info(Message):
+class Info(Message, frozen=True):
     """`base_model` is the name clients use; `base_path` a directory with the tokenizer, when there is
     one on this machine. `base_digest` identifies the frozen weights."""
 
@@ -306,19 +306,19 @@ class Info(Message):
     capabilities: list[str]
 
 
-class ModelState(Message):
+class ModelState(Message, frozen=True):
     applied: int
     kept: list[int]
     queued: list[int] = []
 
 
-class State(Message):
+class State(Message, frozen=True):
     incarnation: str
     lease: int
     models: dict[str, ModelState]
 
 
-class Refusal(Message):
+class Refusal(Message, frozen=True):
     """`error` is the table's word. `retryable`: the same call may be accepted later."""
 
     error: str

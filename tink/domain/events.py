@@ -1,0 +1,250 @@
+"""What the journal says happened. Each event is one frozen struct; its tag is the `kind` column and
+its fields are the `data` column. They may only grow by defaulted fields at the end, for every journal
+ever written is folded by the code of today."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from tink.domain.requests import OpName
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
+    pass
+
+
+# -- the worker -------------------------------------------------------------------------------------
+
+
+class IncarnationStarted(Event, frozen=True, kw_only=True, tag="incarnation_started"):
+    """A worker opened the journal. The first event of each boot."""
+
+    number: int
+    boot_id: str
+    version: str
+    settings_digest: str
+
+
+class IncarnationStopped(Event, frozen=True, kw_only=True, tag="incarnation_stopped"):
+    """The worker stopped by itself; a crash leaves none of these."""
+
+    number: int
+    reason: str
+
+
+class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
+    """A training server that this worker had not seen before answered: it holds no state, or that of
+    another life, and models are brought up to date in it as they are used."""
+
+    incarnation: str
+    engine: str
+    base_model: str
+    base_digest: str
+
+
+# -- sessions ---------------------------------------------------------------------------------------
+
+
+class SessionCreated(Event, frozen=True, kw_only=True, tag="session_created"):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] = {}
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+    idempotency_key: str | None = None
+
+
+class SessionFinished(Event, frozen=True, kw_only=True, tag="session_finished"):
+    reason: str
+    detail: str | None = None
+
+
+class SessionMoved(Event, frozen=True, kw_only=True, tag="session_moved"):
+    project_id: str | None = None
+
+
+class ClientFailed(Event, frozen=True, kw_only=True, tag="client_failed"):
+    """The SDK's telemetry reported an exception on the client's side: its type, never its text."""
+
+    exception_type: str
+
+
+# -- jobs -------------------------------------------------------------------------------------------
+
+
+class JobAccepted(Event, frozen=True, kw_only=True, tag="job_accepted"):
+    """The job and its body are on stable storage; the client may be told so. `request` is the JSON of
+    a command, `body_sha256` names the body of a data op in the body store (`codec` as received).
+    `seed` was drawn at acceptance for a sample that named none."""
+
+    op: OpName
+    seq_id: int
+    model_seq_id: int | None = None
+    sampler_id: str | None = None
+    request: str | None = None
+    body_sha256: str | None = None
+    body_bytes: int = 0
+    codec: str = "identity"
+    seed: int | None = None
+    num_samples: int | None = None
+
+
+class JobStarted(Event, frozen=True, kw_only=True, tag="job_started"):
+    """About to be sent to a backend. A training job gets its op_no with attempt 1 and keeps it."""
+
+    attempt: int
+    backend: str
+    op_no: int | None = None
+    seq_id: int | None = None
+
+
+class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
+    """Final. The answer is `result` (JSON) or the body `result_sha256` (protobuf)."""
+
+    result: dict[str, Any] | None = None
+    result_sha256: str | None = None
+    result_bytes: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    loss_sum: float | None = None
+    metrics: dict[str, float] = {}
+    run_ms: float = 0.0
+
+
+class JobFailed(Event, frozen=True, kw_only=True, tag="job_failed"):
+    """Final. `seq_id` is consumed, and `op_no` too if it was sent."""
+
+    category: Literal["user", "server"]
+    error: str
+    seq_id: int | None = None
+
+
+class JobCancelled(Event, frozen=True, kw_only=True, tag="job_cancelled"):
+    """Final: the client withdrew it before it ran."""
+
+
+class SeqSkipped(Event, frozen=True, kw_only=True, tag="seq_skipped"):
+    """These numbers of a model's sequence never came, and later ones waited: the lane goes on."""
+
+    first: int
+    last: int
+
+
+class Diverged(Event, frozen=True, kw_only=True, tag="diverged"):
+    """A redo of this job gave another result than the journaled one."""
+
+    op_no: int
+    detail: str
+
+
+# -- models, adapters, checkpoints ------------------------------------------------------------------
+
+
+class ModelCreated(Event, frozen=True, kw_only=True, tag="model_created"):
+    base_model: str
+    rank: int
+    alpha: float
+    seed: int
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+    user_metadata: dict[str, Any] = {}
+    source: str | None = None
+
+
+class CheckpointSaved(Event, frozen=True, kw_only=True, tag="checkpoint_saved"):
+    """Published: `directory` is complete, its files are synced and named in its manifest. The
+    checkpoint's id is that of the job which saved it, for an address may be used again."""
+
+    checkpoint_kind: str
+    name: str
+    directory: str
+    size_bytes: int
+    user_metadata: dict[str, str] = {}
+    expires_at: float | None = None
+
+
+class CheckpointChanged(Event, frozen=True, kw_only=True, tag="checkpoint_changed"):
+    """The whole of what may change: who may read it, and until when it lives."""
+
+    checkpoint_id: str
+    public: bool
+    expires_at: float | None
+
+
+class CheckpointDeleted(Event, frozen=True, kw_only=True, tag="checkpoint_deleted"):
+    checkpoint_id: str
+    reason: Literal["deleted", "expired", "overwritten"]
+
+
+class AdapterExported(Event, frozen=True, kw_only=True, tag="adapter_exported"):
+    """A new immutable version of a model's adapter, complete on disk."""
+
+    version: int
+    directory: str
+    size_bytes: int
+    files: dict[str, str]
+
+
+class AdapterPlaced(Event, frozen=True, kw_only=True, tag="adapter_placed"):
+    """The version's state on a replica."""
+
+    state: Literal["loading", "loaded", "unloading", "gone"]
+
+
+class SamplerCreated(Event, frozen=True, kw_only=True, tag="sampler_created"):
+    """A sampler of the base model, or of exactly one adapter version."""
+
+    sampler_id: str
+    sampling_seq_id: int
+    base_model: str
+    model_path: str | None = None
+
+
+AnyEvent = (
+    IncarnationStarted
+    | IncarnationStopped
+    | TrainerStarted
+    | SessionCreated
+    | SessionFinished
+    | SessionMoved
+    | ClientFailed
+    | JobAccepted
+    | JobStarted
+    | JobDone
+    | JobFailed
+    | JobCancelled
+    | SeqSkipped
+    | Diverged
+    | ModelCreated
+    | CheckpointSaved
+    | CheckpointChanged
+    | CheckpointDeleted
+    | AdapterExported
+    | AdapterPlaced
+    | SamplerCreated
+)
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """Whom an event is about: the indexed columns beside its data."""
+
+    tenant: str | None = None
+    session_id: str | None = None
+    model_id: str | None = None
+    job_id: str | None = None
+    adapter_id: str | None = None
+    replica: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True):
+    """An event in its place: the writer gives `seq` (1, 2, 3, ... without a gap), `at` (seconds since
+    the epoch, UTC) and the `incarnation` of the worker."""
+
+    seq: int
+    at: float
+    incarnation: int
+    subject: Subject
+    event: AnyEvent

@@ -1,0 +1,76 @@
+"""Ids and addresses. All of them are deterministic functions of the session's random id and of numbers
+that the client counts, so that a repeated request names the same thing."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+from tink.errors import UserError
+from tink.limits import MAX_NAME
+
+CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
+
+KINDS: tuple[CheckpointKind, ...] = ("weights", "sampler_weights", "external_weights")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
+
+
+def model_id(session_id: str, model_seq_id: int) -> str:
+    return f"{session_id}:train:{model_seq_id}"
+
+
+def sampler_id(session_id: str, sampling_seq_id: int) -> str:
+    return f"{session_id}:sample:{sampling_seq_id}"
+
+
+def job_id(owner: str, seq_id: int) -> str:
+    """`owner` is a model id or a sampler id. The dedupe key and the promise are this one string."""
+    return f"{owner}:{seq_id}"
+
+
+def sequence_ids(job: str, num_samples: int) -> list[str]:
+    return [f"{job}:{i}" for i in range(num_samples)]
+
+
+def adapter_id(model: str, version: int) -> str:
+    """The immutable name of an exported adapter version, never used twice."""
+    return f"{model}@{version}"
+
+
+def directory(model: str, op_no: int, kind: str) -> str:
+    """Where an operation's files go, relative to the artifact folder: made of ids that Tink gave."""
+    session, _, number = model.partition(":train:")
+    return f"{session}/{number}/{op_no:08d}-{kind}"
+
+
+def check_name(name: str) -> str:
+    """`name` if a checkpoint may be called so. A name is only ever a key, never a path; the rule keeps
+    it whole in the three-part addresses that clients build from it."""
+    if len(name) > MAX_NAME or not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"the checkpoint name {name[:80]!r} cannot be used: letters, digits and . _ + = @ - only, "
+            f"beginning with a letter or digit, without '..', at most {MAX_NAME} characters"
+        )
+    return name
+
+
+class Address(NamedTuple):
+    """A checkpoint's address, `tinker://{model_id}/{kind}/{name}`."""
+
+    model_id: str
+    kind: CheckpointKind
+    name: str
+
+    def __str__(self) -> str:
+        return f"tinker://{self.model_id}/{self.kind}/{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        parts = text.removeprefix("tinker://").split("/")
+        if not text.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS:
+            raise UserError(
+                f"{text[:200]!r} is not a checkpoint address: tinker://RUN_ID/weights/NAME "
+                "(or sampler_weights, external_weights) is"
+            )
+        return cls(parts[0], parts[1], check_name(parts[2]))

@@ -1,0 +1,260 @@
+"""What the Router is asked, and what it answers: the one narrow interface between the HTTP side and
+the worker. Each question names its tenant, and an id of another tenant is NotFound. An error is
+raised to the asker as the TinkError that it is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from tink.domain import rows
+from tink.domain.requests import OpName
+
+
+class Ask(msgspec.Struct, frozen=True):
+    tenant: str
+
+
+# -- sessions ---------------------------------------------------------------------------------------
+
+
+class CreateSession(Ask, frozen=True, tag="create_session"):
+    """-> Created. The same `idempotency_key` gives the same session."""
+
+    tags: list[str] = []
+    user_metadata: dict[str, Any] = {}
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+    idempotency_key: str | None = None
+
+
+class Heartbeat(Ask, frozen=True, tag="heartbeat"):
+    """-> None. SessionFinished once the client has finished it."""
+
+    session_id: str
+
+
+class FinishSession(Ask, frozen=True, tag="finish_session"):
+    """-> None. The first reason stays."""
+
+    session_id: str
+    reason: str
+    detail: str | None = None
+
+
+class MoveSession(Ask, frozen=True, tag="move_session"):
+    """-> None. Sets the session's project."""
+
+    session_id: str
+    project_id: str | None
+
+
+class GetSession(Ask, frozen=True, tag="get_session"):
+    """-> SessionView"""
+
+    session_id: str
+
+
+class ListSessions(Ask, frozen=True, tag="list_sessions"):
+    """-> list[rows.Session], newest first."""
+
+
+class ReportClientFailure(Ask, frozen=True, tag="report_client_failure"):
+    """-> None. From the SDK's telemetry."""
+
+    exception_type: str
+    session_id: str | None = None
+
+
+# -- jobs -------------------------------------------------------------------------------------------
+
+
+class SubmitTraining(Ask, frozen=True, tag="submit_training"):
+    """-> Promise, once the job is durable. A job of `model_id`; `model_seq_id` is set when it makes the
+    model. `body` is the request as received (`codec` identity or zstd); its JSON for a command.
+    `invalid`: why the body cannot be served; the job is accepted and fails with that, for its number
+    must be consumed."""
+
+    op: OpName
+    session_id: str
+    model_id: str
+    seq_id: int
+    body: bytes
+    codec: Literal["identity", "zstd"] = "identity"
+    model_seq_id: int | None = None
+    invalid: str | None = None
+
+
+class SubmitSample(Ask, frozen=True, tag="submit_sample"):
+    """-> Promise, once the job is durable."""
+
+    sampler_id: str
+    seq_id: int
+    body: bytes
+    num_samples: int = 1
+    seed: int | None = None
+
+
+class AwaitOutcome(Ask, frozen=True, tag="await_outcome"):
+    """-> Outcome, when the job has ended: the asker brings its own deadline."""
+
+    job_id: str
+
+
+class CancelJob(Ask, frozen=True, tag="cancel_job"):
+    """-> None. Withdraws a job that has not been sent to a backend; any other stays as it is."""
+
+    job_id: str
+
+
+# -- models, samplers, checkpoints ------------------------------------------------------------------
+
+
+class GetModel(Ask, frozen=True, tag="get_model"):
+    """-> ModelView of a live model"""
+
+    model_id: str
+
+
+class ListModels(Ask, frozen=True, tag="list_models"):
+    """-> list[ModelView], newest first; live models only."""
+
+    project_id: str | None = None
+
+
+class CreateSampler(Ask, frozen=True, tag="create_sampler"):
+    """-> Created. Of the base model, or of the weights at `model_path`, which wins when both are there.
+    The same (session, sampling_seq_id) gives the same sampler."""
+
+    session_id: str
+    sampling_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class GetSampler(Ask, frozen=True, tag="get_sampler"):
+    """-> rows.Sampler"""
+
+    sampler_id: str
+
+
+class ListCheckpoints(Ask, frozen=True, tag="list_checkpoints"):
+    """-> list[rows.Checkpoint], newest first, live ones only; of one model or of the tenant."""
+
+    model_id: str | None = None
+
+
+class GetCheckpoint(Ask, frozen=True, tag="get_checkpoint"):
+    """-> CheckpointView. Public ones of other tenants too."""
+
+    address: str
+
+
+class ChangeCheckpoint(Ask, frozen=True, tag="change_checkpoint"):
+    """-> None. Idempotent. `ttl_seconds` counts from now; `set_ttl` says that it is meant, for None
+    removes it."""
+
+    address: str
+    public: bool | None = None
+    set_ttl: bool = False
+    ttl_seconds: int | None = None
+
+
+class DeleteCheckpoint(Ask, frozen=True, tag="delete_checkpoint"):
+    """-> None. The files go once no sampler needs them."""
+
+    address: str
+
+
+class GetCapabilities(Ask, frozen=True, tag="get_capabilities"):
+    """-> Capabilities"""
+
+
+Question = (
+    CreateSession
+    | Heartbeat
+    | FinishSession
+    | MoveSession
+    | GetSession
+    | ListSessions
+    | ReportClientFailure
+    | SubmitTraining
+    | SubmitSample
+    | AwaitOutcome
+    | CancelJob
+    | GetModel
+    | ListModels
+    | CreateSampler
+    | GetSampler
+    | ListCheckpoints
+    | GetCheckpoint
+    | ChangeCheckpoint
+    | DeleteCheckpoint
+    | GetCapabilities
+)
+
+
+# -- answers ----------------------------------------------------------------------------------------
+
+
+class Answer(msgspec.Struct, frozen=True):
+    pass
+
+
+class Created(Answer, frozen=True):
+    id: str
+
+
+class Promise(Answer, frozen=True):
+    request_id: str
+    model_id: str | None = None
+    sample_sequence_ids: list[str] | None = None
+
+
+class Outcome(Answer, frozen=True):
+    """A job's end. Done: `result` (JSON) or `body` (protobuf). Failed: `category` and `error`."""
+
+    op: str
+    state: rows.JobState
+    result: dict[str, Any] | None = None
+    body: bytes | None = None
+    category: str | None = None
+    error: str | None = None
+
+
+class ModelView(Answer, frozen=True):
+    """A live model; `tokenizer`: a directory or hub id that clients can load, if there is one."""
+
+    row: rows.Model
+    arch: str
+    tokenizer: str | None
+    last_checkpoint: rows.Checkpoint | None
+    last_sampler_checkpoint: rows.Checkpoint | None
+
+
+class SessionView(Answer, frozen=True):
+    row: rows.Session
+    model_ids: list[str]
+    sampler_ids: list[str]
+
+
+class CheckpointView(Answer, frozen=True):
+    """`files`: relative name -> size, of the published directory; `model`: what it was saved from."""
+
+    row: rows.Checkpoint
+    model: rows.Model
+    files: dict[str, int]
+
+
+class ServedModel(Answer, frozen=True):
+    name: str
+    max_context: int
+    trainable: bool
+    sampleable: bool
+
+
+class Capabilities(Answer, frozen=True):
+    models: list[ServedModel]
+    mode: str

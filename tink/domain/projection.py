@@ -1,0 +1,326 @@
+"""From an event to the rows it changes: one definition with two interpreters. The journal writes the
+changes to its tables in the event's own transaction; `Ledger` applies them in memory. So the fold of
+the events equals the tables by construction, and is compared with them at every boot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import singledispatch
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from tink.domain import events, rows
+from tink.domain.events import AnyEvent, Record
+
+Key = tuple[Any, ...]
+R = TypeVar("R", bound=rows.Row)
+
+
+class Insert(msgspec.Struct, frozen=True):
+    table: str
+    row: rows.Row
+
+
+class Update(msgspec.Struct, frozen=True):
+    table: str
+    key: Key
+    values: dict[str, Any]
+
+
+class Upsert(msgspec.Struct, frozen=True):
+    table: str
+    row: rows.Row
+
+
+Change = Insert | Update | Upsert
+
+
+def project(record: Record) -> list[Change]:
+    """The changes of one event, in order. Depends on nothing but the record."""
+    return list(_changes(record.event, record))
+
+
+@singledispatch
+def _changes(event: AnyEvent, record: Record) -> Iterator[Change]:
+    """Most events are history only: no projection changes."""
+    return iter(())
+
+
+@_changes.register
+def _(event: events.IncarnationStarted, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "incarnations",
+        rows.Incarnation(
+            number=event.number,
+            boot_id=event.boot_id,
+            version=event.version,
+            settings_digest=event.settings_digest,
+            started_at=record.at,
+        ),
+    )
+
+
+@_changes.register
+def _(event: events.IncarnationStopped, record: Record) -> Iterator[Change]:
+    values = {"stopped_at": record.at, "stop_reason": event.reason}
+    yield Update("incarnations", (event.number,), values)
+
+
+@_changes.register
+def _(event: events.SessionCreated, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "sessions",
+        rows.Session(
+            session_id=cast(str, record.subject.session_id),
+            tenant=cast(str, record.subject.tenant),
+            tags=event.tags,
+            user_metadata=event.user_metadata,
+            sdk_version=event.sdk_version,
+            project_id=event.project_id,
+            display_name=event.display_name,
+            idempotency_key=event.idempotency_key,
+            created_at=record.at,
+        ),
+    )
+
+
+@_changes.register
+def _(event: events.SessionFinished, record: Record) -> Iterator[Change]:
+    values = {"state": "finished", "finished_at": record.at, "finish_reason": event.reason}
+    yield Update("sessions", (record.subject.session_id,), values)
+
+
+@_changes.register
+def _(event: events.SessionMoved, record: Record) -> Iterator[Change]:
+    yield Update("sessions", (record.subject.session_id,), {"project_id": event.project_id})
+
+
+@_changes.register
+def _(event: events.JobAccepted, record: Record) -> Iterator[Change]:
+    who = record.subject
+    yield Insert(
+        "jobs",
+        rows.Job(
+            job_id=cast(str, who.job_id),
+            tenant=cast(str, who.tenant),
+            op=event.op,
+            session_id=who.session_id,
+            model_id=who.model_id,
+            sampler_id=event.sampler_id,
+            seq_id=event.seq_id,
+            model_seq_id=event.model_seq_id,
+            accepted_seq=record.seq,
+            submitted_at=record.at,
+            body_sha256=event.body_sha256,
+            body_bytes=event.body_bytes,
+            codec=event.codec,
+            seed=event.seed,
+            num_samples=event.num_samples,
+        ),
+    )
+    if event.model_seq_id is not None:
+        yield Insert(
+            "models",
+            rows.Model(
+                model_id=cast(str, who.model_id),
+                tenant=cast(str, who.tenant),
+                session_id=cast(str, who.session_id),
+                model_seq_id=event.model_seq_id,
+                created_at=record.at,
+                last_request_at=record.at,
+            ),
+        )
+    elif who.model_id is not None:
+        yield Update("models", (who.model_id,), {"last_request_at": record.at})
+
+
+@_changes.register
+def _(event: events.JobStarted, record: Record) -> Iterator[Change]:
+    values = {
+        "state": "running",
+        "attempts": event.attempt,
+        "backend": event.backend,
+        "op_no": event.op_no,
+        "started_at": record.at,
+    }
+    yield Update("jobs", (record.subject.job_id,), values)
+    if event.op_no is not None and event.seq_id is not None and event.attempt == 1:
+        numbers = {"op_no": event.op_no, "next_seq": event.seq_id + 1}
+        yield Update("models", (record.subject.model_id,), numbers)
+
+
+@_changes.register
+def _(event: events.JobDone, record: Record) -> Iterator[Change]:
+    values = {
+        "state": "done",
+        "finished_at": record.at,
+        "tokens_in": event.tokens_in,
+        "tokens_out": event.tokens_out,
+        "loss_sum": event.loss_sum,
+        "run_ms": event.run_ms,
+        "result": event.result,
+        "result_sha256": event.result_sha256,
+        "result_bytes": event.result_bytes,
+    }
+    yield Update("jobs", (record.subject.job_id,), values)
+
+
+@_changes.register
+def _(event: events.JobFailed, record: Record) -> Iterator[Change]:
+    values = {
+        "state": "failed",
+        "finished_at": record.at,
+        "error_category": event.category,
+        "error": event.error,
+    }
+    yield Update("jobs", (record.subject.job_id,), values)
+    if record.subject.model_id is not None and event.seq_id is not None:
+        changed: dict[str, Any] = {"next_seq": event.seq_id + 1}
+        if event.seq_id == 0:  # the job that was to make the model
+            changed["state"] = "failed"
+        yield Update("models", (record.subject.model_id,), changed)
+
+
+@_changes.register
+def _(event: events.JobCancelled, record: Record) -> Iterator[Change]:
+    values = {"state": "cancelled", "finished_at": record.at}
+    yield Update("jobs", (record.subject.job_id,), values)
+
+
+@_changes.register
+def _(event: events.SeqSkipped, record: Record) -> Iterator[Change]:
+    yield Update("models", (record.subject.model_id,), {"next_seq": event.last + 1})
+
+
+@_changes.register
+def _(event: events.ModelCreated, record: Record) -> Iterator[Change]:
+    values = {**msgspec.structs.asdict(event), "state": "live"}
+    yield Update("models", (record.subject.model_id,), values)
+
+
+@_changes.register
+def _(event: events.CheckpointSaved, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "checkpoints",
+        rows.Checkpoint(
+            checkpoint_id=cast(str, record.subject.job_id),
+            tenant=cast(str, record.subject.tenant),
+            model_id=cast(str, record.subject.model_id),
+            kind=event.checkpoint_kind,
+            name=event.name,
+            directory=event.directory,
+            size_bytes=event.size_bytes,
+            adapter_id=record.subject.adapter_id,
+            user_metadata=event.user_metadata,
+            created_at=record.at,
+            expires_at=event.expires_at,
+        ),
+    )
+
+
+@_changes.register
+def _(event: events.CheckpointChanged, record: Record) -> Iterator[Change]:
+    values = {"public": event.public, "expires_at": event.expires_at}
+    yield Update("checkpoints", (event.checkpoint_id,), values)
+
+
+@_changes.register
+def _(event: events.CheckpointDeleted, record: Record) -> Iterator[Change]:
+    values = {"state": event.reason, "deleted_at": record.at}
+    yield Update("checkpoints", (event.checkpoint_id,), values)
+
+
+@_changes.register
+def _(event: events.AdapterExported, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "adapters",
+        rows.Adapter(
+            adapter_id=cast(str, record.subject.adapter_id),
+            tenant=cast(str, record.subject.tenant),
+            model_id=cast(str, record.subject.model_id),
+            version=event.version,
+            job_id=cast(str, record.subject.job_id),
+            directory=event.directory,
+            size_bytes=event.size_bytes,
+            files=event.files,
+            created_at=record.at,
+        ),
+    )
+
+
+@_changes.register
+def _(event: events.AdapterPlaced, record: Record) -> Iterator[Change]:
+    yield Upsert(
+        "adapter_placements",
+        rows.AdapterPlacement(
+            adapter_id=cast(str, record.subject.adapter_id),
+            replica=cast(str, record.subject.replica),
+            state=event.state,
+            changed_at=record.at,
+        ),
+    )
+
+
+@_changes.register
+def _(event: events.SamplerCreated, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "samplers",
+        rows.Sampler(
+            sampler_id=event.sampler_id,
+            tenant=cast(str, record.subject.tenant),
+            session_id=cast(str, record.subject.session_id),
+            sampling_seq_id=event.sampling_seq_id,
+            base_model=event.base_model,
+            model_path=event.model_path,
+            adapter_id=record.subject.adapter_id,
+            created_at=record.at,
+        ),
+    )
+
+
+class Ledger:
+    """The projections in memory: table -> primary key -> row."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, dict[Key, rows.Row]] = {name: {} for name in rows.TABLES}
+
+    def table(self, name: str, kind: type[R]) -> dict[Key, R]:
+        """One table, typed: `ledger.table("jobs", rows.Job)`."""
+        return cast("dict[Key, R]", self.tables[name])
+
+    def put(self, table: str, row: rows.Row) -> None:
+        self.tables[table][_key(table, row)] = row
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            if isinstance(change, Update):
+                row = self.tables[change.table].get(change.key)
+                if row is None:
+                    raise LookupError(f"{change.table} has no row {change.key}")
+                for column, value in change.values.items():
+                    setattr(row, column, value)
+            elif isinstance(change, Insert) and _key(change.table, change.row) in self.tables[change.table]:
+                raise LookupError(f"{change.table} has the row {_key(change.table, change.row)} already")
+            else:
+                self.put(change.table, change.row)
+
+    def differences(self, other: Ledger) -> Iterator[str]:
+        """One line for each row in which the two are not the same."""
+        for name in rows.TABLES:
+            mine, theirs = self.tables[name], other.tables[name]
+            for key in sorted(mine.keys() | theirs.keys(), key=repr):
+                if mine.get(key) != theirs.get(key):
+                    yield f"{name}{list(key)}: {mine.get(key)} is not {theirs.get(key)}"
+
+
+def fold(records: Iterable[Record]) -> Ledger:
+    """The state that a journal describes."""
+    ledger = Ledger()
+    for record in records:
+        ledger.apply(project(record))
+    return ledger
+
+
+def _key(table: str, row: rows.Row) -> Key:
+    return tuple(getattr(row, column) for column in rows.TABLES[table][1])

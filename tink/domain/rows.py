@@ -1,0 +1,161 @@
+"""The rows of the projections: one struct per table, one field per column (journal/schema.py says how
+each is stored). They hold what the events say, and nothing that is not in an event."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+JobState = Literal["accepted", "running", "done", "failed", "cancelled"]
+
+OPEN: frozenset[JobState] = frozenset({"accepted", "running"})
+
+
+class Row(msgspec.Struct, kw_only=True):
+    pass
+
+
+class Incarnation(Row, kw_only=True):
+    number: int
+    boot_id: str
+    version: str
+    settings_digest: str
+    started_at: float
+    stopped_at: float | None = None
+    stop_reason: str | None = None
+
+
+class Session(Row, kw_only=True):
+    session_id: str
+    tenant: str
+    state: Literal["open", "finished"] = "open"
+    tags: list[str]
+    user_metadata: dict[str, Any]
+    sdk_version: str
+    project_id: str | None
+    display_name: str | None
+    idempotency_key: str | None
+    created_at: float
+    finished_at: float | None = None
+    finish_reason: str | None = None
+
+
+class Model(Row, kw_only=True):
+    """`op_no`: the last one given. `next_seq`: the sequence number that the lane waits for."""
+
+    model_id: str
+    tenant: str
+    session_id: str
+    model_seq_id: int
+    state: Literal["creating", "live", "failed"] = "creating"
+    base_model: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    seed: int | None = None
+    train_attn: bool | None = None
+    train_mlp: bool | None = None
+    train_unembed: bool | None = None
+    user_metadata: dict[str, Any] = {}
+    source: str | None = None
+    op_no: int = 0
+    next_seq: int = 0
+    created_at: float
+    last_request_at: float
+
+
+class Job(Row, kw_only=True):
+    job_id: str
+    tenant: str
+    op: str
+    state: JobState = "accepted"
+    session_id: str | None
+    model_id: str | None
+    sampler_id: str | None
+    seq_id: int
+    model_seq_id: int | None
+    op_no: int | None = None
+    attempts: int = 0
+    backend: str | None = None
+    accepted_seq: int
+    submitted_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    body_sha256: str | None
+    body_bytes: int
+    codec: str
+    seed: int | None
+    num_samples: int | None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    loss_sum: float | None = None
+    run_ms: float | None = None
+    result: dict[str, Any] | None = None
+    result_sha256: str | None = None
+    result_bytes: int = 0
+    error_category: str | None = None
+    error: str | None = None
+
+
+class Sampler(Row, kw_only=True):
+    sampler_id: str
+    tenant: str
+    session_id: str
+    sampling_seq_id: int
+    base_model: str
+    model_path: str | None
+    adapter_id: str | None
+    created_at: float
+
+
+class Adapter(Row, kw_only=True):
+    adapter_id: str
+    tenant: str
+    model_id: str
+    version: int
+    job_id: str
+    directory: str
+    size_bytes: int
+    files: dict[str, str]
+    created_at: float
+
+
+class AdapterPlacement(Row, kw_only=True):
+    adapter_id: str
+    replica: str
+    state: Literal["loading", "loaded", "unloading", "gone"]
+    changed_at: float
+
+
+class Checkpoint(Row, kw_only=True):
+    checkpoint_id: str
+    tenant: str
+    model_id: str
+    kind: str
+    name: str
+    state: Literal["live", "deleted", "expired", "overwritten"] = "live"
+    directory: str
+    size_bytes: int
+    adapter_id: str | None
+    public: bool = False
+    user_metadata: dict[str, str]
+    created_at: float
+    expires_at: float | None
+    deleted_at: float | None = None
+
+    @property
+    def address(self) -> str:
+        return f"tinker://{self.model_id}/{self.kind}/{self.name}"
+
+
+# table -> (row type, primary key)
+TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
+    "incarnations": (Incarnation, ("number",)),
+    "sessions": (Session, ("session_id",)),
+    "models": (Model, ("model_id",)),
+    "jobs": (Job, ("job_id",)),
+    "samplers": (Sampler, ("sampler_id",)),
+    "adapters": (Adapter, ("adapter_id",)),
+    "adapter_placements": (AdapterPlacement, ("adapter_id", "replica")),
+    "checkpoints": (Checkpoint, ("checkpoint_id",)),
+}
