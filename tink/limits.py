@@ -26,8 +26,8 @@ MAX_STOPS = 64
 POLL_HOLD = 20.0
 # Model 8B's fp32 logits for 64 such jobs are what a laptop can queue; beyond it the SDK retries.
 MAX_OPEN_JOBS = 20_000
-# Finished results kept in memory for the poll that is about to come; older ones come from disk.
-RESULT_CACHE_BYTES = 64 * 1024 * 1024
+# Ended jobs kept in memory for the poll that is about to come; older ones come from the database.
+RECENT_JOBS = 4096
 # How long a model's lane waits for a seq_id that never came while later ones are there: the SDK has
 # retried for at most 30 s at a time, once the worker is up.
 SEQ_GAP_SECONDS = 60.0
@@ -39,8 +39,8 @@ MAILBOX = 1024
 BATCH_ROWS = 1_000
 BATCH_BYTES = 4 * 1024 * 1024
 BODY_BATCH_BYTES = 64 * 1024 * 1024
-# Bodies up to this size travel inside their event: one commit instead of two.
-INLINE_BODY = 4 * 1024
+# Bodies just put, for the backend or client that is about to read them.
+BODY_CACHE_BYTES = 64 * 1024 * 1024
 READ_CONNECTIONS = 4
 
 # -- trainer ----------------------------------------------------------------------------------------
@@ -54,3 +54,18 @@ SAMPLE_SLOTS = 2
 ADAPTER_CACHE = 64
 # Results of samples are kept this long for the poll that was lost.
 SAMPLE_KEEP_SECONDS = 600.0
+# Padded tokens that go through the model at once while training: a laptop's caches are warm, and an
+# 8B model's activations still fit.
+MICRO_BATCH_TOKENS = 4096
+# Logits (rows x vocabulary) held at once, in cells of 4 bytes: 64 MiB, and as much again for their
+# gradient.
+LOGIT_CELLS = 16 * 1024 * 1024
+# Continuations of one prompt that are generated at once; more go in further waves.
+SAMPLE_ROWS = 64
+# Results of one model that wait to be acknowledged. A worker acks with each op, so that more than
+# this means it does not, and the trainer's memory would only grow.
+TRAINER_KEPT = 256
+# Removed models whose op numbers are still known, to answer a repeat.
+TRAINER_TOMBSTONES = 4096
+# How long a stopping trainer waits for the ops that run.
+TRAINER_GRACE = 10.0

@@ -1,0 +1,104 @@
+"""Group commit: one writer, and a batch is whatever arrived while the last one was being committed.
+
+There is no timer. One item alone costs one fsync; under load the batches grow by themselves, and the
+cost per item falls by a factor of thirty. The open batch is bounded in items and bytes: `submit` then
+waits, which is the back-pressure of everything above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import trio
+
+from tink.errors import JournalUnavailable
+from tink.limits import BATCH_ROWS
+from tink.world import World
+
+Item = TypeVar("Item")
+
+
+class _Batch(Generic[Item]):
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.size = 0
+        self.done = trio.Event()
+        self.error: JournalUnavailable | None = None
+
+
+class GroupCommit(Generic[Item]):
+    """`commit(items)` is a blocking function that makes them durable together or raises
+    JournalUnavailable. It runs in a thread and cannot be cancelled. `then()` is called on the Trio
+    thread after each commit, before anyone who waits for it goes on."""
+
+    def __init__(
+        self,
+        commit: Callable[[list[Item]], None],
+        world: World,
+        *,
+        max_bytes: int,
+        max_items: int = BATCH_ROWS,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._commit, self._world, self._then = commit, world, then
+        self._max_bytes, self._max_items = max_bytes, max_items
+        self._open: _Batch[Item] = _Batch()
+        self._work = trio.Event()
+        self._room = trio.Event()
+        self._thread = trio.CapacityLimiter(1)
+        self._failed: JournalUnavailable | None = None
+
+    async def submit(self, items: list[Item], size: int) -> None:
+        """Returns when `items` (of `size` bytes) are durable; they are in one transaction.
+
+        Raises JournalUnavailable if that failed: they may or may not be on disk. Cancellation only
+        leaves the wait: the items are committed all the same, so to the caller they are "maybe".
+        """
+        while self._failed is None and self._open.items and self._full(len(items), size):
+            await self._room.wait()
+        if self._failed is not None:
+            raise self._failed
+        batch = self._open
+        batch.items.extend(items)
+        batch.size += size
+        self._work.set()
+        await batch.done.wait()
+        if batch.error is not None:
+            raise batch.error
+
+    def _full(self, items: int, size: int) -> bool:
+        return len(self._open.items) + items > self._max_items or self._open.size + size > self._max_bytes
+
+    async def run(self) -> None:
+        """Commits batches until cancelled; what was submitted by then is committed first. A commit that
+        fails ends it with JournalUnavailable, after every waiter has been told: fail-stop."""
+        try:
+            while True:
+                await self._work.wait()
+                await self._commit_open()
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                while self._open.items:
+                    await self._commit_open()
+            raise
+
+    async def _commit_open(self) -> None:
+        batch, self._open = self._open, _Batch()
+        self._work = trio.Event()
+        self._room.set()
+        self._room = trio.Event()
+        if not batch.items:
+            return
+        try:
+            await self._world.run_sync(self._commit, batch.items, limiter=self._thread)
+            self._then()
+        except JournalUnavailable as error:
+            batch.error = self._failed = error
+            self._open.error = error
+            raise
+        finally:
+            batch.done.set()
+            if self._failed is not None:
+                self._open.done.set()
+                self._room.set()

@@ -1,0 +1,79 @@
+"""Connections to the journal's database, opened so that a commit means stable storage. What was asked
+for is read back: a file system or a build that does not honour it stops the start."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import SQLAlchemyError
+
+from tink.errors import JournalUnavailable, StartupError
+from tink.limits import READ_CONNECTIONS
+
+# pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
+_WRITER_PRAGMAS: dict[str, tuple[str, object]] = {
+    "journal_mode": ("WAL", "wal"),
+    "synchronous": ("FULL", 2),
+    "foreign_keys": ("ON", 1),
+    "busy_timeout": ("5000", 5000),
+}
+
+
+# msgspec's JSON is exact for floats, like the standard library's, and several times faster.
+_JSON: dict[str, Any] = {
+    "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+    "json_deserializer": msgspec.json.decode,
+}
+
+
+def writer_engine(path: Path) -> Engine:
+    """The one writer's engine of an SQLite file. Raises StartupError if durability cannot be had."""
+    engine = create_engine(f"sqlite:///{path}", hide_parameters=True, pool_size=1, max_overflow=0, **_JSON)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        for pragma, (value, expected) in _WRITER_PRAGMAS.items():
+            cursor.execute(f"PRAGMA {pragma}={value}")
+            found = cursor.execute(f"PRAGMA {pragma}").fetchone()[0]
+            if found != expected:
+                raise StartupError(
+                    f"{path}: SQLite's {pragma} is {found!r}, not {expected!r}: this file system cannot "
+                    "keep the journal durable; put TINK_HOME on a local disk"
+                )
+        cursor.close()
+
+    return engine
+
+
+def reader_engine(path: Path) -> Engine:
+    """Read-only connections beside the writer's; they never block it."""
+    engine = create_engine(
+        f"sqlite:///file:{path}?mode=ro&uri=true",
+        hide_parameters=True,
+        pool_size=READ_CONNECTIONS,
+        max_overflow=0,
+        **_JSON,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA query_only=1")
+        connection.execute("PRAGMA busy_timeout=5000")
+
+    return engine
+
+
+@contextlib.contextmanager
+def database_errors(what: str) -> Iterator[None]:
+    """SQLAlchemy's errors as JournalUnavailable, without statement or parameters."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise JournalUnavailable(f"{what}: {cause}") from error

@@ -1,0 +1,85 @@
+"""The home folder: where everything of one worker lies, and the lock that makes it one worker's."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tink.errors import StartupError
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths under TINK_HOME. Only the worker that holds `lock()` writes here."""
+
+    root: Path
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.sqlite"
+
+    @property
+    def bodies(self) -> Path:
+        return self.root / "bodies.sqlite"
+
+    @property
+    def worker(self) -> Path:
+        """Where the running worker says how to reach it."""
+        return self.root / "worker.json"
+
+    @property
+    def trainer(self) -> Path:
+        """Where the embedded trainer says how to reach it."""
+        return self.root / "trainer.json"
+
+    @property
+    def secret(self) -> Path:
+        return self.root / "secret"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def make(self) -> None:
+        """Creates the folders, readable by their owner only. Raises StartupError if it cannot."""
+        try:
+            for folder in (self.root, self.logs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.root / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StartupError(
+                f"the home {self.root} cannot be used: {error.strerror or error}; "
+                "pass --home DIR or set TINK_HOME"
+            ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held for the worker's life; the kernel drops it when the process dies, however it dies."""
+        handle = os.open(self.root / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise StartupError(
+                    f"another worker (pid {owner}) is using {self.root}: stop it, or pass another --home"
+                ) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+    def load_secret(self) -> bytes:
+        """32 random bytes that sign download links; made once."""
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(os.urandom(32))
+        return self.secret.read_bytes()

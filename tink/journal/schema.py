@@ -1,0 +1,241 @@
+"""The journal's tables. Their names and columns are part of the product: people query them.
+
+`events` is the truth; the others are its projections (domain/projection.py), written in the event's own
+transaction. Times are seconds since the epoch, UTC. Changes here need a migration (migrations/), which
+`alembic check` verifies.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQL NULL for None, on both databases: a JSON `null` would be a second way to say nothing.
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+# SQLite makes only an INTEGER PRIMARY KEY the table's own b-tree key.
+BigKey = BigInteger().with_variant(Integer(), "sqlite")
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", BigKey, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),
+    Column("incarnation", Integer, nullable=False),
+    Column("tenant", Text),
+    Column("kind", Text, nullable=False),
+    Column("session_id", Text),
+    Column("model_id", Text),
+    Column("job_id", Text),
+    Column("adapter_id", Text),
+    Column("replica", Text),
+    Column("data", Json, nullable=False),
+    Index(None, "job_id"),
+    Index(None, "model_id", "seq"),
+    Index(None, "kind", "seq"),
+)
+
+incarnations = Table(
+    "incarnations",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("boot_id", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("settings_digest", Text, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("stopped_at", Double),
+    Column("stop_reason", Text),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("tags", Json, nullable=False),
+    Column("user_metadata", Json, nullable=False),
+    Column("sdk_version", Text, nullable=False),
+    Column("project_id", Text),
+    Column("display_name", Text),
+    Column("idempotency_key", Text),
+    Column("created_at", Double, nullable=False),
+    Column("finished_at", Double),
+    Column("finish_reason", Text),
+    Index(None, "tenant", "idempotency_key", unique=True),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("model_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
+    Column("model_seq_id", BigInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("base_model", Text),
+    Column("rank", Integer),
+    Column("alpha", Double),
+    Column("seed", BigInteger),
+    Column("train_attn", Boolean),
+    Column("train_mlp", Boolean),
+    Column("train_unembed", Boolean),
+    Column("user_metadata", Json, nullable=False),
+    Column("source", Text),
+    Column("op_no", BigInteger, nullable=False),
+    Column("next_seq", BigInteger, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("last_request_at", Double, nullable=False),
+    Index(None, "session_id", "model_seq_id", unique=True),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("sampler_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
+    Column("sampling_seq_id", BigInteger, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("model_path", Text),
+    Column("adapter_id", Text, ForeignKey("adapters.adapter_id")),
+    Column("created_at", Double, nullable=False),
+    Index(None, "session_id", "sampling_seq_id", unique=True),
+    Index(None, "adapter_id"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("op", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id")),
+    Column("model_id", Text),
+    Column("sampler_id", Text, ForeignKey("samplers.sampler_id")),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("model_seq_id", BigInteger),
+    Column("op_no", BigInteger),
+    Column("attempts", Integer, nullable=False),
+    Column("backend", Text),
+    Column("accepted_seq", BigInteger, ForeignKey("events.seq"), nullable=False),
+    Column("submitted_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    Column("body_sha256", Text),
+    Column("body_bytes", BigInteger, nullable=False),
+    Column("codec", Text, nullable=False),
+    Column("seed", BigInteger),
+    Column("num_samples", Integer),
+    Column("tokens_in", BigInteger, nullable=False),
+    Column("tokens_out", BigInteger, nullable=False),
+    Column("loss_sum", Double),
+    Column("run_ms", Double),
+    Column("result", Json),
+    Column("result_sha256", Text),
+    Column("result_bytes", BigInteger, nullable=False),
+    Column("error_category", Text),
+    Column("error", Text),
+    # The identity of a job, whatever its body: a repeat finds the first one.
+    Index("uq_jobs_model_id_seq_id", "model_id", "seq_id", unique=True),
+    Index("uq_jobs_session_id_model_seq_id", "session_id", "model_seq_id", unique=True),
+    Index("uq_jobs_sampler_id_seq_id", "sampler_id", "seq_id", unique=True),
+    Index("uq_jobs_model_id_op_no", "model_id", "op_no", unique=True),
+    # Recovery reads open jobs only, however long the history is.
+    Index(
+        "ix_jobs_open",
+        "accepted_seq",
+        sqlite_where=text("state IN ('accepted', 'running')"),
+        postgresql_where=text("state IN ('accepted', 'running')"),
+    ),
+    Index(None, "submitted_at"),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("adapter_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("model_id", Text, ForeignKey("models.model_id"), nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("job_id", Text, nullable=False),
+    Column("directory", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("files", Json, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Index(None, "model_id", "version", unique=True),
+)
+
+adapter_placements = Table(
+    "adapter_placements",
+    metadata,
+    Column("adapter_id", Text, ForeignKey("adapters.adapter_id"), primary_key=True),
+    Column("replica", Text, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("changed_at", Double, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("checkpoint_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("model_id", Text, ForeignKey("models.model_id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("directory", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("adapter_id", Text),
+    Column("public", Boolean, nullable=False),
+    Column("user_metadata", Json, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("deleted_at", Double),
+    # An address is used by one live checkpoint at a time.
+    Index(
+        "uq_checkpoints_live",
+        "model_id",
+        "kind",
+        "name",
+        unique=True,
+        sqlite_where=text("state = 'live'"),
+        postgresql_where=text("state = 'live'"),
+    ),
+)
+
+# Bodies live beside the journal, with a writer lane of their own: eight of them would hold the events'
+# lane for 50 ms. On SQLite that is another file.
+bodies_metadata = MetaData()
+
+bodies = Table(
+    "bodies",
+    bodies_metadata,
+    Column("sha256", Text, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("stored_at", Double, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+)
