@@ -1,0 +1,43 @@
+"""The ASGI application. It knows the worker by one function, `ask`, and the messages that go through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from tink import limits
+from tink.api import front, tinker
+from tink.api.access_log import AccessLog
+from tink.api.auth import Auth
+from tink.api.call import Ask, Service, routes
+from tink.api.downloads import Downloads
+from tink.api.refusals import unrouted
+from tink.world import World
+
+
+def create_app(
+    ask: Ask,
+    *,
+    auth: Auth,
+    artifacts: Path,
+    secret: bytes,
+    world: World,
+    hold: float = limits.POLL_HOLD,
+) -> Starlette:
+    """`ask` answers a message of tink.domain.messages, or raises a TinkError. `secret` signs download
+    URLs. `hold` is how long a poll waits for its result before it is told to ask again."""
+    service = Service(ask, auth, world, Downloads(artifacts, secret, world), hold)
+    app = Starlette(
+        routes=[
+            *routes(service, front.TABLE, public=True),
+            *routes(service, tinker.TABLE, prefix="/api/v1"),
+        ],
+        middleware=[Middleware(AccessLog, world=world)],
+        exception_handlers={HTTPException: unrouted},
+    )
+    # A path with a slash too many is a mistake to be told about: the SDK follows no redirect on a POST.
+    app.router.redirect_slashes = False
+    return app

@@ -1,0 +1,45 @@
+"""The routes that need no key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import FileResponse, Response
+
+import tink
+from tink.api.call import Call, Table
+from tink.api.downloads import PATH
+from tink.domain import messages
+
+
+async def index(call: Call) -> dict[str, Any]:
+    """For the person who opened the URL in a browser."""
+    return {
+        "name": "Tink",
+        "version": tink.__version__,
+        "what": tink.__doc__,
+        "use": "TINKER_BASE_URL=<this URL> with the tinker SDK",
+        "routes": {"health": "/healthz", "api": "/api/v1"},
+    }
+
+
+async def health(call: Call) -> dict[str, Any]:
+    """Healthy is a worker that answers, not a server that listens."""
+    capabilities: messages.Capabilities = await call.ask(messages.GetCapabilities(tenant=call.tenant))
+    return {"status": "ok", "version": tink.__version__, "mode": capabilities.mode}
+
+
+async def download(call: Call) -> Response:
+    query = call.request.query_params
+    path = await call.service.downloads.file(
+        call.path("path"), query.get("expires", ""), query.get("signature", "")
+    )
+    return FileResponse(path, filename=path.name)
+
+
+TABLE: Table = {
+    "/": {"GET": index},
+    "/healthz": {"GET": health},
+    "/api/v1/healthz": {"GET": health},
+    f"{PATH}/{{path:path}}": {"GET": download},
+}
