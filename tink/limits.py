@@ -54,6 +54,7 @@ SAMPLE_SLOTS = 2
 ADAPTER_CACHE = 64
 # Results of samples are kept this long for the poll that was lost.
 SAMPLE_KEEP_SECONDS = 600.0
+SAMPLE_KEEP_BYTES = 64 * 1024 * 1024
 # Padded tokens that go through the model at once while training: a laptop's caches are warm, and an
 # 8B model's activations still fit.
 MICRO_BATCH_TOKENS = 4096

@@ -117,6 +117,11 @@ class RemoveModel(Message, frozen=True, tag="remove_model"):
     """The model is gone; its op numbers stay consumed."""
 
 
+class Skip(Message, frozen=True, tag="skip"):
+    """Consumes an op_no and does nothing: in a redo, the place of a job that failed or changed no
+    state. Also taken for a model that does not exist, and then makes none."""
+
+
 Op = (
     CreateModel
     | Forward
@@ -126,6 +131,7 @@ Op = (
     | LoadState
     | ExportAdapter
     | RemoveModel
+    | Skip
 )
 
 
@@ -307,9 +313,12 @@ class Info(Message, frozen=True):
 
 
 class ModelState(Message, frozen=True):
+    """`exists`: false for one that was removed, or whose creation failed or is still queued."""
+
     applied: int
     kept: list[int]
     queued: list[int] = []
+    exists: bool = True
 
 
 class State(Message, frozen=True):

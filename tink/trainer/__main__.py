@@ -1,0 +1,3 @@
+from tink.trainer.process import main
+
+raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""Directories of files that are published whole or not at all, with a manifest of their hashes.
+
+The worker, the trainer and the vLLM hosts see one artifact folder; operations name directories in it
+by relative paths. A directory is written under `.tmp/`, synced, and renamed into place, so that a
+path either has everything or does not exist; it is never changed afterwards. Its `manifest.json` says
+which operation made it (`origin`), what it holds (`about`) and the sha256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from tink.errors import BackendError, NotFound, UserError
+from tink.trainer.protocol import File
+
+FORMAT = "tink-artifact/1"
+MANIFEST = "manifest.json"
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    format: str
+    origin: str
+    about: dict[str, Any]
+    files: list[File]
+
+
+class Artifacts:
+    """The folder. `writer` makes names under `.tmp/` this process's own: its incarnation. Left-overs
+    of dead processes there can be deleted at any time when no trainer runs."""
+
+    def __init__(self, root: Path, writer: str) -> None:
+        self.root = root.resolve()
+        self._scratch = self.root / ".tmp"
+        self._names = (f"{writer}-{number}" for number in count())
+
+    def locate(self, path: str) -> Path:
+        """Where a relative path leads. UserError if it could lead out of the folder, by its spelling
+        or through a symbolic link."""
+        pure = PurePosixPath(path)
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in path:
+            raise UserError(f"{path!r} is not a relative path inside the artifact folder")
+        target = self.root / pure
+        if not target.resolve().is_relative_to(self.root) or target.is_relative_to(self._scratch):
+            raise UserError(f"{path!r} leads out of the artifact folder")
+        return target
+
+    def publish(
+        self, path: str, origin: str, about: dict[str, Any], fill: Callable[[Path], None]
+    ) -> list[File]:
+        """Makes the directory `path` of what `fill` writes into an empty one. When `path` exists and
+        was made by the same origin (a redo after a crash), it is left as it is: others may have it
+        open. Made by another origin it is an error, and nothing is written."""
+        target = self.locate(path)
+        if target.exists():
+            manifest = self._manifest(target)
+            if manifest.origin == origin:
+                return manifest.files
+            raise BackendError(f"{path} exists already, made by {manifest.origin}")
+        scratch = self._scratch / next(self._names)
+        scratch.mkdir(parents=True)
+        try:
+            fill(scratch)
+            files = [_describe(file) for file in sorted(scratch.iterdir())]
+            manifest = Manifest(FORMAT, origin, about, files)
+            encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+            (scratch / MANIFEST).write_bytes(encoded + b"\n")
+            for file in scratch.iterdir():
+                _sync(file)
+            _sync(scratch)
+            _make_parents(target.parent)
+            scratch.rename(target)
+            _sync(target.parent)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        return files
+
+    def open(self, path: str) -> tuple[Path, Manifest]:
+        """A published directory, every file of which has its size and hash. NotFound if there is
+        none; BackendError if it is not what was published."""
+        target = self.locate(path)
+        if not target.is_dir():
+            raise NotFound(f"{path} is not in the artifact folder of this trainer")
+        manifest = self._manifest(target)
+        for file in manifest.files:
+            name = target / file.name
+            if not name.is_file() or _describe(name) != file:
+                raise BackendError(f"{path}/{file.name} is damaged: it is not what was published")
+        return target, manifest
+
+    def _manifest(self, target: Path) -> Manifest:
+        try:
+            manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=Manifest)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise BackendError(f"{target} has no readable {MANIFEST}: {error}") from error
+        if manifest.format != FORMAT or any("/" in file.name for file in manifest.files):
+            raise BackendError(f"{target} is not a {FORMAT} directory")
+        return manifest
+
+
+def _describe(file: Path) -> File:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(file.name, file.stat().st_size, digest)
+
+
+def _make_parents(directory: Path) -> None:
+    """Like mkdir(parents=True), with each new name on the disk."""
+    if not directory.is_dir():
+        _make_parents(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync(directory.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,155 @@
+"""LoRA adapters beside frozen linear layers.
+
+Nothing in the base model is replaced: a hook on each target layer adds, for the adapter that is in
+use in the calling context, `alpha / rank * B (A x)`. Which one that is, a ContextVar says, so that
+threads that train or sample different adapters never see each other's.
+
+All of an adapter's numbers lie in one flat float32 vector, in the order of the model's layers, A
+before B; A and B are views of it. The optimizer's moments and the accumulated gradient are vectors of
+the same layout, and their arithmetic is a handful of operations whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+
+from tink.errors import BackendError, UserError
+from tink.limits import MAX_RANK
+from tink.trainer.protocol import ModelInfo
+
+Tensor = Any
+
+ATTENTION = frozenset(("q_proj", "k_proj", "v_proj", "o_proj"))
+MLP = frozenset(("gate_proj", "up_proj", "down_proj"))
+UNEMBED = frozenset(("lm_head",))
+
+# Layer name -> (out_features, in_features), in the model's order.
+Sites = Mapping[str, tuple[int, int]]
+
+_in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
+
+
+class Adapter:
+    """A and B for every target layer. `values` is the flat vector; leaving it out gives zeros."""
+
+    def __init__(self, info: ModelInfo, sites: Sites, values: Tensor | None = None) -> None:
+        self.info = info
+        self.scale = info.alpha / info.rank
+        self._sites = sites
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for name in targets(info, sites):
+            out_features, in_features = sites[name]
+            self.shapes[f"{name}.lora_A"] = (info.rank, in_features)
+            self.shapes[f"{name}.lora_B"] = (out_features, info.rank)
+        size = sum(rows * columns for rows, columns in self.shapes.values())
+        self.values = torch.zeros(size) if values is None else values
+        assert self.values.shape == (size,)
+        self._parts = self.split(self.values)
+        for part in self._parts.values():
+            part.requires_grad_()
+        self._pairs = {
+            name: (self._parts[f"{name}.lora_A"], self._parts[f"{name}.lora_B"])
+            for name in targets(info, sites)
+        }
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat vector of this layout as named matrices, which share its memory."""
+        sizes = [rows * columns for rows, columns in self.shapes.values()]
+        return {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(self.shapes.items(), vector.detach().split(sizes), strict=True)
+        }
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The flat vector of named matrices. BackendError when they are not this layout's."""
+        wrong = parts.keys() ^ self.shapes.keys() or {
+            name for name, part in parts.items() if tuple(part.shape) != self.shapes[name]
+        }
+        if wrong:
+            raise BackendError(f"the tensors do not fit the model: {', '.join(sorted(wrong)[:3])}")
+        return torch.cat([parts[name].float().reshape(-1) for name in self.shapes])
+
+    def with_values(self, values: Tensor) -> Adapter:
+        return Adapter(self.info, self._sites, values)
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """d loss / d values, flat. Touches no `.grad`, so that it can be thrown away."""
+        parts = list(self._parts.values())
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parts)])
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return self._pairs.get(name)
+
+
+def fresh(info: ModelInfo, sites: Sites) -> Adapter:
+    """B = 0, and A uniform in ±1/sqrt(in_features) from a generator that the seed and the layer's name
+    start: the same numbers in every engine, whatever the order in which they are drawn."""
+    adapter = Adapter(info, sites)
+    for name, part in adapter.split(adapter.values).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "lora_A":
+            start = (info.seed << 32) ^ zlib.crc32(layer.encode())
+            generator = torch.Generator().manual_seed(start & (2**63 - 1))
+            uniform = torch.rand(part.shape, generator=generator) * 2 - 1
+            part.copy_(uniform / math.sqrt(part.shape[1]))
+    return adapter
+
+
+def targets(info: ModelInfo, sites: Sites) -> list[str]:
+    """The layers that the adapter has, in the model's order."""
+    leaves: frozenset[str] = frozenset().union(
+        ATTENTION if info.train_attn else (),
+        MLP if info.train_mlp else (),
+        UNEMBED if info.train_unembed else (),
+    )
+    return [name for name in sites if name.rpartition(".")[2] in leaves]
+
+
+def check(info: ModelInfo, sites: Sites) -> None:
+    """UserError for an adapter that cannot be made."""
+    if not 1 <= info.rank <= MAX_RANK:
+        raise UserError(f"rank {info.rank} is not within 1 to {MAX_RANK}")
+    if not 0 < info.alpha < math.inf:
+        raise UserError(f"alpha {info.alpha} is not a positive number")
+    if not targets(info, sites):
+        raise UserError("nothing to train: set train_attn, train_mlp or train_unembed")
+
+
+def install(model: Any) -> dict[str, tuple[int, int]]:
+    """Puts the hooks on every layer that an adapter may have, and says which those are."""
+    sites = {}
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Linear) and leaf in ATTENTION | MLP | UNEMBED:
+            sites[name] = (module.out_features, module.in_features)
+            module.register_forward_hook(partial(_add, name))
+    return sites
+
+
+@contextmanager
+def using(adapter: Adapter | None) -> Iterator[None]:
+    """Within it, calls of the base model are calls of the base model with this adapter."""
+    token = _in_use.set(adapter)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
+
+def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    adapter = _in_use.get()
+    pair = adapter.pair(name) if adapter is not None else None
+    if adapter is None or pair is None:
+        return None
+    a, b = pair
+    x = args[0]
+    delta = (x.to(a.dtype) @ a.T) @ b.T
+    return output + (delta * adapter.scale).to(output.dtype)

@@ -1,0 +1,179 @@
+"""Continuations of a prompt, with a KV cache, one request at a time.
+
+The rows of a batch are the samples of one request and nothing else, and they have one length, so no
+padding and no mask exist: the answer is a function of the request. A row that ends leaves the batch.
+Log-probabilities are the model's own (temperature 1, nothing cut off), whatever the draw was from, so
+that they can be compared with what training computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tink.errors import UserError
+from tink.limits import MAX_NUM_SAMPLES, MAX_STOPS, MAX_TOPK, SAMPLE_ROWS
+from tink.trainer.engines import drawing, lora, scores
+from tink.trainer.engines.base import Sampled
+from tink.trainer.engines.frozen import Frozen
+from tink.trainer.engines.stops import Stops
+from tink.trainer.protocol import SampleRequest
+from tink.wire import tinker_pb2 as pb
+
+Tensor = Any
+
+
+@dataclass
+class Continuation:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stopped: bool = False
+
+
+def sample(frozen: Frozen, adapter: lora.Adapter | None, request: SampleRequest) -> Sampled:
+    """UserError when the request cannot be served by this model."""
+    check(request, frozen)
+    with torch.inference_mode():
+        cache = frozen.new_cache()
+        with lora.using(adapter):
+            hidden = frozen.hidden(torch.tensor([request.prompt]), cache)[0]
+        response = pb.SampleResponse()
+        if scores.wanted(request):
+            scores.fill(response, request, frozen, adapter, hidden)
+        sequences: list[Continuation] = []
+        for first in range(0, request.num_samples, SAMPLE_ROWS):
+            rows = range(first, min(first + SAMPLE_ROWS, request.num_samples))
+            last = rows.stop == request.num_samples
+            own = cache if last else copy.deepcopy(cache)
+            sequences += _generate(frozen, adapter, request, rows, hidden[-1:], own)
+    response.sequences.extend(_message(sequence, request) for sequence in sequences)
+    return Sampled(
+        body=response.SerializeToString(deterministic=True),
+        tokens_in=len(request.prompt),
+        tokens_out=sum(len(sequence.tokens) for sequence in sequences),
+    )
+
+
+def _generate(
+    frozen: Frozen,
+    adapter: lora.Adapter | None,
+    request: SampleRequest,
+    rows: range,
+    hidden: Tensor,
+    cache: Any,
+) -> list[Continuation]:
+    """Samples `rows` of the request, from the last hidden state (1, H) of its prompt."""
+    eos = frozenset() if request.ignore_eos else frozen.eos
+    stops = Stops(eos.union(request.stop_tokens), request.stop_strings, frozen.tokenizer)
+    streams = drawing.Streams(request.seed, rows)
+    sequences = [Continuation() for _ in rows]
+    alive = list(range(len(rows)))
+    limit = _room(request, frozen)
+    if not limit:
+        return sequences
+    cache.batch_repeat_interleave(len(rows))
+    with lora.using(adapter):
+        logits = frozen.logits(hidden).expand(len(rows), -1)
+        for step in range(limit):
+            uniform = streams.next()[alive]
+            chosen = drawing.choose(logits, uniform, request.temperature, request.top_k, request.top_p)
+            logprobs = logits.log_softmax(-1)
+            own = logprobs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            top = None
+            if request.topk_sample_logprobs:
+                top = scores.topk(logprobs, request.topk_sample_logprobs)
+            going = []
+            for place, (row, token, value) in enumerate(
+                zip(alive, chosen.tolist(), own.tolist(), strict=True)
+            ):
+                sequence = sequences[row]
+                sequence.tokens.append(token)
+                sequence.logprobs.append(value)
+                if top is not None:
+                    sequence.top.append((top[1][place], top[0][place]))
+                sequence.stopped = stops.ends(sequence.tokens)
+                if not sequence.stopped:
+                    going.append(place)
+            if not going or step == limit - 1:
+                break
+            if len(going) < len(alive):
+                index = torch.tensor(going)
+                cache.batch_select_indices(index)
+                chosen = chosen[index]
+                alive = [alive[place] for place in going]
+            logits = frozen.logits(frozen.hidden(chosen.unsqueeze(-1), cache)[:, -1])
+    return sequences
+
+
+def _room(request: SampleRequest, frozen: Frozen) -> int:
+    """How many tokens may be generated. A prompt that fills the context still gets one, since that one
+    is never fed back: compute_logprobs asks for it."""
+    left = max(frozen.context - len(request.prompt), 1)
+    return left if request.max_tokens is None else min(request.max_tokens, left)
+
+
+def _message(sequence: Continuation, request: SampleRequest) -> pb.SampledSequence:
+    message = pb.SampledSequence(
+        stop_reason=pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH,
+        tokens=np.array(sequence.tokens, "<i4").tobytes(),
+        logprobs=np.array(sequence.logprobs, "<f4").tobytes(),
+    )
+    if request.topk_sample_logprobs and sequence.top:
+        ids, values = (torch.stack(part) for part in zip(*sequence.top, strict=True))
+        message.topk_sampled_logprobs.CopyFrom(scores.topk_message(ids, values))
+    return message
+
+
+def check(request: SampleRequest, frozen: Frozen) -> None:
+    """UserError for what this model cannot do; the field is named."""
+    length = len(request.prompt)
+    if not 1 <= length <= frozen.context:
+        raise UserError(f"the prompt has {length} tokens; it must have 1 to {frozen.context}")
+    _check_ids("the prompt", request.prompt, frozen)
+    _check_ids("stop", request.stop_tokens, frozen)
+    _check_range("num_samples", request.num_samples, 1, MAX_NUM_SAMPLES)
+    _check_range("max_tokens", request.max_tokens or 0, 0, None)
+    _check_range("top_k", request.top_k, -1, None)
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        _check_range(name, getattr(request, name), 0, min(MAX_TOPK, frozen.vocab_size))
+    if not 0 <= request.temperature < math.inf:
+        raise UserError(f"temperature is {request.temperature}: it must be 0 or more")
+    if not 0 < request.top_p <= 1:
+        raise UserError(f"top_p is {request.top_p}: it must be above 0 and at most 1")
+    if len(request.stop_strings) + len(request.stop_tokens) > MAX_STOPS:
+        raise UserError(f"more than {MAX_STOPS} stops")
+    if "" in request.stop_strings:
+        raise UserError("an empty stop string ends everything: leave it out")
+    last = request.prompt_logprobs_last_n
+    if last is not None:
+        if not request.prompt_logprobs:
+            raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
+        _check_range("prompt_logprobs_last_n", last, 1, length - 1)
+    if request.targets is not None:
+        _check_targets(request.targets, length, frozen)
+
+
+def _check_targets(targets: list[list[int]], length: int, frozen: Frozen) -> None:
+    if len(targets) != length - 1 or len({len(row) for row in targets}) > 1:
+        raise UserError(
+            f"target_prompt_logprobs must have len(prompt) - 1 = {length - 1} rows of one length"
+        )
+    _check_ids("target_prompt_logprobs", [i for row in targets for i in row if i != -1], frozen)
+
+
+def _check_ids(name: str, ids: list[int], frozen: Frozen) -> None:
+    for token in ids:
+        if not 0 <= token < frozen.vocab_size:
+            raise UserError(f"{name} has token id {token}; the vocabulary is 0 to {frozen.vocab_size - 1}")
+
+
+def _check_range(name: str, value: int, low: int, high: int | None) -> None:
+    if value < low or (high is not None and value > high):
+        bound = f"{low} or more" if high is None else f"{low} to {high}"
+        raise UserError(f"{name} is {value}: it must be {bound}")

@@ -1,0 +1,206 @@
+"""One lane per model: its operations run in the order of their numbers, one at a time, off the Trio
+thread; the lanes of different models share `slots`, and take turns.
+
+A lane's task lives in the server's nursery, not in the call that made the operation: a caller that goes
+away cancels nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import assert_never
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+import trio
+
+from tink.errors import TinkError
+from tink.limits import MAX_OP_WAIT
+from tink.trainer.engines.base import Engine
+from tink.trainer.ledger import CANCELLED, Book, Ledger, Outcome, failure_of
+from tink.trainer.protocol import (
+    CreateModel,
+    ExportAdapter,
+    Forward,
+    ForwardBackward,
+    LoadState,
+    OpReply,
+    OpRequest,
+    OpResult,
+    OptimStep,
+    RemoveModel,
+    RestoreReply,
+    RestoreRequest,
+    Running,
+    SaveState,
+    Skip,
+    SnapshotReply,
+    SnapshotRequest,
+)
+from tink.world import World
+
+log = structlog.get_logger("tink.trainer")
+
+
+class Lanes:
+    """Performs what the ledger allows. All methods raise Refused as the protocol's table says."""
+
+    def __init__(
+        self, world: World, engine: Engine, ledger: Ledger, slots: int, nursery: trio.Nursery
+    ) -> None:
+        self._world = world
+        self._engine = engine
+        self._ledger = ledger
+        self._nursery = nursery
+        self._slots = trio.CapacityLimiter(slots)
+        self._finishing = False
+        self._moving: set[str] = set()
+        self._ended: dict[tuple[str, int], trio.Event] = {}
+        self._began: dict[str, float] = {}
+        # A model's lock is there while somebody holds or wants it.
+        self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+
+    async def submit(self, request: OpRequest) -> OpReply:
+        """Waits at most `request.wait` seconds; cancelling the wait leaves the operation alone."""
+        model_id, op_no = request.model_id, request.op_no
+        self._ledger.admit(request.incarnation, request.lease)
+        self._ledger.ack(model_id, min(request.acked, op_no - 1))
+        verdict = self._ledger.decide(request)
+        if verdict == "accept":
+            self._ledger.accept(request)
+            self._ended[model_id, op_no] = trio.Event()
+            if model_id not in self._moving:
+                self._moving.add(model_id)
+                self._nursery.start_soon(self._move, model_id)
+        await self._wait(model_id, op_no, request.wait)
+        return self._ledger.reply(model_id, op_no, replayed=verdict == "replay")
+
+    async def poll(self, model_id: str, op_no: int, wait: float) -> OpReply:
+        await self._wait(model_id, op_no, wait)
+        return self._ledger.reply(model_id, op_no)
+
+    def cancel(self, model_id: str, op_no: int) -> OpReply:
+        self._ledger.cancel(model_id, op_no)
+        return self._ledger.reply(model_id, op_no)
+
+    def running(self) -> list[Running]:
+        now = self._world.monotonic()
+        return [
+            Running(one.model_id, one.op_no, one.job_id, now - self._began[one.model_id])
+            for one in self._ledger.running()
+        ]
+
+    async def snapshot(self, request: SnapshotRequest) -> SnapshotReply:
+        """Between two operations of the model. A TinkError has published nothing."""
+        self._ledger.admit(request.incarnation, request.lease)
+        async with self._turn(request.model_id):
+            book = self._ledger.book(request.model_id)
+            files = await self._world.run_sync(
+                self._engine.snapshot,
+                request.model_id,
+                request.path,
+                msgspec.msgpack.encode(book),
+                f"snapshot:{request.model_id}:{book.applied}",
+            )
+        log.info("snapshot", model=request.model_id, applied=book.applied, path=request.path)
+        return SnapshotReply(book.applied, files)
+
+    async def restore(self, request: RestoreRequest) -> RestoreReply:
+        """A TinkError, as when the snapshot is damaged, has changed nothing."""
+        model_id = request.model_id
+        self._ledger.admit(request.incarnation, request.lease)
+        async with self._turn(model_id):
+            encoded = await self._world.run_sync(self._engine.read_book, request.path)
+            book = msgspec.msgpack.decode(encoded, type=Book)
+            with self._ledger.restoring(model_id, book):
+                await self._world.run_sync(self._engine.restore, model_id, request.path)
+        log.info("restored", model=model_id, applied=book.applied, path=request.path)
+        return RestoreReply(book.applied)
+
+    async def finish(self) -> None:
+        """Starts nothing more, and returns when nothing runs."""
+        self._finishing = True
+        for _ in range(int(self._slots.total_tokens)):
+            await self._slots.acquire_on_behalf_of(object())
+
+    # -- the inside ---------------------------------------------------------------------------------
+
+    async def _wait(self, model_id: str, op_no: int, wait: float) -> None:
+        if ended := self._ended.get((model_id, op_no)):
+            with trio.move_on_after(min(max(wait, 0.0), MAX_OP_WAIT)):
+                await ended.wait()
+
+    @asynccontextmanager
+    async def _turn(self, model_id: str) -> AsyncIterator[None]:
+        """The model to oneself, and a slot to work in."""
+        lock = self._locks.setdefault(model_id, trio.Lock())
+        async with lock, self._slots:
+            yield
+
+    async def _move(self, model_id: str) -> None:
+        while request := self._ledger.head(model_id):
+            async with self._turn(model_id):
+                if self._finishing:
+                    return
+                outcome = await self._perform(request)
+                self._ledger.finish(model_id, outcome)
+            self._ended.pop((model_id, request.op_no)).set()
+        self._moving.remove(model_id)
+
+    async def _perform(self, request: OpRequest) -> Outcome:
+        if not self._ledger.start(request.model_id):
+            return Outcome(request.job_id, "failed", failure=CANCELLED)
+        began = self._began[request.model_id] = self._world.monotonic()
+        result = failure = None
+        try:
+            result = await self._world.run_sync(apply, self._engine, request)
+        except TinkError as error:
+            failure = failure_of(error)
+        except Exception as error:  # the engine's boundary: the job failed, the server goes on
+            log.exception("engine error", model=request.model_id, op_no=request.op_no)
+            failure = failure_of(error)
+        run_ms = (self._world.monotonic() - began) * 1000
+        log.info(
+            "op",
+            model=request.model_id,
+            op_no=request.op_no,
+            op=type(request.op).__name__,
+            job=request.job_id,
+            ms=round(run_ms, 1),
+            loss=result.loss if result else None,
+            failure=failure.message if failure else None,
+        )
+        if result is None:
+            return Outcome(request.job_id, "failed", failure=failure)
+        return Outcome(request.job_id, "done", msgspec.structs.replace(result, run_ms=run_ms))
+
+
+def apply(engine: Engine, request: OpRequest) -> OpResult:
+    """Does the operation. Raises what the engine raises."""
+    model_id, op = request.model_id, request.op
+    origin = f"{model_id}:{request.op_no}:{request.job_id}"
+    match op:
+        case CreateModel():
+            return OpResult(model=engine.create(model_id, op))
+        case Forward():
+            return engine.forward(model_id, op)
+        case ForwardBackward():
+            return engine.forward_backward(model_id, op)
+        case OptimStep():
+            return OpResult(metrics=engine.optim_step(model_id, op))
+        case SaveState():
+            return OpResult(files=engine.save_state(model_id, op, origin))
+        case LoadState():
+            engine.load_state(model_id, op)
+            return OpResult()
+        case ExportAdapter():
+            return OpResult(files=engine.export_adapter(model_id, op, origin))
+        case RemoveModel():
+            engine.remove(model_id)
+            return OpResult()
+        case Skip():
+            return OpResult()
+        case _:
+            assert_never(op)

@@ -1,0 +1,207 @@
+"""The training server as a process: options, listening, signals, the end.
+
+    python -m tink.trainer [--port N] [--artifacts DIR] ...
+
+It listens before the model is loaded, so that its supervisor sees it at once. SIGTERM lets the ops
+that run finish (for TRAINER_GRACE seconds) and exits 0; SIGINT is ignored, because a Ctrl-C reaches
+the whole process group and the supervisor decides what it means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import hypercorn.config
+import hypercorn.trio
+import msgspec
+import structlog
+import trio
+
+from tink.errors import StartupError
+from tink.limits import TRAINER_GRACE
+from tink.trainer.artifacts import Artifacts
+from tink.trainer.engines.base import Engine
+from tink.trainer.server import Trainer, application
+from tink.world import World
+
+log = structlog.get_logger("tink.trainer")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`model` None: the built-in tiny one, made under `home`. `artifacts` None: `home`/artifacts.
+    `orphan_seconds`: exit when no worker has called for so long; 0 is never. `token`: what callers
+    must carry, needed to listen on anything but loopback."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    artifacts: Path | None = None
+    model: str | None = None
+    model_name: str | None = None
+    dtype: str = "float32"
+    slots: int = 4
+    threads: int = 1
+    ready_file: Path | None = None
+    orphan_seconds: float = 0.0
+    token: str | None = None
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The ready file: written once the port is bound, before the model is loaded."""
+
+    pid: int
+    port: int
+    incarnation: str
+
+
+def run(options: Options, world: World | None = None) -> int:
+    """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
+    _check(options)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trio.run(_serve, options, world or World())
+    return 0
+
+
+def _check(options: Options) -> None:
+    loopback = options.host == "localhost" or (
+        _is_address(options.host) and ipaddress.ip_address(options.host).is_loopback
+    )
+    if not loopback and not options.token:
+        raise StartupError(f"--host {options.host} lets other machines in: set TINK_TRAINER_TOKEN first")
+    if options.slots < 1 or options.threads < 1:
+        raise StartupError("--slots and --threads must be 1 or more")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _serve(options: Options, world: World) -> None:
+    config = hypercorn.config.Config()
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    config.bind = [f"{host}:{options.port}"]
+    config.errorlog = None
+    config.graceful_timeout = 1.0
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        trainer = Trainer(world, options.slots, nursery)
+        serve = partial(
+            hypercorn.trio.serve,
+            application(trainer, options.token),
+            config,
+            shutdown_trigger=stop.wait,
+        )
+        binds = await nursery.start(serve)
+        port = urlsplit(binds[0]).port
+        log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
+        if options.ready_file is not None:
+            _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
+        nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation))
+        nursery.start_soon(_await_sigterm, stop)
+        if options.orphan_seconds:
+            nursery.start_soon(_await_silence, trainer, options.orphan_seconds, world, stop)
+        await stop.wait()
+        with trio.move_on_after(TRAINER_GRACE) as grace:
+            await trainer.finish()
+        if grace.cancelled_caught:
+            # Threads cannot be stopped, and what they were computing is in the journal.
+            log.warning("stopped with work unfinished")
+            os._exit(0)
+        nursery.cancel_scope.cancel()
+    log.info("stopped")
+
+
+def _build(options: Options, incarnation: str) -> Engine:
+    """In a thread: importing torch and reading the model takes seconds."""
+    from tink.trainer import tiny
+    from tink.trainer.engines import frozen, hf
+
+    if options.model is None:
+        directory, name = tiny.ensure(options.home), tiny.NAME
+    else:
+        directory, name = _find(options.model), options.model
+    artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
+    base = frozen.load(directory, options.model_name or name, options.dtype)
+    return hf.HFEngine(base, artifacts, options.threads)
+
+
+def _find(model: str) -> Path:
+    """A directory, or what the Hugging Face hub has under that name (from its cache when offline)."""
+    directory = Path(model)
+    if directory.is_dir():
+        return directory.resolve()
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    return Path(snapshot_download(model, allow_patterns=patterns))
+
+
+def _write_ready(path: Path, ready: Ready) -> None:
+    scratch = path.with_name(f"{path.name}.{ready.pid}")
+    scratch.write_bytes(msgspec.json.encode(ready))
+    scratch.replace(path)
+
+
+async def _await_sigterm(stop: trio.Event) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            log.info("told to stop")
+            stop.set()
+
+
+async def _await_silence(trainer: Trainer, seconds: float, world: World, stop: trio.Event) -> None:
+    """A worker that was killed leaves its child behind; the child notices by itself."""
+    while (silence := world.monotonic() - trainer.called_at) < seconds:
+        left = seconds - silence
+        await trio.sleep(left)
+    log.info("no worker has called", seconds=seconds)
+    stop.set()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(bool_as_flag=False),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        return run(parse(arguments))
+    except StartupError as error:
+        print(f"tink trainer: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    home = Path(os.environ.get("TINK_HOME") or Path.home() / ".tink")
+    parser = argparse.ArgumentParser(prog="tink trainer", description="Tink's training server.")
+    parser.add_argument("--home", type=Path, default=home, help="default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=0, help="0 (default): any free one")
+    parser.add_argument("--artifacts", type=Path, help="default: HOME/artifacts")
+    parser.add_argument("--model", help="directory or hub name; default: the built-in tiny one")
+    parser.add_argument("--model-name", help="the name it is served under; default: MODEL")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--slots", type=int, default=4, help="models that compute at once")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for each of them")
+    parser.add_argument("--ready-file", type=Path, help="written once the port is bound")
+    parser.add_argument("--orphan-seconds", type=float, default=0.0, help="0 (default): never")
+    token = os.environ.get("TINK_TRAINER_TOKEN") or None
+    return Options(**vars(parser.parse_args(arguments)), token=token)

@@ -1,0 +1,253 @@
+"""The HTTP side of `tink-train/1`: decodes, asks lanes and samples, encodes.
+
+Engines are built in a thread (`Trainer.load`), and everything that computes runs in threads, so health
+is answered at once whatever goes on.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Literal, TypeVar
+
+import msgspec
+import structlog
+import trio
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tink.errors import MalformedRequest, TinkError, TooLarge, Unauthorized
+from tink.limits import MAX_TRAINING_BODY
+from tink.trainer.engines.base import Engine
+from tink.trainer.lanes import Lanes
+from tink.trainer.ledger import Ledger, Refused
+from tink.trainer.protocol import (
+    MEDIA_TYPE,
+    PROTOCOL,
+    Health,
+    Info,
+    Message,
+    OpReply,
+    OpRequest,
+    RestoreRequest,
+    SampleReply,
+    SampleRequest,
+    SnapshotRequest,
+    encode,
+)
+from tink.trainer.samples import Samples
+from tink.world import World
+
+log = structlog.get_logger("tink.trainer")
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+
+# The SDK's body plus the envelope around it.
+MAX_BODY = MAX_TRAINING_BODY + 64 * 1024
+
+
+class Trainer:
+    """What the routes serve. `slots`: how many models may compute at once. `nursery` owns the work."""
+
+    def __init__(self, world: World, slots: int, nursery: trio.Nursery) -> None:
+        self.incarnation = world.new_id()
+        self.ledger = Ledger(self.incarnation)
+        self.called_at = world.monotonic()
+        self._world = world
+        self._slots = slots
+        self._nursery = nursery
+        self._detail = ""
+        self._broken = False
+        self._loaded = trio.Event()
+        self._engine: Engine | None = None
+        self._lanes: Lanes | None = None
+        self._samples: Samples | None = None
+
+    async def load(self, build: Callable[[], Engine]) -> None:
+        """Builds the engine. If that fails, health says why, for as long as the process is left."""
+        try:
+            engine = await self._world.run_sync(build)
+        except Exception as error:
+            log.exception("the engine could not be built")
+            self._broken, self._detail = True, f"{type(error).__name__}: {error}"
+            return
+        finally:
+            self._loaded.set()
+        self._engine = engine
+        self._lanes = Lanes(self._world, engine, self.ledger, self._slots, self._nursery)
+        self._samples = Samples(self._world, engine, self._refuse, self._nursery)
+        log.info("ready", base_model=engine.facts.base_model, incarnation=self.incarnation)
+
+    def touch(self) -> None:
+        """A worker has called."""
+        self.called_at = self._world.monotonic()
+
+    async def finish(self) -> None:
+        """Lets what runs end; what is queued stays queued. Returns when no thread computes."""
+        await self._loaded.wait()
+        if self._lanes and self._samples:
+            await self._lanes.finish()
+            await self._samples.finish()
+
+    @property
+    def health(self) -> Health:
+        state: Literal["loading", "ready", "broken"] = "ready" if self._lanes else "loading"
+        if self._broken:
+            state = "broken"
+        running = self._lanes.running() if self._lanes else []
+        return Health(PROTOCOL, self.incarnation, state, self._detail, running)
+
+    @property
+    def info(self) -> Info:
+        self._check_ready()
+        assert self._engine is not None
+        return Info(PROTOCOL, self.incarnation, **asdict(self._engine.facts))
+
+    @property
+    def lanes(self) -> Lanes:
+        self._check_ready()
+        assert self._lanes is not None
+        return self._lanes
+
+    @property
+    def samples(self) -> Samples:
+        self._check_ready()
+        assert self._samples is not None
+        return self._samples
+
+    def _check_ready(self) -> None:
+        if self._broken:
+            raise self._refuse(503, "broken", self._detail)
+        if self._lanes is None:
+            raise self._refuse(503, "loading", "the model is being loaded", retryable=True)
+
+    def _refuse(self, status: int, error: str, message: str, retryable: bool = False) -> Refused:
+        return self.ledger.refused(status, error, message, retryable=retryable)
+
+
+def application(trainer: Trainer, token: str | None = None) -> Starlette:
+    """The ASGI app. With a token, every call but health must carry it as a bearer token."""
+
+    async def health(request: Request) -> Response:
+        return _json(trainer.health)
+
+    async def info(request: Request) -> Response:
+        return _json(trainer.info)
+
+    async def state(request: Request) -> Response:
+        trainer.lanes  # noqa: B018 - 503 while loading
+        return _json(trainer.ledger.state())
+
+    async def post_op(request: Request) -> Response:
+        return _reply(await trainer.lanes.submit(await _read(request, OpRequest)))
+
+    async def get_op(request: Request) -> Response:
+        return _reply(await trainer.lanes.poll(*_op(request), _wait(request)))
+
+    async def cancel_op(request: Request) -> Response:
+        return _reply(trainer.lanes.cancel(*_op(request)))
+
+    async def post_sample(request: Request) -> Response:
+        return _reply(await trainer.samples.submit(await _read(request, SampleRequest)))
+
+    async def get_sample(request: Request) -> Response:
+        sample_id = request.path_params["sample_id"]
+        return _reply(await trainer.samples.poll(sample_id, _wait(request)))
+
+    async def post_snapshot(request: Request) -> Response:
+        return _answer(await trainer.lanes.snapshot(await _read(request, SnapshotRequest)))
+
+    async def post_restore(request: Request) -> Response:
+        return _answer(await trainer.lanes.restore(await _read(request, RestoreRequest)))
+
+    def guarded(handler: Handler) -> Handler:
+        async def call(request: Request) -> Response:
+            if token is not None and not _carries(request, token):
+                raise Unauthorized("pass TINK_TRAINER_TOKEN as a bearer token")
+            trainer.touch()
+            try:
+                return await handler(request)
+            finally:
+                trainer.touch()
+
+        return call
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return _answer(error.refusal, error.status)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, TinkError)
+        answer = trainer.ledger.refused(error.status, _name(error), str(error))
+        return _answer(answer.refusal, answer.status)
+
+    return Starlette(
+        routes=[
+            Route("/v1/health", health),
+            Route("/v1/info", guarded(info)),
+            Route("/v1/state", guarded(state)),
+            Route("/v1/ops", guarded(post_op), methods=["POST"]),
+            Route("/v1/ops/{model_id}/{op_no:int}", guarded(get_op)),
+            Route("/v1/ops/{model_id}/{op_no:int}/cancel", guarded(cancel_op), methods=["POST"]),
+            Route("/v1/samples", guarded(post_sample), methods=["POST"]),
+            Route("/v1/samples/{sample_id}", guarded(get_sample)),
+            Route("/v1/snapshots", guarded(post_snapshot), methods=["POST"]),
+            Route("/v1/restores", guarded(post_restore), methods=["POST"]),
+        ],
+        exception_handlers={Refused: refused, TinkError: failed},
+    )
+
+
+def _carries(request: Request, token: str) -> bool:
+    given = request.headers.get("authorization", "")
+    return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+
+
+async def _read(request: Request, kind: type[T]) -> T:
+    """The body, read no further than its limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise TooLarge(f"the body is over {MAX_BODY} bytes")
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise MalformedRequest(f"not a {kind.__name__}: {error}") from error
+
+
+def _op(request: Request) -> tuple[str, int]:
+    return request.path_params["model_id"], request.path_params["op_no"]
+
+
+def _wait(request: Request) -> float:
+    try:
+        return float(request.query_params.get("wait", 0.0))
+    except ValueError as error:
+        raise MalformedRequest("wait is not a number of seconds") from error
+
+
+def _name(error: TinkError) -> str:
+    """The Refusal's word for errors that are not in the protocol's table."""
+    names: dict[type[TinkError], str] = {
+        MalformedRequest: "malformed",
+        Unauthorized: "unauthorized",
+        TooLarge: "too_large",
+    }
+    return names.get(type(error), "failed")
+
+
+def _reply(reply: OpReply | SampleReply) -> Response:
+    return _answer(reply, 200 if reply.state in ("done", "failed") else 202)
+
+
+def _answer(message: Message, status: int = 200) -> Response:
+    return Response(encode(message), status, media_type=MEDIA_TYPE)
+
+
+def _json(message: Message) -> Response:
+    return Response(msgspec.json.encode(message), media_type="application/json")
