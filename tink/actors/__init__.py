@@ -1,0 +1,1 @@
+"""The worker's actors: Trio tasks with mailboxes. They perform what tink/domain decides."""

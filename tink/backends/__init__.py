@@ -1,0 +1,1 @@
+"""Clients of the servers that do the work. One transport, one client a protocol."""

@@ -77,7 +77,8 @@ class ClientFailed(Event, frozen=True, kw_only=True, tag="client_failed"):
 class JobAccepted(Event, frozen=True, kw_only=True, tag="job_accepted"):
     """The job and its body are on stable storage; the client may be told so. `request` is the JSON of
     a command, `body_sha256` names the body of a data op in the body store (`codec` as received).
-    `seed` was drawn at acceptance for a sample that named none."""
+    `seed` was drawn at acceptance for a sample that named none. `invalid`: the body could not be
+    served; the job fails with that when its turn comes, for its number must be consumed."""
 
     op: OpName
     seq_id: int
@@ -89,15 +90,18 @@ class JobAccepted(Event, frozen=True, kw_only=True, tag="job_accepted"):
     codec: str = "identity"
     seed: int | None = None
     num_samples: int | None = None
+    invalid: str | None = None
 
 
 class JobStarted(Event, frozen=True, kw_only=True, tag="job_started"):
-    """About to be sent to a backend. A training job gets its op_no with attempt 1 and keeps it."""
+    """About to be sent to a backend. A training job gets its op_no with attempt 1 and keeps it, and
+    the `directory` it reads or writes: a redo takes them from here, whatever has happened since."""
 
     attempt: int
     backend: str
     op_no: int | None = None
     seq_id: int | None = None
+    directory: str | None = None
 
 
 class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):

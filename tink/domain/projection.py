@@ -142,6 +142,7 @@ def _(event: events.JobStarted, record: Record) -> Iterator[Change]:
         "attempts": event.attempt,
         "backend": event.backend,
         "op_no": event.op_no,
+        "directory": event.directory,
         "started_at": record.at,
     }
     yield Update("jobs", (record.subject.job_id,), values)

@@ -77,6 +77,7 @@ class Job(Row, kw_only=True):
     op_no: int | None = None
     attempts: int = 0
     backend: str | None = None
+    directory: str | None = None
     accepted_seq: int
     submitted_at: float
     started_at: float | None = None

@@ -20,7 +20,14 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from tink.domain import rows
-from tink.domain.events import AnyEvent, IncarnationStarted, IncarnationStopped, Record, Subject
+from tink.domain.events import (
+    AnyEvent,
+    IncarnationStarted,
+    IncarnationStopped,
+    JobAccepted,
+    Record,
+    Subject,
+)
 from tink.domain.projection import Ledger, project
 from tink.errors import JournalUnavailable, StartupError
 from tink.journal import migrations, schema, store
@@ -46,6 +53,7 @@ class Journal:
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._seq = 0
         self._committed: list[Record] = []
+        self._acceptances: dict[str, JobAccepted] = {}  # of open jobs
         self._recent: OrderedDict[str, rows.Job] = OrderedDict()
         self._commits: GroupCommit[Entry] = GroupCommit(
             self._commit, world, max_bytes=BATCH_BYTES, then=self._apply
@@ -110,12 +118,17 @@ class Journal:
 
         return await self._world.run_sync(read, limiter=self._readers)
 
-    async def acceptance(self, job: rows.Job) -> Record:
+    async def acceptance(self, job: rows.Job) -> JobAccepted:
         """The event that accepted a job: it holds the request of a command."""
+        if job.job_id in self._acceptances:
+            await trio.lowlevel.checkpoint()
+            return self._acceptances[job.job_id]
 
-        def read() -> Record:
+        def read() -> JobAccepted:
             with database_errors("reading an event"), self._reader.connect() as connection:
-                return store.event_of(connection, job.accepted_seq)
+                event = store.event_of(connection, job.accepted_seq).event
+            assert isinstance(event, JobAccepted), f"event {job.accepted_seq} is no acceptance"
+            return event
 
         return await self._world.run_sync(read, limiter=self._readers)
 
@@ -130,6 +143,19 @@ class Journal:
             with database_errors("reading a model's jobs"), self._reader.connect() as connection:
                 found = connection.execute(query.order_by(table.c.op_no)).mappings()
                 return [rows.Job(**row) for row in found]
+
+        return await self._world.run_sync(read, limiter=self._readers)
+
+    async def directories_loaded(self) -> set[str]:
+        """The directories that a model was loaded from, ever."""
+        table = schema.jobs
+
+        def read() -> set[str]:
+            query = select(table.c.directory).where(
+                table.c.op == "load_weights", table.c.directory.is_not(None)
+            )
+            with database_errors("reading the loads"), self._reader.connect() as connection:
+                return set(connection.execute(query).scalars())
 
         return await self._world.run_sync(read, limiter=self._readers)
 
@@ -183,13 +209,16 @@ class Journal:
     def _apply(self) -> None:
         jobs = self.ledger.table("jobs", rows.Job)
         for record in self._committed:
-            changes = project(record)
-            self.ledger.apply(changes)
-            for change in changes:
-                if change.table == "jobs" and (job_id := record.subject.job_id) is not None:
-                    job = jobs[(job_id,)]
-                    if job.state not in rows.OPEN:
-                        self._recent[job_id] = jobs.pop((job_id,))
+            self.ledger.apply(project(record))
+            job_id = record.subject.job_id
+            job = jobs.get((job_id,))
+            if job_id is None or job is None:
+                continue
+            if isinstance(record.event, JobAccepted):
+                self._acceptances[job_id] = record.event
+            elif job.state not in rows.OPEN:
+                self._recent[job_id] = jobs.pop((job_id,))
+                self._acceptances.pop(job_id, None)
         while len(self._recent) > RECENT_JOBS:
             self._recent.popitem(last=False)
 

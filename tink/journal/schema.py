@@ -141,6 +141,7 @@ jobs = Table(
     Column("op_no", BigInteger),
     Column("attempts", Integer, nullable=False),
     Column("backend", Text),
+    Column("directory", Text),
     Column("accepted_seq", BigInteger, ForeignKey("events.seq"), nullable=False),
     Column("submitted_at", Double, nullable=False),
     Column("started_at", Double),

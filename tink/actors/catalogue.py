@@ -1,0 +1,309 @@
+"""Sessions, models, samplers and checkpoints: what is there, whose it is, and the small changes to it.
+Part of the Router; an id of another tenant does not exist here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+import trio
+
+from tink.actors import plans
+from tink.actors.trainer_link import TrainerLink
+from tink.domain import ids, messages, rows
+from tink.domain.events import (
+    CheckpointChanged,
+    CheckpointDeleted,
+    ClientFailed,
+    SamplerCreated,
+    SessionCreated,
+    SessionFinished,
+    SessionMoved,
+    Subject,
+)
+from tink.domain.routing import Routes
+from tink.errors import NotFound, UserError
+from tink.errors import SessionFinished as SessionIsFinished
+from tink.journal.journal import Journal
+from tink.world import World
+
+R = TypeVar("R", bound=rows.Row)
+
+# Between two looks for checkpoints whose time is up.
+EXPIRY_SECONDS = 60.0
+
+log = structlog.get_logger()
+
+
+class Catalogue:
+    def __init__(
+        self, journal: Journal, link: TrainerLink, routes: Routes, artifacts: Path, world: World
+    ) -> None:
+        self._journal, self._link, self._routes = journal, link, routes
+        self._artifacts, self._world = artifacts, world
+        # One change at a time: what is decided from the ledger is true when it is committed.
+        self._lock = trio.Lock()
+
+    async def answer(self, ask: messages.Question) -> Any:
+        match ask:
+            case messages.CreateSession():
+                return await self._create_session(ask)
+            case messages.Heartbeat():
+                if self.session(ask.tenant, ask.session_id).state == "finished":
+                    raise SessionIsFinished(f"the session {ask.session_id} was finished by its client")
+                return None
+            case messages.FinishSession():
+                return await self._finish_session(ask)
+            case messages.MoveSession():
+                session = self.session(ask.tenant, ask.session_id)
+                subject = Subject(tenant=ask.tenant, session_id=session.session_id)
+                return await self._journal.append((subject, SessionMoved(project_id=ask.project_id)))
+            case messages.GetSession():
+                return self._session_view(ask)
+            case messages.ListSessions():
+                return _newest_first(self._mine("sessions", rows.Session, ask.tenant))
+            case messages.ReportClientFailure():
+                subject = Subject(tenant=ask.tenant, session_id=ask.session_id)
+                failed = ClientFailed(exception_type=ask.exception_type[:200])
+                return await self._journal.append((subject, failed))
+            case messages.GetModel():
+                return await self._model_view(self._live_model(ask.tenant, ask.model_id))
+            case messages.ListModels():
+                return await self._list_models(ask)
+            case messages.CreateSampler():
+                return await self._create_sampler(ask)
+            case messages.GetSampler():
+                return self.sampler(ask.tenant, ask.sampler_id)
+            case messages.ListCheckpoints():
+                return self._list_checkpoints(ask)
+            case messages.GetCheckpoint():
+                return self._checkpoint_view(ask)
+            case messages.ChangeCheckpoint():
+                return await self._change_checkpoint(ask)
+            case messages.DeleteCheckpoint():
+                return await self._delete_checkpoint(ask)
+            case messages.GetCapabilities():
+                return await self._capabilities()
+        raise TypeError(f"not a question for the catalogue: {ask}")
+
+    # -- sessions -----------------------------------------------------------------------------------
+
+    def session(self, tenant: str, session_id: str) -> rows.Session:
+        return self._owned("sessions", rows.Session, tenant, session_id, "session")
+
+    async def _create_session(self, ask: messages.CreateSession) -> messages.Created:
+        async with self._lock:
+            if ask.idempotency_key is not None:
+                for session in self._mine("sessions", rows.Session, ask.tenant):
+                    if session.idempotency_key == ask.idempotency_key:
+                        return messages.Created(session.session_id)
+            session_id = self._world.new_id()
+            created = SessionCreated(
+                tags=ask.tags,
+                user_metadata=ask.user_metadata,
+                sdk_version=ask.sdk_version,
+                project_id=ask.project_id,
+                display_name=ask.display_name,
+                idempotency_key=ask.idempotency_key,
+            )
+            await self._journal.append((Subject(tenant=ask.tenant, session_id=session_id), created))
+            return messages.Created(session_id)
+
+    async def _finish_session(self, ask: messages.FinishSession) -> None:
+        async with self._lock:
+            if self.session(ask.tenant, ask.session_id).state == "open":
+                subject = Subject(tenant=ask.tenant, session_id=ask.session_id)
+                finished = SessionFinished(reason=ask.reason, detail=ask.detail)
+                await self._journal.append((subject, finished))
+
+    def _session_view(self, ask: messages.GetSession) -> messages.SessionView:
+        session = self.session(ask.tenant, ask.session_id)
+        models = [m for m in self._mine("models", rows.Model, ask.tenant) if m.state == "live"]
+        samplers = self._mine("samplers", rows.Sampler, ask.tenant)
+        return messages.SessionView(
+            row=session,
+            model_ids=[m.model_id for m in models if m.session_id == session.session_id],
+            sampler_ids=[s.sampler_id for s in samplers if s.session_id == session.session_id],
+        )
+
+    # -- models and samplers ------------------------------------------------------------------------
+
+    def sampler(self, tenant: str, sampler_id: str) -> rows.Sampler:
+        return self._owned("samplers", rows.Sampler, tenant, sampler_id, "sampler")
+
+    def _live_model(self, tenant: str, model_id: str) -> rows.Model:
+        model = self._owned("models", rows.Model, tenant, model_id, "model")
+        if model.state != "live":
+            raise NotFound(f"there is no model {model_id}")
+        return model
+
+    async def _model_view(self, model: rows.Model) -> messages.ModelView:
+        served = (await self._link.life()).info
+        saved = _newest_first(
+            c for c in self._live_checkpoints(model.tenant) if c.model_id == model.model_id
+        )
+        return messages.ModelView(
+            row=model,
+            arch=served.arch,
+            tokenizer=served.base_path,
+            last_checkpoint=next((c for c in saved if c.kind == "weights"), None),
+            last_sampler_checkpoint=next((c for c in saved if c.kind == "sampler_weights"), None),
+        )
+
+    async def _list_models(self, ask: messages.ListModels) -> list[messages.ModelView]:
+        models = _newest_first(m for m in self._mine("models", rows.Model, ask.tenant) if m.state == "live")
+        if ask.project_id is not None:
+            models = [
+                m for m in models if self.session(ask.tenant, m.session_id).project_id == ask.project_id
+            ]
+        return [await self._model_view(model) for model in models]
+
+    async def _create_sampler(self, ask: messages.CreateSampler) -> messages.Created:
+        served = (await self._link.life()).info
+        async with self._lock:
+            self.session(ask.tenant, ask.session_id)
+            sampler_id = ids.sampler_id(ask.session_id, ask.sampling_seq_id)
+            if (sampler_id,) in self._journal.ledger.tables["samplers"]:
+                return messages.Created(sampler_id)
+            adapter_id = None
+            if ask.model_path is not None:
+                address = ids.Address.parse(ask.model_path)
+                checkpoint = plans.find_checkpoint(self._journal.ledger, address, ask.tenant)
+                if checkpoint.adapter_id is None:
+                    raise UserError(
+                        f"{address} holds a training state, not sampler weights: pass the path that "
+                        "save_weights_for_sampler gave"
+                    )
+                adapter_id = checkpoint.adapter_id
+            elif ask.base_model is not None:
+                plans.check_base_model(ask.base_model, served)
+            else:
+                raise UserError("a sampler needs base_model or model_path")
+            created = SamplerCreated(
+                sampler_id=sampler_id,
+                sampling_seq_id=ask.sampling_seq_id,
+                base_model=served.base_model,
+                model_path=ask.model_path,
+            )
+            subject = Subject(tenant=ask.tenant, session_id=ask.session_id, adapter_id=adapter_id)
+            await self._journal.append((subject, created))
+            return messages.Created(sampler_id)
+
+    async def _capabilities(self) -> messages.Capabilities:
+        served = (await self._link.life()).info
+        model = messages.ServedModel(
+            name=served.base_model,
+            max_context=served.max_context,
+            trainable=self._routes.training is not None,
+            sampleable=self._routes.sampling is not None,
+        )
+        return messages.Capabilities(models=[model], mode=self._routes.mode)
+
+    # -- checkpoints --------------------------------------------------------------------------------
+
+    def _live_checkpoints(self, tenant: str) -> list[rows.Checkpoint]:
+        now = self._world.now()
+        return [
+            checkpoint
+            for checkpoint in self._mine("checkpoints", rows.Checkpoint, tenant)
+            if checkpoint.state == "live" and (checkpoint.expires_at is None or checkpoint.expires_at > now)
+        ]
+
+    def _list_checkpoints(self, ask: messages.ListCheckpoints) -> list[rows.Checkpoint]:
+        found = self._live_checkpoints(ask.tenant)
+        if ask.model_id is not None:
+            self._live_model(ask.tenant, ask.model_id)
+            found = [checkpoint for checkpoint in found if checkpoint.model_id == ask.model_id]
+        return _newest_first(found)
+
+    def _own_checkpoint(self, tenant: str, text: str) -> rows.Checkpoint:
+        address = ids.Address.parse(text)
+        for checkpoint in self._live_checkpoints(tenant):
+            if (checkpoint.model_id, checkpoint.kind, checkpoint.name) == tuple(address):
+                return checkpoint
+        raise NotFound(f"there is no checkpoint {address}")
+
+    def _checkpoint_view(self, ask: messages.GetCheckpoint) -> messages.CheckpointView:
+        try:
+            row = plans.find_checkpoint(self._journal.ledger, ids.Address.parse(ask.address), ask.tenant)
+        except UserError as error:
+            raise NotFound(str(error)) from None
+        model = self._journal.ledger.table("models", rows.Model)[(row.model_id,)]
+        folder = self._artifacts / row.directory
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        return messages.CheckpointView(row=row, model=model, files=files)
+
+    async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:
+        if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= plans.LONGEST_TTL:
+            raise UserError(f"ttl_seconds {ask.ttl_seconds} cannot be used: 1 to {plans.LONGEST_TTL} can")
+        async with self._lock:
+            checkpoint = self._own_checkpoint(ask.tenant, ask.address)
+            expires_at = checkpoint.expires_at
+            if ask.set_ttl:
+                expires_at = None if ask.ttl_seconds is None else self._world.now() + ask.ttl_seconds
+            changed = CheckpointChanged(
+                checkpoint_id=checkpoint.checkpoint_id,
+                public=checkpoint.public if ask.public is None else ask.public,
+                expires_at=expires_at,
+            )
+            await self._journal.append((_subject(checkpoint), changed))
+
+    async def _delete_checkpoint(self, ask: messages.DeleteCheckpoint) -> None:
+        async with self._lock:
+            await self._drop([self._own_checkpoint(ask.tenant, ask.address)], "deleted")
+
+    async def expire_for_ever(self) -> None:
+        """Deletes checkpoints whose time is up, as long as it runs."""
+        while True:
+            now = self._world.now()
+            async with self._lock:
+                await self._drop(
+                    [
+                        c
+                        for c in self._journal.ledger.table("checkpoints", rows.Checkpoint).values()
+                        if c.state == "live" and c.expires_at is not None and c.expires_at <= now
+                    ],
+                    "expired",
+                )
+            await trio.sleep(EXPIRY_SECONDS)
+
+    async def _drop(self, checkpoints: list[rows.Checkpoint], reason: Any) -> None:
+        """The event first, then the files. Those stay that a sampler still needs, or that a model was
+        loaded from: a redo of it would read them again."""
+        if not checkpoints:
+            return
+        await self._journal.append(
+            *(
+                (_subject(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason=reason))
+                for c in checkpoints
+            )
+        )
+        sampled = {s.adapter_id for s in self._journal.ledger.table("samplers", rows.Sampler).values()}
+        loaded = await self._journal.directories_loaded()
+        for checkpoint in checkpoints:
+            if checkpoint.adapter_id in sampled - {None} or checkpoint.directory in loaded:
+                continue
+            log.info("checkpoint files removed", address=checkpoint.address, reason=reason)
+            await self._world.run_sync(shutil.rmtree, self._artifacts / checkpoint.directory, True)
+
+    # -- lookups ------------------------------------------------------------------------------------
+
+    def _owned(self, table: str, kind: type[R], tenant: str, key: str, what: str) -> R:
+        row = self._journal.ledger.table(table, kind).get((key,))
+        if row is None or row.tenant != tenant:  # type: ignore[attr-defined]  # every owned table has one
+            raise NotFound(f"there is no {what} {key[:200]}")
+        return row
+
+    def _mine(self, table: str, kind: type[R], tenant: str) -> list[R]:
+        return [row for row in self._journal.ledger.table(table, kind).values() if row.tenant == tenant]  # type: ignore[attr-defined]
+
+
+def _newest_first(found: Iterable[R]) -> list[R]:
+    return sorted(found, key=lambda row: row.created_at, reverse=True)  # type: ignore[attr-defined]
+
+
+def _subject(checkpoint: rows.Checkpoint) -> Subject:
+    return Subject(tenant=checkpoint.tenant, model_id=checkpoint.model_id, adapter_id=checkpoint.adapter_id)

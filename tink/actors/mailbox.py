@@ -1,0 +1,70 @@
+"""Mailboxes: bounded, typed, and with one-shot replies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Generic, TypeVar
+
+import trio
+
+M = TypeVar("M")
+A = TypeVar("A")
+
+
+class Reply(Generic[A]):
+    """A place for one answer or one error, and the one who waits for it."""
+
+    def __init__(self) -> None:
+        self._done = trio.Event()
+        self._answer: A | None = None
+        self._error: BaseException | None = None
+        self.abandoned = False
+
+    def set(self, answer: A) -> None:
+        if not self._done.is_set():
+            self._answer = answer
+            self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        if not self._done.is_set():
+            self._error = error
+            self._done.set()
+
+    async def wait(self) -> A:
+        """The answer, or raises the error. Cancelled: the reply is `abandoned`, and whoever would give
+        it may save himself the work."""
+        try:
+            await self._done.wait()
+        except trio.Cancelled:
+            self.abandoned = True
+            raise
+        if self._error is not None:
+            raise self._error
+        return self._answer  # type: ignore[return-value]  # set() gave an A
+
+
+class Mailbox(Generic[M]):
+    """A bounded queue with one reader. `capacity` is its back-pressure: `send` waits when it is full."""
+
+    def __init__(self, capacity: int) -> None:
+        self._send: trio.MemorySendChannel[M]
+        self._receive: trio.MemoryReceiveChannel[M]
+        self._send, self._receive = trio.open_memory_channel[M](capacity)
+
+    async def send(self, message: M) -> None:
+        await self._send.send(message)
+
+    def send_nowait(self, message: M) -> None:
+        """For senders that are bounded by other means; a full mailbox is a bug then."""
+        self._send.send_nowait(message)
+
+    def clear(self) -> None:
+        """Forgets what is in it."""
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self._receive.receive_nowait()
+
+    async def __aiter__(self) -> AsyncIterator[M]:
+        while True:
+            yield await self._receive.receive()

@@ -1,0 +1,198 @@
+"""The training lane: sends one operation after another to the training server, whatever its engine.
+
+A slot is one operation in flight: one for Megatron, MAX_WORKERS for the HuggingFace engine. The router
+hands it at most one job of a model at a time, so the queue is fair between models by its order alone:
+a model's next job joins at the end.
+
+A server that has lost state (it was restarted) is brought up to date before anything new is sent: the
+model's journaled operations since are applied again, in order, and compared with what they gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import structlog
+import trio
+
+from tink.actors import plans
+from tink.actors.mailbox import Mailbox
+from tink.actors.settling import Settle, request_of
+from tink.actors.trainer_link import Life, TrainerLink
+from tink.backends.trainer import Refused, TrainerGone
+from tink.domain import rows
+from tink.domain.events import Diverged, JobDone, JobFailed, JobStarted
+from tink.errors import BackendError, UserError
+from tink.journal.journal import Entry, Journal
+from tink.limits import MAX_OPEN_JOBS
+from tink.trainer import protocol
+from tink.world import World
+
+log = structlog.get_logger()
+
+
+class MegatronActor:
+    """Runs the training jobs that `mailbox` names, and settles each with its terminal event."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        link: TrainerLink,
+        settle: Settle,
+        world: World,
+        *,
+        slots: int,
+        alpha: float,
+        max_attempts: int,
+    ) -> None:
+        self._journal, self._link, self._settle, self._world = journal, link, settle, world
+        self._slots = trio.CapacityLimiter(slots)
+        self._alpha, self._max_attempts = alpha, max_attempts
+        self.mailbox: Mailbox[str] = Mailbox(MAX_OPEN_JOBS)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            async for job_id in self.mailbox:
+                token = object()
+                await self._slots.acquire_on_behalf_of(token)
+                nursery.start_soon(self._run_one, job_id, token)
+
+    async def _run_one(self, job_id: str, token: object) -> None:
+        try:
+            job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
+            entries = await self._outcome(job)
+            await self._journal.append(*entries)
+        finally:
+            self._slots.release_on_behalf_of(token)
+        await self._settle(job_id)
+
+    async def _outcome(self, job: rows.Job) -> list[Entry]:
+        """Runs the job to its end; the events that record it, the terminal one first."""
+        life = await self._link.life()
+        context = plans.Context(self._journal.ledger, life.info, self._alpha)
+        try:
+            body = await request_of(self._journal, job)
+            op_no = job.op_no or self._model(job).op_no + 1
+            plan = plans.training(job, body, op_no, context)
+        except UserError as error:
+            return [self._failed(job, "user", str(error))]
+        if job.attempts == 0:
+            await self._start(job, op_no, plan, attempt=1)
+        try:
+            reply = await self._send(life, job, op_no, plan)
+        except BackendError as error:
+            return [self._failed(job, "server", str(error))]
+        if reply.failure is not None:
+            return [self._failed(job, reply.failure.category, reply.failure.message)]
+        result = reply.result
+        assert result is not None, "a done op has a result"
+        answer, more = plans.conclusion(job, body, plan, result, context, self._world.now())
+        digest = await self._journal.bodies.put(result.body) if answer is None else None
+        done = JobDone(
+            result=answer,
+            result_sha256=digest,
+            result_bytes=len(result.body),
+            tokens_in=result.tokens,
+            loss_sum=result.loss,
+            metrics=result.metrics,
+            run_ms=result.run_ms,
+        )
+        return [(plans.subject(job), done), *more]
+
+    async def _start(self, job: rows.Job, op_no: int, plan: plans.Plan, attempt: int) -> None:
+        started = JobStarted(
+            attempt=attempt, backend="trainer", op_no=op_no, seq_id=job.seq_id, directory=plan.directory
+        )
+        await self._journal.append((plans.subject(job), started))
+
+    def _failed(self, job: rows.Job, category: str, error: str) -> Entry:
+        failed = JobFailed(
+            category="user" if category == "user" else "server", error=error, seq_id=job.seq_id
+        )
+        return plans.subject(job), failed
+
+    def _model(self, job: rows.Job) -> rows.Model:
+        return self._journal.ledger.table("models", rows.Model)[(job.model_id,)]
+
+    # -- talking to the server ----------------------------------------------------------------------
+
+    async def _send(self, life: Life, job: rows.Job, op_no: int, plan: plans.Plan) -> protocol.OpReply:
+        """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
+        a server that came back without its state is brought up to date first. Raises BackendError after
+        the job has been running in `max_attempts` lives of the server that ended."""
+        model_id = str(job.model_id)
+        while True:
+            try:
+                await self._bring_up(life, model_id, op_no - 1)
+                reply = await life.client.op(self._request(life, job, op_no, plan.op))
+            except TrainerGone as error:
+                log.warning("training call lost", job=job.job_id, reason=str(error))
+            except Refused as error:
+                if error.refusal.applied is not None:
+                    life.applied[model_id] = error.refusal.applied
+                if error.answered not in (404, 409, 412, 429):
+                    raise
+                log.warning("training call refused", job=job.job_id, reason=str(error))
+                if error.answered == 429:
+                    await trio.sleep(0.1)
+                    continue
+                if error.answered in (404, 409) and error.refusal.error != "fenced":
+                    if error.answered == 404:
+                        life.applied.pop(model_id, None)
+                    continue
+            else:
+                life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
+                return reply
+            self._link.lost(life)
+            next_life = await self._link.life()
+            if next_life.incarnation != life.incarnation:
+                if job.attempts >= self._max_attempts:
+                    raise BackendError(
+                        f"the trainer died {job.attempts} times while it ran this job; given up after "
+                        f"TINK_MAX_ATTEMPTS={self._max_attempts}"
+                    )
+                await self._start(job, op_no, plan, attempt=job.attempts + 1)
+            life = next_life
+
+    def _request(self, life: Life, job: rows.Job, op_no: int, op: protocol.Op) -> protocol.OpRequest:
+        return protocol.OpRequest(
+            incarnation=life.incarnation,
+            lease=life.lease,
+            model_id=str(job.model_id),
+            op_no=op_no,
+            job_id=job.job_id,
+            op=op,
+            # The lane is serial: what came before this op has its terminal event.
+            acked=op_no - 1,
+        )
+
+    async def _bring_up(self, life: Life, model_id: str, upto: int) -> None:
+        """Applies again what the server lacks of the model's operations up to `upto`."""
+        applied = life.applied.get(model_id, 0)
+        if applied >= upto:
+            return
+        context = plans.Context(self._journal.ledger, life.info, self._alpha)
+        log.info("redo", model=model_id, first=applied + 1, last=upto)
+        for job in await self._journal.ops(model_id, applied, upto):
+            op_no = job.op_no
+            assert op_no is not None
+            mutates = job.state == "done" and job.op in plans.MUTATING
+            body = await request_of(self._journal, job) if mutates else b""
+            reply = await life.client.op(self._request(life, job, op_no, plans.again(job, body, context)))
+            life.applied[model_id] = op_no
+            if mutates:
+                await self._compare(job, reply)
+
+    async def _compare(self, job: rows.Job, reply: protocol.OpReply) -> None:
+        """A redo must give what the job gave. If it does not, the run goes on, and the journal says so."""
+        if reply.result is None:
+            detail = f"the redo failed: {reply.failure.message if reply.failure else reply.state}"
+        elif job.result_sha256 and hashlib.sha256(reply.result.body).hexdigest() != job.result_sha256:
+            detail = f"another result: loss {reply.result.loss}, journaled {job.loss_sum}"
+        elif job.op == "optim_step" and job.result != {"metrics": reply.result.metrics}:
+            detail = f"other metrics: {reply.result.metrics}, journaled {job.result}"
+        else:
+            return
+        log.error("diverged", job=job.job_id, detail=detail)
+        assert job.op_no is not None
+        await self._journal.append((plans.subject(job), Diverged(op_no=job.op_no, detail=detail)))

@@ -1,0 +1,468 @@
+"""From a journaled job to the trainer's operation, and from its answer to the events that end the job.
+Pure: everything comes in as arguments, and the same job gives the same plan in every life."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from tink.domain import events, ids, requests, rows
+from tink.domain.events import AnyEvent, JobAccepted, Subject
+from tink.domain.projection import Ledger
+from tink.errors import UserError
+from tink.limits import MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
+from tink.trainer import protocol
+
+Entry = tuple[Subject, AnyEvent]
+
+LONGEST_TTL = 10 * 365 * 24 * 3600
+
+# What a redo applies again; the other operations change no state.
+MUTATING = frozenset({"create_model", "load_weights", "forward_backward", "optim_step"})
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """`directory`: what the operation reads or writes under the artifact folder."""
+
+    op: protocol.Op
+    directory: str | None = None
+
+
+class Context(msgspec.Struct, frozen=True):
+    """What a plan depends on beside the job: the journal's state and what the trainer serves."""
+
+    ledger: Ledger
+    served: protocol.Info
+    alpha: float
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+
+def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
+    """The operation of a training job whose turn has come. Raises UserError if it cannot be served."""
+    model_id = _model_id(job)
+    if job.op != "create_model" and job.seq_id != 0:
+        model = context.ledger.table("models", rows.Model)[(model_id,)]
+        if model.state != "live":
+            raise UserError(f"the model {model_id} was never made: its creation failed")
+    match job.op:
+        case "forward":
+            return Plan(protocol.Forward(body))
+        case "forward_backward":
+            return Plan(protocol.ForwardBackward(body))
+        case "create_model":
+            return Plan(_create_model(model_id, requests.decode(body, requests.CreateModel), context))
+        case "optim_step":
+            return Plan(_optim_step(requests.decode(body, requests.OptimStep)))
+        case "load_weights":
+            return _load_weights(job, requests.decode(body, requests.LoadWeights), context)
+    directory = ids.directory(model_id, op_no, job.op)
+    match job.op:
+        case "save_weights":
+            _check_save(job, "weights", requests.decode(body, requests.SaveWeights), context.ledger)
+            return Plan(protocol.SaveState(directory), directory)
+        case "save_weights_for_sampler":
+            request = requests.decode(body, requests.SaveWeightsForSampler)
+            _check_save(job, "sampler_weights", request, context.ledger)
+            if request.path is None:
+                _check_ephemeral(job, request, context.ledger)
+            return Plan(protocol.ExportAdapter(directory), directory)
+        case "save_weights_external":
+            external = requests.decode(body, requests.SaveWeightsExternal)
+            if external.age_encryption_recipients:
+                raise UserError("encrypted exports are not supported: leave age_encryption_recipients out")
+            _check_save(job, "external_weights", external, context.ledger)
+            return Plan(protocol.ExportAdapter(directory), directory)
+    raise UserError(f"{job.op} is not a training operation")
+
+
+def again(job: rows.Job, body: bytes, context: Context) -> protocol.Op:
+    """The operation of a job that has run before, for a trainer that has lost it: exactly what it was
+    then, whatever has been renamed, deleted or configured since."""
+    if job.state == "failed" or job.op not in MUTATING:
+        return protocol.Skip()
+    model = context.ledger.table("models", rows.Model)[(_model_id(job),)]
+    match job.op:
+        case "forward_backward":
+            return protocol.ForwardBackward(body)
+        case "optim_step":
+            return _optim_step(requests.decode(body, requests.OptimStep))
+        case "load_weights" if job.seq_id != 0:
+            request = requests.decode(body, requests.LoadWeights)
+            return protocol.LoadState(path=str(job.directory), optimizer=request.optimizer)
+    source, optimizer = None, False
+    if job.op == "load_weights":
+        source, optimizer = job.directory, requests.decode(body, requests.LoadWeights).optimizer
+    assert model.rank is not None, "a model that was made has a rank"
+    assert model.alpha is not None
+    assert model.seed is not None
+    return protocol.CreateModel(
+        rank=model.rank,
+        alpha=model.alpha,
+        seed=model.seed,
+        train_attn=bool(model.train_attn),
+        train_mlp=bool(model.train_mlp),
+        train_unembed=bool(model.train_unembed),
+        source=source,
+        optimizer=optimizer,
+    )
+
+
+def check_base_model(name: str, served: protocol.Info) -> None:
+    """Raises UserError unless `name` is the model that is served, by its name or its path."""
+    if name not in (served.base_model, served.base_path):
+        raise UserError(f"the base model {name[:200]!r} is not served here: {served.base_model!r} is")
+
+
+def find_checkpoint(ledger: Ledger, address: ids.Address, tenant: str) -> rows.Checkpoint:
+    """The live checkpoint at `address` if `tenant` may read it, else UserError."""
+    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
+        if (
+            checkpoint.state == "live"
+            and (checkpoint.model_id, checkpoint.kind, checkpoint.name) == tuple(address)
+            and (checkpoint.tenant == tenant or checkpoint.public)
+        ):
+            return checkpoint
+    raise UserError(f"there is no checkpoint {address}")
+
+
+def _model_id(job: rows.Job) -> str:
+    assert job.model_id is not None, "a training job has a model"
+    return job.model_id
+
+
+def _create_model(model_id: str, request: requests.CreateModel, context: Context) -> protocol.CreateModel:
+    check_base_model(request.base_model, context.served)
+    lora = request.lora_config
+    if not 1 <= lora.rank <= context.served.max_rank:
+        raise UserError(f"rank {lora.rank} cannot be used: 1 to {context.served.max_rank} can")
+    if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+        raise UserError("nothing to train: set one of train_attn, train_mlp, train_unembed")
+    if request.optimizer_config.type != "adamw":
+        raise UserError(f"the optimizer {request.optimizer_config.type!r} is not supported: 'adamw' is")
+    _check_metadata(request.user_metadata)
+    # Without a seed, one that every life of this model agrees on.
+    seed = (
+        lora.seed if lora.seed is not None else int(hashlib.sha256(model_id.encode()).hexdigest()[:7], 16)
+    )
+    return protocol.CreateModel(
+        rank=lora.rank,
+        alpha=context.alpha,
+        seed=seed % 2**63,
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+    )
+
+
+def _optim_step(request: requests.OptimStep) -> protocol.OptimStep:
+    if request.optimizer_params is not None:
+        kind = str(request.optimizer_params.get("type"))[:80]
+        raise UserError(f"the optimizer {kind!r} is not supported: send adam_params")
+    adam = request.adam_params or requests.AdamParams()
+    if adam.learning_rate < 0 or adam.weight_decay < 0 or adam.grad_clip_norm < 0:
+        raise UserError("learning_rate, weight_decay and grad_clip_norm cannot be negative")
+    if not (0 <= adam.beta1 < 1 and 0 <= adam.beta2 < 1 and adam.eps > 0):
+        raise UserError("beta1 and beta2 must be in [0, 1), and eps above 0")
+    return protocol.OptimStep(**msgspec.structs.asdict(adam))
+
+
+def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context) -> Plan:
+    address = ids.Address.parse(request.path)
+    if address.kind != "weights":
+        raise UserError(f"{address} cannot be trained on: only a state that save_state wrote can")
+    checkpoint = find_checkpoint(context.ledger, address, job.tenant)
+    source = context.ledger.table("models", rows.Model)[(checkpoint.model_id,)]
+    if request.base_model is not None:
+        check_base_model(request.base_model, context.served)
+    if job.seq_id != 0:
+        target = context.ledger.table("models", rows.Model)[(_model_id(job),)]
+        for part in ("rank", "train_attn", "train_mlp", "train_unembed"):
+            mine, theirs = getattr(target, part), getattr(source, part)
+            if mine != theirs:
+                raise UserError(f"{address} has {part} {theirs}, this model {mine}: they must be equal")
+        return Plan(protocol.LoadState(checkpoint.directory, request.optimizer), checkpoint.directory)
+    if request.optimizer_config is not None and request.optimizer_config.type != "adamw":
+        raise UserError(f"the optimizer {request.optimizer_config.type!r} is not supported: 'adamw' is")
+    _check_metadata(request.user_metadata)
+    assert source.rank is not None
+    assert source.alpha is not None
+    assert source.seed is not None
+    create = protocol.CreateModel(
+        rank=source.rank,
+        alpha=source.alpha,
+        seed=source.seed,
+        train_attn=bool(source.train_attn),
+        train_mlp=bool(source.train_mlp),
+        train_unembed=bool(source.train_unembed),
+        source=checkpoint.directory,
+        optimizer=request.optimizer,
+    )
+    return Plan(create, checkpoint.directory)
+
+
+Save = requests.SaveWeights | requests.SaveWeightsForSampler | requests.SaveWeightsExternal
+
+
+def _check_save(job: rows.Job, kind: ids.CheckpointKind, request: Save, ledger: Ledger) -> None:
+    if request.ttl_seconds is not None and not 0 < request.ttl_seconds <= LONGEST_TTL:
+        raise UserError(f"ttl_seconds {request.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
+    _check_metadata(getattr(request, "user_metadata", None))
+    name = _save_name(job, kind, request)
+    if name is not None and not getattr(request, "overwrite", False):
+        taken = _live(ledger, _model_id(job), kind, name)
+        if taken is not None and taken.checkpoint_id != job.job_id:
+            raise UserError(f"{taken.address} exists already: choose another name, or pass overwrite=True")
+
+
+def _check_ephemeral(job: rows.Job, request: requests.SaveWeightsForSampler, ledger: Ledger) -> None:
+    if request.sampling_session_seq_id is None:
+        raise UserError("save_weights_for_sampler needs a path, or sampling_session_seq_id for a sampler")
+    sampler = ids.sampler_id(str(job.session_id), request.sampling_session_seq_id)
+    if (sampler,) in ledger.tables["samplers"]:
+        raise UserError(f"the sampler {sampler} exists already: count sampling_session_seq_id up")
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata and len(msgspec.json.encode(metadata)) > MAX_METADATA_BYTES:
+        raise UserError(f"user_metadata is over {MAX_METADATA_BYTES} bytes")
+
+
+def _save_name(job: rows.Job, kind: ids.CheckpointKind, request: Save) -> str | None:
+    """The checkpoint's name; None for ephemeral sampler weights, which have no address."""
+    if request.path is not None:
+        return ids.check_name(request.path)
+    return None if kind == "sampler_weights" else f"seq-{job.seq_id:06d}"
+
+
+def _live(ledger: Ledger, model_id: str, kind: str, name: str) -> rows.Checkpoint | None:
+    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
+        if checkpoint.state == "live" and (checkpoint.model_id, checkpoint.kind, checkpoint.name) == (
+            model_id,
+            kind,
+            name,
+        ):
+            return checkpoint
+    return None
+
+
+# -- the end of a training job ----------------------------------------------------------------------
+
+
+def conclusion(
+    job: rows.Job, body: bytes, plan: Plan, result: protocol.OpResult, context: Context, now: float
+) -> tuple[dict[str, Any] | None, list[Entry]]:
+    """What a done job answers in JSON (None: its body is the answer), and the events beside its own."""
+    model_id = _model_id(job)
+    match job.op:
+        case "forward" | "forward_backward":
+            return None, []
+        case "optim_step":
+            return {"metrics": result.metrics}, []
+        case "create_model":
+            create = requests.decode(body, requests.CreateModel)
+            return _created(job, create.user_metadata, None, result, context)
+        case "load_weights":
+            load = requests.decode(body, requests.LoadWeights)
+            if job.seq_id != 0:
+                return {"path": load.path, "model_id": model_id}, []
+            answer, entries = _created(job, load.user_metadata, load.path, result, context)
+            return {"path": load.path, **answer}, entries
+        case "save_weights":
+            return _saved(
+                job, "weights", requests.decode(body, requests.SaveWeights), plan, result, context, now
+            )
+        case "save_weights_external":
+            external = requests.decode(body, requests.SaveWeightsExternal)
+            return _saved(job, "external_weights", external, plan, result, context, now)
+    request = requests.decode(body, requests.SaveWeightsForSampler)
+    return _saved(job, "sampler_weights", request, plan, result, context, now)
+
+
+def _created(
+    job: rows.Job,
+    user_metadata: dict[str, Any] | None,
+    source: str | None,
+    result: protocol.OpResult,
+    context: Context,
+) -> tuple[dict[str, Any], list[Entry]]:
+    model = result.model
+    assert model is not None, "the trainer says what it made"
+    made = events.ModelCreated(
+        base_model=context.served.base_model,
+        user_metadata=user_metadata or {},
+        source=source,
+        **msgspec.structs.asdict(model),
+    )
+    return {"model_id": _model_id(job)}, [(subject(job), made)]
+
+
+def _saved(
+    job: rows.Job,
+    kind: ids.CheckpointKind,
+    request: Save,
+    plan: Plan,
+    result: protocol.OpResult,
+    context: Context,
+    now: float,
+) -> tuple[dict[str, Any], list[Entry]]:
+    model_id, directory = _model_id(job), str(plan.directory)
+    size = sum(file.size for file in result.files)
+    entries: list[Entry] = []
+    who = subject(job)
+    answer: dict[str, Any] = {"path": None}
+    if kind == "sampler_weights":
+        version = 1 + max(
+            (
+                a.version
+                for a in context.ledger.table("adapters", rows.Adapter).values()
+                if a.model_id == model_id
+            ),
+            default=0,
+        )
+        who = subject(job, adapter_id=ids.adapter_id(model_id, version))
+        files = {file.name: file.sha256 for file in result.files}
+        exported = events.AdapterExported(
+            version=version, directory=directory, size_bytes=size, files=files
+        )
+        # The trainer samples from the artifact folder: what is published there, it can serve.
+        placed = subject(job, adapter_id=who.adapter_id, replica="trainer")
+        entries += [(who, exported), (placed, events.AdapterPlaced(state="loaded"))]
+    name = _save_name(job, kind, request)
+    if name is None:
+        assert isinstance(request, requests.SaveWeightsForSampler)
+        assert request.sampling_session_seq_id is not None, "the plan has checked it"
+        sampler = ids.sampler_id(str(job.session_id), request.sampling_session_seq_id)
+        made = events.SamplerCreated(
+            sampler_id=sampler,
+            sampling_seq_id=request.sampling_session_seq_id,
+            base_model=context.served.base_model,
+        )
+        answer["sampling_session_id"] = sampler
+        return answer, [*entries, (who, made)]
+    taken = _live(context.ledger, model_id, kind, name)
+    if taken is not None:
+        entries.append(
+            (who, events.CheckpointDeleted(checkpoint_id=taken.checkpoint_id, reason="overwritten"))
+        )
+    saved = events.CheckpointSaved(
+        checkpoint_kind=kind,
+        name=name,
+        directory=directory,
+        size_bytes=size,
+        user_metadata=getattr(request, "user_metadata", None) or {},
+        expires_at=None if request.ttl_seconds is None else now + request.ttl_seconds,
+    )
+    answer["path"] = str(ids.Address(model_id, kind, name))
+    if kind == "external_weights":
+        answer["size_bytes"] = size
+    return answer, [*entries, (who, saved)]
+
+
+def subject(job: rows.Job, **more: str | None) -> Subject:
+    """Whom the events of a job are about."""
+    return Subject(
+        tenant=job.tenant, session_id=job.session_id, model_id=job.model_id, job_id=job.job_id, **more
+    )
+
+
+# -- sampling ---------------------------------------------------------------------------------------
+
+
+def sampling(job: rows.Job, accepted: JobAccepted, body: bytes, ledger: Ledger) -> protocol.SampleRequest:
+    """The trainer's request for a sample. Raises UserError if it cannot be served."""
+    request = requests.decode(body, requests.Sample)
+    sampler = ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]
+    adapter = ledger.table("adapters", rows.Adapter)[(sampler.adapter_id,)] if sampler.adapter_id else None
+    params = request.sampling_params
+    prompt = list(_tokens(request.prompt))
+    for name, value in (
+        ("topk_prompt_logprobs", request.topk_prompt_logprobs),
+        ("topk_sample_logprobs", request.topk_sample_logprobs),
+        ("prompt_alt_tokens_k", request.prompt_alt_tokens_k),
+    ):
+        if not 0 <= value <= MAX_TOPK:
+            raise UserError(f"{name} {value} cannot be used: 0 to {MAX_TOPK} can")
+    if request.record_stability_info:
+        raise UserError("record_stability_info is not supported: leave it out")
+    strings, tokens, ignore_eos = _stops(params.stop)
+    targets = None
+    if request.target_prompt_logprobs is not None:
+        targets = _targets(request.target_prompt_logprobs, len(prompt) - 1)
+    return protocol.SampleRequest(
+        sample_id=job.job_id,
+        prompt=prompt,
+        seed=params.seed if params.seed is not None else int(accepted.seed or 0),
+        adapter=adapter.directory if adapter else None,
+        num_samples=request.num_samples,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        stop_strings=strings,
+        stop_tokens=tokens,
+        ignore_eos=ignore_eos,
+        prompt_logprobs=bool(request.prompt_logprobs),
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        topk_prompt_logprobs=request.topk_prompt_logprobs,
+        topk_sample_logprobs=request.topk_sample_logprobs,
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        targets=targets,
+    )
+
+
+def _tokens(prompt: requests.Prompt) -> Iterator[int]:
+    for index, chunk in enumerate(prompt.chunks):
+        if chunk.type != "encoded_text" or chunk.tokens is None:
+            raise UserError(
+                f"prompt chunk {index} is of type {chunk.type[:80]!r}: this server takes text only "
+                "(encoded_text with tokens)"
+            )
+        yield from chunk.tokens
+
+
+def _stops(stop: str | list[str] | list[int] | None) -> tuple[list[str], list[int], bool]:
+    """Strings, tokens, and whether the model's own end of sequence is ignored: an empty list says so."""
+    if stop is None:
+        return [], [], False
+    if isinstance(stop, str):
+        stop = [stop]
+    if len(stop) > MAX_STOPS:
+        raise UserError(f"{len(stop)} stops are too many: {MAX_STOPS} at most")
+    strings = [part for part in stop if isinstance(part, str)]
+    if any(part == "" for part in strings):
+        raise UserError("an empty stop string would stop at once: leave it out")
+    return strings, [part for part in stop if isinstance(part, int)], not stop
+
+
+def _targets(tensor: requests.TensorData, length: int) -> list[list[int]]:
+    """len(prompt)-1 rows of K token ids; -1 asks for nothing, and so does an unlisted cell of a CSR."""
+    shape = tensor.shape
+    if shape is None or len(shape) != 2 or shape[0] != length:
+        raise UserError(f"target_prompt_logprobs must have the shape [{length}, K], not {shape}")
+    rows_, width = shape
+    if not 1 <= width <= MAX_TOPK:
+        raise UserError(f"target_prompt_logprobs has K = {width}: 1 to {MAX_TOPK} can be asked for")
+    if any(value != int(value) for value in tensor.data):
+        raise UserError("target_prompt_logprobs must hold token ids")
+    data = [int(value) for value in tensor.data]
+    if tensor.sparse_crow_indices is None or tensor.sparse_col_indices is None:
+        if len(data) != rows_ * width:
+            raise UserError(f"target_prompt_logprobs has {len(data)} numbers for the shape {shape}")
+        return [data[i * width : (i + 1) * width] for i in range(rows_)]
+    crow, col = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    if len(crow) != rows_ + 1 or crow[0] != 0 or crow[-1] != len(data) or len(col) != len(data):
+        raise UserError("target_prompt_logprobs is not a valid CSR tensor")
+    table = [[-1] * width for _ in range(rows_)]
+    for i in range(rows_):
+        if not 0 <= crow[i] <= crow[i + 1] <= len(data):
+            raise UserError("target_prompt_logprobs is not a valid CSR tensor")
+        for position in range(crow[i], crow[i + 1]):
+            if not 0 <= col[position] < width:
+                raise UserError("target_prompt_logprobs is not a valid CSR tensor")
+            table[i][col[position]] = data[position]
+    return table

@@ -1,0 +1,405 @@
+"""The Router: takes every question of the HTTP side, accepts jobs, keeps each model's order, and wakes
+those who wait for a result.
+
+Its loop never waits: a question is decided at once, from the ledger, and what must be durable first is
+finished by a task of its own. So no two questions are half decided at the same time, and their commits
+still group.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import msgspec
+import structlog
+import trio
+
+from tink.actors.catalogue import Catalogue
+from tink.actors.mailbox import Mailbox, Reply
+from tink.domain import ids, messages, rows
+from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
+from tink.domain.lane import Lane
+from tink.domain.requests import DATA_OPS
+from tink.domain.routing import NO_SAMPLING, NO_TRAINING
+from tink.errors import NotFound, Overloaded, TinkError, UserError
+from tink.journal.journal import Journal
+from tink.limits import MAILBOX, MAX_OPEN_JOBS, SEQ_GAP_SECONDS
+from tink.world import World
+
+log = structlog.get_logger()
+
+# Where a job is sent to be run; never blocks, for the number of open jobs is bounded.
+Send = Callable[[str], None]
+# Takes a job back that is not yet being run; False if it is.
+Withdraw = Callable[[str], bool]
+Actor = Literal["train", "sample"]
+
+SKIPPED = "this sequence number was skipped: it had not come {seconds:.0f} s after later ones; submit again"
+
+
+class _Question:
+    def __init__(self, ask: messages.Question) -> None:
+        self.ask = ask
+        self.reply: Reply[Any] = Reply()
+
+
+class _Settled:
+    """A running actor's word that a job's terminal event is durable."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+
+
+class _Restarted:
+    """An actor begins (again) with an empty mailbox."""
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+
+
+class Router:
+    """`ask` is for the HTTP side, `settle` for the actors that run jobs; `run` is its task."""
+
+    def __init__(self, journal: Journal, catalogue: Catalogue, world: World) -> None:
+        self._journal, self._catalogue, self._world = journal, catalogue, world
+        self._mailbox: Mailbox[_Question | _Settled | _Restarted] = Mailbox(MAILBOX)
+        self._lanes: dict[str, Lane] = {}
+        self._accepting: dict[str, trio.Event] = {}
+        self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
+        self._gap_watched: set[str] = set()
+        self._train: Send | None = None
+        self._sample: Send | None = None
+        self._withdraw: Withdraw | None = None
+
+    def connect(self, *, train: Send | None, sample: Send | None, withdraw: Withdraw | None) -> None:
+        """Says which actors run the jobs; None for what is not served. Before `run`."""
+        self._train, self._sample, self._withdraw = train, sample, withdraw
+
+    async def ask(self, question: messages.Question) -> Any:
+        """The answer that the message names. Raises TinkError. Cancelled: a job that was being accepted
+        is accepted all the same, and a repeat will find it."""
+        envelope = _Question(question)
+        await self._mailbox.send(envelope)
+        return await envelope.reply.wait()
+
+    async def settle(self, job_id: str) -> None:
+        await self._mailbox.send(_Settled(job_id))
+
+    async def restarted(self, actor: Actor) -> None:
+        """An actor begins with an empty mailbox: the open jobs that are its own are sent to it."""
+        await self._mailbox.send(_Restarted(actor))
+
+    async def run(self) -> None:
+        """Takes the lanes from the journal, then serves for ever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._load_lanes()
+            async for message in self._mailbox:
+                match message:
+                    case _Settled():
+                        self._settled(message.job_id)
+                    case _Restarted():
+                        self._send_open_jobs(message.actor)
+                    case _Question():
+                        self._decide(message)
+
+    # -- questions ----------------------------------------------------------------------------------
+
+    def _decide(self, question: _Question) -> None:
+        try:
+            work = self._work_for(question.ask, question.reply)
+        except TinkError as error:
+            question.reply.fail(error)
+        except Exception as error:
+            log.exception("question failed")
+            question.reply.fail(error)
+        else:
+            if work is not None:
+                self._nursery.start_soon(self._finish, work, question.reply)
+
+    def _work_for(self, ask: messages.Question, reply: Reply[Any]) -> Awaitable[Any] | None:
+        """What is left to do for the answer; None if the reply is kept until a job ends."""
+        match ask:
+            case messages.SubmitTraining():
+                return self._submit_training(ask)
+            case messages.SubmitSample():
+                return self._submit_sample(ask)
+            case messages.AwaitOutcome():
+                return self._await_outcome(ask, reply)
+            case messages.CancelJob():
+                return self._cancel(ask)
+        return self._catalogue.answer(ask)
+
+    async def _finish(self, work: Awaitable[Any], reply: Reply[Any]) -> None:
+        try:
+            reply.set(await work)
+        except TinkError as error:
+            reply.fail(error)
+        except Exception as error:
+            # A bug in one answer is that caller's 500, and nobody else's.
+            log.exception("question failed")
+            reply.fail(error)
+
+    # -- submitting ---------------------------------------------------------------------------------
+
+    def _submit_training(self, ask: messages.SubmitTraining) -> Awaitable[messages.Promise]:
+        self._catalogue.session(ask.tenant, ask.session_id)
+        job_id = ids.job_id(ask.model_id, ask.seq_id)
+        promise = messages.Promise(job_id, model_id=ask.model_id)
+        if self._is_known(job_id):
+            return self._when_accepted(promise)
+        model = self._journal.ledger.table("models", rows.Model).get((ask.model_id,))
+        makes_it = ask.model_seq_id is not None
+        if model is None and not makes_it and ids.job_id(ask.model_id, 0) not in self._accepting:
+            raise NotFound(f"there is no model {ask.model_id}")
+        if self._train is None:
+            raise UserError(NO_TRAINING)
+        inline = ask.op not in DATA_OPS and ask.invalid is None
+        accepted = JobAccepted(
+            op=ask.op,
+            seq_id=ask.seq_id,
+            model_seq_id=ask.model_seq_id,
+            request=ask.body.decode() if inline else None,
+            body_bytes=len(ask.body),
+            codec=ask.codec,
+            invalid=ask.invalid,
+        )
+        subject = Subject(
+            tenant=ask.tenant, session_id=ask.session_id, model_id=ask.model_id, job_id=job_id
+        )
+        self._reserve(job_id)
+        return self._accept_training(subject, accepted, ask.body, promise)
+
+    async def _accept_training(
+        self, subject: Subject, accepted: JobAccepted, body: bytes, promise: messages.Promise
+    ) -> messages.Promise:
+        model_id, job_id = str(subject.model_id), str(subject.job_id)
+        with self._reservation(job_id):
+            if accepted.seq_id < self._lane(model_id).next_seq and await self._journal.job(job_id):
+                return promise  # it has run before
+            await self._accept(subject, accepted, body)
+            in_time = self._lane(model_id).arrive(accepted.seq_id, job_id)
+        if in_time:
+            self._advance(model_id)
+        else:
+            failed = JobFailed(category="user", error=SKIPPED.format(seconds=SEQ_GAP_SECONDS))
+            await self._journal.append((subject, failed))
+            self._ended(job_id)
+        return promise
+
+    def _submit_sample(self, ask: messages.SubmitSample) -> Awaitable[messages.Promise]:
+        sampler = self._catalogue.sampler(ask.tenant, ask.sampler_id)
+        job_id = ids.job_id(ask.sampler_id, ask.seq_id)
+        promise = messages.Promise(job_id, sample_sequence_ids=ids.sequence_ids(job_id, ask.num_samples))
+        if self._is_known(job_id):
+            return self._when_accepted(promise)
+        if self._sample is None:
+            raise UserError(NO_SAMPLING)
+        accepted = JobAccepted(
+            op="sample",
+            seq_id=ask.seq_id,
+            sampler_id=ask.sampler_id,
+            body_bytes=len(ask.body),
+            seed=ask.seed if ask.seed is not None else self._world.new_seed(),
+            num_samples=ask.num_samples,
+        )
+        subject = Subject(
+            tenant=ask.tenant, session_id=sampler.session_id, job_id=job_id, adapter_id=sampler.adapter_id
+        )
+        self._reserve(job_id)
+        return self._accept_sample(subject, accepted, ask.body, promise)
+
+    async def _accept_sample(
+        self, subject: Subject, accepted: JobAccepted, body: bytes, promise: messages.Promise
+    ) -> messages.Promise:
+        job_id = promise.request_id
+        with self._reservation(job_id):
+            if await self._journal.job(job_id) is not None:
+                return promise
+            await self._accept(subject, accepted, body)
+        assert self._sample is not None
+        self._sample(job_id)
+        return promise
+
+    async def _accept(self, subject: Subject, accepted: JobAccepted, body: bytes) -> None:
+        """Body first, then the event: when it returns, the client may be told."""
+        if accepted.request is None and accepted.invalid is None:
+            digest = await self._journal.bodies.put(body)
+            accepted = msgspec.structs.replace(accepted, body_sha256=digest)
+        await self._journal.append((subject, accepted))
+
+    def _is_known(self, job_id: str) -> bool:
+        return job_id in self._accepting or (job_id,) in self._journal.ledger.tables["jobs"]
+
+    async def _when_accepted(self, promise: messages.Promise) -> messages.Promise:
+        """The first one's promise, once the first one is durable."""
+        accepting = self._accepting.get(promise.request_id)
+        if accepting is not None:
+            await accepting.wait()
+        if await self._journal.job(promise.request_id) is None:
+            raise Overloaded("the first submission of this job failed: send it again")
+        return promise
+
+    def _reserve(self, job_id: str) -> None:
+        open_jobs = len(self._journal.ledger.tables["jobs"]) + len(self._accepting)
+        if open_jobs >= MAX_OPEN_JOBS:
+            raise Overloaded(f"{open_jobs} jobs are open: send it again when some have ended")
+        self._accepting[job_id] = trio.Event()
+
+    @contextmanager
+    def _reservation(self, job_id: str) -> Iterator[None]:
+        """Holds what `_reserve` took; whoever waits for it goes on when it is given up."""
+        try:
+            yield
+        finally:
+            self._accepting.pop(job_id).set()
+
+    def _cancel(self, ask: messages.CancelJob) -> Awaitable[None]:
+        job = self._journal.ledger.table("jobs", rows.Job).get((ask.job_id,))
+        if job is None or job.tenant != ask.tenant or job.sampler_id is None or self._withdraw is None:
+            return self._nothing_to_cancel(ask)
+        return self._cancel_sample(job) if self._withdraw(ask.job_id) else self._nothing_to_cancel(ask)
+
+    async def _cancel_sample(self, job: rows.Job) -> None:
+        subject = Subject(tenant=job.tenant, session_id=job.session_id, job_id=job.job_id)
+        await self._journal.append((subject, JobCancelled()))
+        self._ended(job.job_id)
+
+    async def _nothing_to_cancel(self, ask: messages.CancelJob) -> None:
+        await self._job(ask.tenant, ask.job_id)
+
+    # -- outcomes -----------------------------------------------------------------------------------
+
+    def _await_outcome(self, ask: messages.AwaitOutcome, reply: Reply[Any]) -> Awaitable[Any] | None:
+        job = self._journal.ledger.table("jobs", rows.Job).get((ask.job_id,))
+        if job is None:
+            return self._known_outcome(ask)
+        if job.tenant != ask.tenant:
+            raise NotFound(f"there is no job {ask.job_id}")
+        waiting = [other for other in self._waiters[ask.job_id] if not other.abandoned]
+        self._waiters[ask.job_id] = [*waiting, reply]
+        return None
+
+    async def _known_outcome(self, ask: messages.AwaitOutcome) -> messages.Outcome:
+        return await self._outcome(await self._job(ask.tenant, ask.job_id))
+
+    async def _job(self, tenant: str, job_id: str) -> rows.Job:
+        job = await self._journal.job(job_id)
+        if job is None or job.tenant != tenant:
+            raise NotFound(f"there is no job {job_id}")
+        return job
+
+    async def _outcome(self, job: rows.Job) -> messages.Outcome:
+        body: bytes | None = None
+        if job.result_sha256 is not None:
+            try:
+                body = await self._journal.bodies.get(job.result_sha256)
+            except LookupError:
+                raise NotFound(f"the result of {job.job_id} has been pruned by retention") from None
+        return messages.Outcome(
+            op=job.op,
+            state=job.state,
+            result=job.result,
+            body=body,
+            category=job.error_category,
+            error=job.error,
+        )
+
+    def _ended(self, job_id: str) -> None:
+        """A job's terminal event is durable: say so."""
+        self._nursery.start_soon(self._wake, job_id, self._waiters.pop(job_id, []))
+
+    async def _wake(self, job_id: str, waiters: list[Reply[messages.Outcome]]) -> None:
+        job = await self._journal.job(job_id)
+        assert job is not None, "it has just ended"
+        log.info("job", **job_line(job))
+        if not waiters:
+            return
+        try:
+            outcome = await self._outcome(job)
+        except TinkError as error:
+            for reply in waiters:
+                reply.fail(error)
+        else:
+            for reply in waiters:
+                reply.set(outcome)
+
+    # -- lanes --------------------------------------------------------------------------------------
+
+    def _lane(self, model_id: str) -> Lane:
+        if model_id not in self._lanes:
+            model = self._journal.ledger.table("models", rows.Model).get((model_id,))
+            self._lanes[model_id] = Lane(model.next_seq if model is not None else 0)
+        return self._lanes[model_id]
+
+    def _load_lanes(self) -> None:
+        """The lanes as the last life left them: its running jobs are next again."""
+        jobs = [job for job in self._journal.ledger.table("jobs", rows.Job).values() if job.model_id]
+        for job in jobs:
+            if job.state == "running":
+                self._lane(str(job.model_id)).next_seq = job.seq_id
+        for job in jobs:
+            self._lane(str(job.model_id)).arrive(job.seq_id, job.job_id)
+
+    def _send_open_jobs(self, actor: Actor) -> None:
+        if actor == "train":
+            for model_id, lane in self._lanes.items():
+                if lane.running is not None and self._train is not None:
+                    self._train(lane.running)
+                self._advance(model_id)
+        elif self._sample is not None:
+            for job in self._journal.ledger.table("jobs", rows.Job).values():
+                if job.sampler_id is not None:
+                    self._sample(job.job_id)
+
+    def _advance(self, model_id: str) -> None:
+        lane = self._lane(model_id)
+        job_id = lane.start()
+        if job_id is not None:
+            assert self._train is not None, "training jobs are accepted only if something runs them"
+            self._train(job_id)
+        elif lane.gap() is not None and model_id not in self._gap_watched:
+            self._gap_watched.add(model_id)
+            self._nursery.start_soon(self._watch_gap, model_id)
+
+    async def _watch_gap(self, model_id: str) -> None:
+        """Skips numbers that do not come while later ones wait."""
+        lane = self._lane(model_id)
+        while (gap := lane.gap()) is not None:
+            await trio.sleep(SEQ_GAP_SECONDS)
+            on_its_way = any(job_id.startswith(f"{model_id}:") for job_id in self._accepting)
+            if lane.gap() != gap or on_its_way:
+                continue
+            first, last = gap
+            lane.skip(last)  # before the commit: what comes now comes too late
+            log.warning("sequence numbers skipped", model=model_id, first=first, last=last)
+            await self._journal.append((Subject(model_id=model_id), SeqSkipped(first=first, last=last)))
+            break
+        self._gap_watched.discard(model_id)
+        self._advance(model_id)
+
+    def _settled(self, job_id: str) -> None:
+        self._ended(job_id)
+        model_id, _, _seq = job_id.rpartition(":")
+        lane = self._lanes.get(model_id)
+        if lane is not None and lane.running == job_id:
+            lane.finish(job_id)
+            self._advance(model_id)
+
+
+def job_line(job: rows.Job) -> dict[str, Any]:
+    """An ended job in one log line: ids, times (ms) and counts; never a body."""
+    line: dict[str, Any] = {"id": job.job_id, "op": job.op, "state": job.state}
+    if job.started_at is not None and job.finished_at is not None:
+        line["queue_ms"] = round((job.started_at - job.submitted_at) * 1000, 1)
+        line["total_ms"] = round((job.finished_at - job.submitted_at) * 1000, 1)
+    for name in ("op_no", "run_ms", "tokens_in", "tokens_out", "loss_sum", "error_category"):
+        value = getattr(job, name)
+        if value:
+            line[name] = round(value, 3) if isinstance(value, float) else value
+    if job.attempts > 1:
+        line["attempts"] = job.attempts
+    return line

@@ -1,0 +1,36 @@
+"""Keeps an actor running. A crash of one is logged and it starts again, with back-off; what it was doing
+is taken from the journal again. Only a journal that cannot commit stops the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from tink.errors import JournalUnavailable
+from tink.world import World
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 10.0
+# An actor that ran this long before it crashed starts again at once.
+CALM_SECONDS = 60.0
+
+log = structlog.get_logger()
+
+
+async def supervise(name: str, run: Callable[[], Awaitable[None]], world: World) -> None:
+    """Runs `run()` for ever. Raises what cannot be mended: JournalUnavailable, and cancellation."""
+    pause = FIRST_PAUSE
+    while True:
+        started = world.monotonic()
+        try:
+            await run()
+        except* JournalUnavailable:
+            raise
+        except* Exception:
+            log.exception("actor crashed", actor=name, restart_in=pause)
+        if world.monotonic() - started > CALM_SECONDS:
+            pause = FIRST_PAUSE
+        await trio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)

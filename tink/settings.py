@@ -1,0 +1,184 @@
+"""Every setting: its environment variable, its default and what it does. One place; `Settings.load` is
+its only reader of the environment."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from tink.domain.routing import Routes, routes
+from tink.errors import StartupError
+
+Switch = Literal["auto", "true", "false"]
+
+
+def _setting(default: Any, names: str, help: str, *, secret: bool = False) -> Any:  # noqa: A002  as argparse says it
+    """`names`: the environment variables that set it, the first one that is there wins."""
+    return dataclass_field(
+        default=default, metadata={"names": tuple(names.split()), "help": help, "secret": secret}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    host: str = _setting("127.0.0.1", "TINK_HOST", "address to listen on")
+    port: int = _setting(8400, "TINK_PORT PORT", "port to listen on; 0 takes a free one")
+    home: Path = _setting(Path("~/.tink"), "TINK_HOME", "folder of the journal, models and artifacts")
+    artifacts: Path | None = _setting(
+        None, "TINK_ARTIFACTS", "folder of checkpoints and adapters (default: artifacts under the home)"
+    )
+    api_keys: str = _setting(
+        "", "TINK_API_KEYS", "keys clients may use: KEY=TENANT, comma-separated", secret=True
+    )
+    log_level: str = _setting("info", "TINK_LOG_LEVEL", "debug, info, warning or error")
+    hf_model: str = _setting(
+        "",
+        "TINK_HF_MODEL",
+        "model directory or hub id for the embedded engine (default: a tiny built-in one)",
+    )
+    hf_model_name: str = _setting("", "TINK_HF_MODEL_NAME", "the name clients use for TINK_HF_MODEL")
+    lora_alpha: float = _setting(
+        32.0, "TINK_LORA_ALPHA", "alpha of every new adapter; the scale is alpha/rank"
+    )
+    trainer_threads: int = _setting(1, "TINK_TRAINER_THREADS", "CPU threads of one training job")
+    trainer_orphan_seconds: int = _setting(
+        600, "TINK_TRAINER_ORPHAN_SECONDS", "the embedded trainer ends after so long without a worker"
+    )
+    use_hf: Switch = _setting("auto", "USE_HF", "HuggingFace engine: auto is on when both others are off")
+    use_megatron: bool = _setting(False, "USE_MEGATRON", "train on a Megatron server")
+    use_vllm: bool = _setting(False, "USE_VLLM", "sample on vLLM")
+    max_workers: int = _setting(
+        4, "MAX_WORKERS", "different adapters the HuggingFace engine trains at once"
+    )
+    max_attempts: int = _setting(
+        3, "TINK_MAX_ATTEMPTS", "how often a job is sent to a backend that dies of it before it fails"
+    )
+
+    @property
+    def routes(self) -> Routes:
+        hf = self.use_hf == "true" or (
+            self.use_hf == "auto" and not self.use_megatron and not self.use_vllm
+        )
+        return routes(megatron=self.use_megatron, vllm=self.use_vllm, hf=hf)
+
+    @property
+    def artifact_root(self) -> Path:
+        return self.artifacts or self.home / "artifacts"
+
+    @property
+    def tenants(self) -> dict[str, str]:
+        """sha256 of a key (hex) -> tenant. The keys themselves are not kept."""
+        pairs = [pair for pair in self.api_keys.split(",") if pair.strip()]
+        found = {}
+        for pair in pairs:
+            key, _, tenant = pair.strip().partition("=")
+            if not key or not tenant.strip():
+                raise StartupError("TINK_API_KEYS: each entry must be KEY=TENANT, comma-separated")
+            found[hashlib.sha256(key.encode()).hexdigest()] = tenant.strip()
+        return found
+
+    @property
+    def digest(self) -> str:
+        """Identifies the settings in the journal, without secrets."""
+        public = {f.name: str(getattr(self, f.name)) for f in fields(self) if not f.metadata["secret"]}
+        return hashlib.sha256(msgspec.json.encode(public, order="sorted")).hexdigest()[:16]
+
+    @property
+    def beyond_loopback(self) -> bool:
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str], **arguments: Any) -> Settings:
+        """From the environment; `arguments` that are not None win. Raises StartupError with one line for
+        each unknown TINK_ name and each bad value."""
+        known = {name for f in fields(cls) for name in f.metadata["names"]}
+        wrong = [
+            f"{name}: there is no such setting" + _closest(name, known)
+            for name in sorted(environment)
+            if name.startswith("TINK_") and name not in known and name not in OTHERS
+        ]
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            name = next((n for n in f.metadata["names"] if environment.get(n, "") != ""), None)
+            if name is not None:
+                try:
+                    values[f.name] = _PARSERS[str(f.type)](environment[name])
+                except ValueError as error:
+                    shown = "" if f.metadata["secret"] else f" {environment[name]!r}"
+                    wrong.append(f"{name}:{shown} {error}")
+        if wrong:
+            raise StartupError("\n".join(wrong))
+        values.update({name: value for name, value in arguments.items() if value is not None})
+        settings = cls(**values)
+        return settings.resolved()
+
+    def resolved(self) -> Settings:
+        """With absolute paths, and checked: raises StartupError for values that cannot work."""
+        if not 0 <= self.port < 65536:
+            raise StartupError(f"TINK_PORT: {self.port} is not a port (0 to 65535)")
+        if self.max_workers < 1:
+            raise StartupError(f"MAX_WORKERS: {self.max_workers} must be at least 1")
+        if self.log_level not in {"debug", "info", "warning", "error"}:
+            raise StartupError(f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error")
+        _ = self.tenants
+        paths = {"home": self.home.expanduser().absolute()}
+        if self.artifacts is not None:
+            paths["artifacts"] = self.artifacts.expanduser().absolute()
+        return Settings(**{f.name: getattr(self, f.name) for f in fields(self)} | paths)
+
+
+# Read by other parts: the trainer's own token, and crash points of the crash tests.
+OTHERS = frozenset({"TINK_TRAINER_TOKEN"})
+
+
+def _switch(text: str) -> str:
+    if text.lower() == "auto":
+        return "auto"
+    return "true" if _boolean(text) else "false"
+
+
+def _boolean(text: str) -> bool:
+    match text.strip().lower():
+        case "1" | "true" | "yes" | "on":
+            return True
+        case "0" | "false" | "no" | "off":
+            return False
+    raise ValueError("is not true or false")
+
+
+def _number(kind: Callable[[str], Any], word: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"is not {word}") from None
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": _number(int, "a whole number"),
+    "float": _number(float, "a number"),
+    "bool": _boolean,
+    "Switch": _switch,
+    "Path": Path,
+    "Path | None": Path,
+}
+
+
+def _closest(name: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
