@@ -128,7 +128,8 @@ class Lanes:
     # -- the inside ---------------------------------------------------------------------------------
 
     async def _wait(self, model_id: str, op_no: int, wait: float) -> None:
-        if ended := self._ended.get((model_id, op_no)):
+        ended = self._ended.get((model_id, op_no))
+        if ended is not None:
             with trio.move_on_after(min(max(wait, 0.0), MAX_OP_WAIT)):
                 await ended.wait()
 

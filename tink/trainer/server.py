@@ -185,6 +185,10 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
         answer = trainer.ledger.refused(error.status, _name(error), str(error))
         return _answer(answer.refusal, answer.status)
 
+    async def crashed(request: Request, error: Exception) -> Response:
+        log.error("unexpected error", path=request.url.path, exc_info=error)
+        return _answer(trainer.ledger.refused(500, "failed", repr(error)).refusal, 500)
+
     return Starlette(
         routes=[
             Route("/v1/health", health),
@@ -198,7 +202,7 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
             Route("/v1/snapshots", guarded(post_snapshot), methods=["POST"]),
             Route("/v1/restores", guarded(post_restore), methods=["POST"]),
         ],
-        exception_handlers={Refused: refused, TinkError: failed},
+        exception_handlers={Refused: refused, TinkError: failed, Exception: crashed},
     )
 
 

@@ -77,7 +77,7 @@ class HFEngine:
             engine="hf",
             versions={
                 "python": platform.python_version(),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "transformers": transformers.__version__,
                 "threads": str(threads),
             },
