@@ -86,3 +86,11 @@ class JournalUnavailable(TinkError):
 
 class StartupError(TinkError):
     """Tink cannot start with this configuration. The text names the setting and the remedy."""
+
+
+def tink_error(error: BaseException) -> TinkError | None:
+    """The first TinkError in `error`, which may be a group of them; None if a bug is in there too."""
+    if isinstance(error, BaseExceptionGroup):
+        causes = [tink_error(part) for part in error.exceptions]
+        return None if None in causes else causes[0]
+    return error if isinstance(error, TinkError) else None

@@ -74,14 +74,15 @@ class Settings:
 
     @property
     def tenants(self) -> dict[str, str]:
-        """sha256 of a key (hex) -> tenant. The keys themselves are not kept."""
-        pairs = [pair for pair in self.api_keys.split(",") if pair.strip()]
+        """API key -> tenant."""
         found = {}
-        for pair in pairs:
+        for pair in self.api_keys.split(","):
             key, _, tenant = pair.strip().partition("=")
+            if not pair.strip():
+                continue
             if not key or not tenant.strip():
                 raise StartupError("TINK_API_KEYS: each entry must be KEY=TENANT, comma-separated")
-            found[hashlib.sha256(key.encode()).hexdigest()] = tenant.strip()
+            found[key] = tenant.strip()
         return found
 
     @property

@@ -64,7 +64,7 @@ class Router:
     """`ask` is for the HTTP side, `settle` for the actors that run jobs; `run` is its task."""
 
     def __init__(self, journal: Journal, catalogue: Catalogue, world: World) -> None:
-        self._journal, self._catalogue, self._world = journal, catalogue, world
+        self._journal, self.catalogue, self._world = journal, catalogue, world
         self._mailbox: Mailbox[_Question | _Settled | _Restarted] = Mailbox(MAILBOX)
         self._lanes: dict[str, Lane] = {}
         self._accepting: dict[str, trio.Event] = {}
@@ -131,7 +131,7 @@ class Router:
                 return self._await_outcome(ask, reply)
             case messages.CancelJob():
                 return self._cancel(ask)
-        return self._catalogue.answer(ask)
+        return self.catalogue.answer(ask)
 
     async def _finish(self, work: Awaitable[Any], reply: Reply[Any]) -> None:
         try:
@@ -146,7 +146,7 @@ class Router:
     # -- submitting ---------------------------------------------------------------------------------
 
     def _submit_training(self, ask: messages.SubmitTraining) -> Awaitable[messages.Promise]:
-        self._catalogue.session(ask.tenant, ask.session_id)
+        self.catalogue.session(ask.tenant, ask.session_id)
         job_id = ids.job_id(ask.model_id, ask.seq_id)
         promise = messages.Promise(job_id, model_id=ask.model_id)
         if self._is_known(job_id):
@@ -191,7 +191,7 @@ class Router:
         return promise
 
     def _submit_sample(self, ask: messages.SubmitSample) -> Awaitable[messages.Promise]:
-        sampler = self._catalogue.sampler(ask.tenant, ask.sampler_id)
+        sampler = self.catalogue.sampler(ask.tenant, ask.sampler_id)
         job_id = ids.job_id(ask.sampler_id, ask.seq_id)
         promise = messages.Promise(job_id, sample_sequence_ids=ids.sequence_ids(job_id, ask.num_samples))
         if self._is_known(job_id):

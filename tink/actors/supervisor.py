@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 
-from tink.errors import JournalUnavailable
+from tink.errors import JournalUnavailable, StartupError
 from tink.world import World
 
 FIRST_PAUSE = 0.1
@@ -20,13 +20,13 @@ log = structlog.get_logger()
 
 
 async def supervise(name: str, run: Callable[[], Awaitable[None]], world: World) -> None:
-    """Runs `run()` for ever. Raises what cannot be mended: JournalUnavailable, and cancellation."""
+    """Runs `run()` for ever. Raises what a restart cannot mend: JournalUnavailable, StartupError."""
     pause = FIRST_PAUSE
     while True:
         started = world.monotonic()
         try:
             await run()
-        except* JournalUnavailable:
+        except* (JournalUnavailable, StartupError):
             raise
         except* Exception:
             log.exception("actor crashed", actor=name, restart_in=pause)

@@ -59,6 +59,7 @@ class TrainerLink:
         self._find, self._journal, self._world, self._slots = find, journal, world, slots
         self._life: Life | None = None
         self._arrived = trio.Event()
+        self._arrived_once = False
         self._look = trio.Event()
 
     async def life(self) -> Life:
@@ -80,18 +81,22 @@ class TrainerLink:
         return self._life is not None
 
     async def run(self) -> None:
+        """Keeps the link for ever. StartupError if the first server cannot be had at all: then it is the
+        configuration; a later one is tried again and again."""
         while True:
-            endpoint = await self._find()
-            async with TrainerClient.connect(
-                endpoint.url, self._world, slots=self._slots, token=endpoint.token
-            ) as client:
-                try:
+            try:
+                endpoint = await self._find()
+                async with TrainerClient.connect(
+                    endpoint.url, self._world, slots=self._slots, token=endpoint.token
+                ) as client:
                     await self._keep(client)
-                except TrainerGone as error:
-                    log.warning("trainer lost", url=endpoint.url, reason=str(error))
-                finally:
-                    if self._life is not None:
-                        self.lost(self._life)
+            except (TrainerGone, StartupError) as error:
+                if isinstance(error, StartupError) and not self._arrived_once:
+                    raise
+                log.warning("trainer lost", reason=str(error))
+            finally:
+                if self._life is not None:
+                    self.lost(self._life)
             await trio.sleep(RETRY_SECONDS)
 
     async def _keep(self, client: TrainerClient) -> None:
@@ -105,7 +110,7 @@ class TrainerLink:
                     f"the trainer at {client.url} speaks {health.protocol}, not {protocol.PROTOCOL}"
                 )
             if health.state == "broken":
-                raise TrainerGone(f"the trainer at {client.url} is broken: {health.detail}")
+                raise StartupError(f"the trainer at {client.url} is broken: {health.detail}")
             if health.state == "loading":
                 await trio.sleep(RETRY_SECONDS)
                 continue
@@ -114,6 +119,7 @@ class TrainerLink:
             known = health.incarnation
             if self._life is None:
                 self._life = await self._begin(client)
+                self._arrived_once = True
                 self._arrived.set()
             with trio.move_on_after(BEAT_SECONDS):
                 await self._look.wait()

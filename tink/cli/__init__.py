@@ -1,0 +1,1 @@
+"""The `tink` command. One module per subcommand; main.py lists them."""

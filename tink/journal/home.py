@@ -37,6 +37,11 @@ class Home:
         return self.root / "trainer.json"
 
     @property
+    def trainer_command(self) -> Path:
+        """How the embedded trainer was started: one of another configuration is not adopted."""
+        return self.root / "trainer.command"
+
+    @property
     def secret(self) -> Path:
         return self.root / "secret"
 

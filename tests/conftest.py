@@ -1,0 +1,31 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.live import LiveServer
+
+# The SDK's loaders must not look for a hub; and it must not tell a server of telemetry about our tests.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One `tink serve` that many tests share: none of them may kill it."""
+    server = LiveServer(tmp_path_factory.mktemp("live") / "home")
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[LiveServer]:
+    """A `tink serve` for one test, to be killed and started at will. Not yet started."""
+    server = LiveServer(tmp_path / "home")
+    yield server
+    server.close()

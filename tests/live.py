@@ -1,0 +1,106 @@
+"""A real `tink serve` for tests, with its real embedded trainer: started, killed, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 120.0
+
+
+class LiveServer:
+    """`tink serve` in a process of its own, on a home of its own. `url` stays the same over restarts."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.home = home
+        self.environment = environment
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = home.with_name(f"{home.name}.log")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, *, wait: bool = True) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "tink.cli.main",
+                    "serve",
+                    "--home",
+                    str(self.home),
+                    "--port",
+                    str(self.port),
+                ],
+                env={**os.environ, **self.environment},
+                stdout=log,
+                stderr=log,
+            )
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until it answers, and its trainer too."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"tink serve exited with {self.process.returncode}:\n{self.output()}")
+            try:
+                record = json.loads((self.home / "worker.json").read_text())
+                if record["pid"] == self.process.pid:
+                    self.port = int(record["url"].rpartition(":")[2])
+                    httpx.get(
+                        f"{self.url}/api/v1/get_server_capabilities",
+                        headers={"X-API-Key": "tml-local"},
+                        timeout=START_SECONDS,
+                    ).raise_for_status()
+                    return
+            except (OSError, ValueError, httpx.TransportError):
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"tink serve did not become ready:\n{self.output()}")
+
+    def kill(self) -> None:
+        """kill -9 of the worker alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit status."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(timeout=60)
+
+    def trainer_pid(self) -> int:
+        return int(json.loads((self.home / "trainer.json").read_text())["pid"])
+
+    def kill_trainer(self) -> None:
+        os.kill(self.trainer_pid(), signal.SIGKILL)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def close(self) -> None:
+        """Ends both processes, whatever state they are in."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=40)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        try:
+            self.kill_trainer()
+        except (OSError, ValueError):
+            pass

@@ -1,0 +1,193 @@
+"""The embedded training server: a child process of the worker, that outlives it.
+
+A worker that is killed leaves its trainer, with everything it holds, to the next worker of the same
+home, which adopts it; without one the trainer ends by itself after a while. A trainer that dies, or that
+does not answer for STUCK_SECONDS, is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import structlog
+import trio
+
+from tink.actors.trainer_link import Endpoint
+from tink.backends.trainer import TrainerClient, TrainerGone
+from tink.errors import StartupError
+from tink.journal.home import Home
+from tink.settings import Settings
+from tink.world import World
+
+# Health is answered off the training thread, so this much silence is a stuck process, not a busy one.
+STUCK_SECONDS = 30.0
+# Binding the port; the model is loaded after that.
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.05
+
+log = structlog.get_logger()
+
+
+class _Record(msgspec.Struct):
+    """trainer.json: `pid`, `port` and `incarnation` as the child wrote them."""
+
+    pid: int
+    port: int
+    incarnation: str
+
+
+class EmbeddedTrainer:
+    """`find` is for TrainerLink; `stop` ends the child, when the worker stops in good order."""
+
+    def __init__(self, settings: Settings, home: Home, world: World) -> None:
+        self._home, self._world = home, world
+        self._token = hmac.new(home.load_secret(), b"trainer", hashlib.sha256).hexdigest()
+        self._command = _command(settings, home)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._silent_since: float | None = None
+
+    @property
+    def log_file(self) -> Path:
+        return self._home.logs / "trainer.log"
+
+    async def find(self) -> Endpoint:
+        """A running server of this configuration: the present one, else a new one."""
+        record = self._record()
+        if record is not None:
+            endpoint = Endpoint(f"http://127.0.0.1:{record.port}", self._token)
+            if self._of_this_configuration() and await self._answers(endpoint, record):
+                self._silent_since = None
+                return endpoint
+            if self._of_this_configuration() and self._alive(record.pid) and not self._stuck():
+                return endpoint  # starting, or slow: the link asks again
+            await self._end(record.pid)
+        return await self._start()
+
+    async def stop(self) -> None:
+        """Ends the server. The journal has all it knew."""
+        record = self._record()
+        if record is not None:
+            await self._end(record.pid)
+
+    # -- the present one ----------------------------------------------------------------------------
+
+    def _record(self) -> _Record | None:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(self._home.trainer.read_bytes(), type=_Record)
+        return None
+
+    async def _answers(self, endpoint: Endpoint, record: _Record) -> bool:
+        try:
+            async with TrainerClient.connect(
+                endpoint.url, self._world, slots=1, token=endpoint.token
+            ) as client:
+                return (await client.health()).incarnation == record.incarnation
+        except TrainerGone:
+            return False
+
+    def _stuck(self) -> bool:
+        now = self._world.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+        return now - self._silent_since > STUCK_SECONDS
+
+    def _alive(self, pid: int) -> bool:
+        if self._child is not None and self._child.pid == pid:
+            return self._child.poll() is None
+        try:
+            # Signal 0 also reaches a zombie, which is dead: Linux says so in the third field.
+            os.kill(pid, 0)
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    def _of_this_configuration(self) -> bool:
+        """Whether the trainer that a former worker left was started as this one would start it."""
+        with contextlib.suppress(OSError):
+            return self._home.trainer_command.read_text() == "\n".join(self._command)
+        return False
+
+    async def _end(self, pid: int) -> None:
+        """SIGTERM, and SIGKILL for one that does not listen. Only a process that is our trainer."""
+        self._silent_since = None
+        if self._alive(pid) and self._is_trainer(pid):
+            log.info("stopping trainer", pid=pid)
+            os.kill(pid, signal.SIGTERM)
+            with trio.move_on_after(STOP_SECONDS):
+                await self._wait_for_death(pid)
+            if self._alive(pid):
+                os.kill(pid, signal.SIGKILL)
+                await self._wait_for_death(pid)
+        self._home.trainer.unlink(missing_ok=True)
+
+    async def _wait_for_death(self, pid: int) -> None:
+        """By looking: an adopted process is nobody's child here."""
+        while self._alive(pid):  # noqa: ASYNC110
+            await trio.sleep(POLL_SECONDS)
+
+    def _is_trainer(self, pid: int) -> bool:
+        """A pid from a file may belong to anyone after a reboot."""
+        if self._child is not None and self._child.pid == pid:
+            return True
+        with contextlib.suppress(OSError):
+            return b"tink.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
+    # -- a new one ----------------------------------------------------------------------------------
+
+    async def _start(self) -> Endpoint:
+        self._home.trainer.unlink(missing_ok=True)
+        self._home.trainer_command.write_text("\n".join(self._command))
+        self._child = await self._world.run_sync(self._spawn)
+        log.info("starting trainer", pid=self._child.pid, log=str(self.log_file))
+        with trio.move_on_after(START_SECONDS):
+            while self._child.poll() is None:
+                record = self._record()
+                if record is not None and record.pid == self._child.pid:
+                    self._silent_since = None
+                    return Endpoint(f"http://127.0.0.1:{record.port}", self._token)
+                await trio.sleep(POLL_SECONDS)
+        status = self._child.poll()
+        if status is None:
+            await self._end(self._child.pid)
+        raise StartupError(
+            f"the trainer did not start ({'no answer' if status is None else f'exit status {status}'}); "
+            f"the end of {self.log_file}:\n{self._last_lines()}"
+        )
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        with self.log_file.open("ab") as output:
+            return subprocess.Popen(  # noqa: S603  the command is ours
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "TINK_TRAINER_TOKEN": self._token},
+                # A session of its own: Ctrl-C and the death of the worker are not its own.
+                start_new_session=True,
+            )
+
+    def _last_lines(self, count: int = 5) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines()[-count:]
+        return "\n".join(f"  {line[:300]}" for line in lines)
+
+
+def _command(settings: Settings, home: Home) -> list[str]:
+    command = [sys.executable, "-m", "tink.trainer", "--home", str(home.root)]
+    command += ["--artifacts", str(settings.artifact_root), "--ready-file", str(home.trainer)]
+    command += ["--slots", str(settings.max_workers), "--threads", str(settings.trainer_threads)]
+    command += ["--orphan-seconds", str(settings.trainer_orphan_seconds)]
+    if settings.hf_model:
+        command += ["--model", settings.hf_model]
+    if settings.hf_model_name:
+        command += ["--model-name", settings.hf_model_name]
+    return command
