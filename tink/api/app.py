@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from tink import limits
 from tink.api import front, tinker
 from tink.api.access_log import AccessLog
 from tink.api.auth import Auth
-from tink.api.call import Ask, Service, routes
+from tink.api.call import Ask, Nowhere, Service, routes
 from tink.api.downloads import Downloads
-from tink.api.refusals import unrouted
 from tink.world import World
 
 
@@ -36,8 +34,8 @@ def create_app(
             *routes(service, tinker.TABLE, prefix="/api/v1"),
         ],
         middleware=[Middleware(AccessLog, world=world)],
-        exception_handlers={HTTPException: unrouted},
     )
+    app.router.default = Nowhere(service)
     # A path with a slash too many is a mistake to be told about: the SDK follows no redirect on a POST.
     app.router.redirect_slashes = False
     return app

@@ -72,16 +72,16 @@ class Upload:
             return Body(data, codec)
         return Body(data[:PEEK], codec, whole=False)
 
-    async def drain(self) -> None:
+    async def drain(self, most: int) -> None:
         """Take what is left, within reason."""
         taken = 0
         with trio.move_on_after(DRAIN_SECONDS):
-            while not self.finished and taken < DRAIN:
+            while not self.finished and taken < most:
                 taken += len(await self._next())
 
     async def discard(self) -> None:
         """Take everything until the connection is closed: a server whose reader waits for us would
-        not notice the end of the connection. The caller cancels this."""
+        not notice the end of the connection."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 

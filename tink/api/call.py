@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from tink import limits
 from tink.api.auth import Auth
-from tink.api.body import DRAIN_SECONDS, Body, Upload, expand
+from tink.api.body import DRAIN, DRAIN_SECONDS, PEEK, Body, Upload, expand
 from tink.api.downloads import Downloads
 from tink.api.refusals import JSON, internal_error, refusal
 from tink.domain import messages, requests
@@ -39,6 +39,8 @@ MAX_PAGE = 1000
 MAX_INT = 2**63 - 1
 # Longer or more compressed than this, a body is unpacked in a thread: in the loop it would be felt.
 _INLINE = 256 * 1024
+# Clients repeat what failed on our side, some of them at once: a bug must not become a hot loop.
+_BUG_PAUSE = 1.0
 # What Tink's ids are made of. Whatever else comes cannot be one, and need not be looked up.
 _ID = re.compile(r"[A-Za-z0-9:._-]{1,256}")
 
@@ -90,11 +92,12 @@ class Call:
 
     async def json(self, kind: type[RequestT]) -> RequestT:
         body = await self.body(MEDIA_JSON, limits.MAX_JSON_BODY)
-        decoded: RequestT = requests.decode(await self.expand(body, limits.MAX_JSON_BODY), kind)
+        decoded: RequestT = requests.decode(await self.text(body), kind)
         return decoded
 
-    async def expand(self, body: Body, limit: int) -> bytes:
-        return await self.offload(body, expand, body, limit)
+    async def text(self, body: Body) -> bytes:
+        """The JSON of `body`: UTF-8 all over, which msgspec does not look at in fields that it skips."""
+        return await self.offload(body, _text, body)
 
     async def offload(self, body: Body, work: Callable[..., T], *args: Any) -> T:
         """`work(*args)`, off the event loop when `body` makes it long."""
@@ -127,6 +130,15 @@ class Call:
         return int(text)
 
 
+def _text(body: Body) -> bytes:
+    data = expand(body, limits.MAX_JSON_BODY)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedRequest(f"the body is not UTF-8: {error}") from None
+    return data
+
+
 def identifier(text: str) -> str:
     if not _ID.fullmatch(text):
         raise NotFound(f"there is no {text[:80]!r} here")
@@ -134,8 +146,8 @@ def identifier(text: str) -> str:
 
 
 def natural(name: str, value: int, *, least: int = 0, most: int = MAX_INT) -> int:
-    """`value`, if it is in range."""
-    if not least <= value <= most:
+    """`value`, if it is a number in range."""
+    if value is True or value is False or not least <= value <= most:
         raise MalformedRequest(f"{name} must be from {least} to {most}, not {str(value)[:40]}")
     return value
 
@@ -158,7 +170,7 @@ class Endpoint:
         try:
             response = await self._respond(request, upload)
             if upload.abandoned:
-                await upload.drain()
+                await upload.drain(PEEK if response.status_code == 401 else DRAIN)
         except ClientDisconnect:
             return
         if upload.abandoned:
@@ -168,20 +180,38 @@ class Endpoint:
 
     async def _respond(self, request: Request, upload: Upload) -> Response:
         try:
+            handler = self._handler(request)
             tenant = "" if self._public else self._service.auth.tenant(request.headers)
-            call = Call(self._service, request, upload, tenant)
-            answer = await self._handlers[request.method](call)
+            answer = await handler(Call(self._service, request, upload, tenant))
         except ClientDisconnect:
             raise
         except (TinkError, HTTPException) as error:
             return refusal(error)
         except Exception:
-            request_id: str = request.scope.get("tink.request_id", "")
+            request_id: str = request.scope["tink.request_id"]
             log.exception("internal error", request_id=request_id, route=request.scope["route"].path)
+            await trio.sleep(_BUG_PAUSE)
             return internal_error(request_id)
         if isinstance(answer, Response):
             return answer
         return Response(status_code=204) if answer is None else JSON(answer)
+
+    def _handler(self, request: Request) -> Handler:
+        handler = self._handlers.get(request.method)
+        if handler is None:
+            allowed = {"Allow": ", ".join(self._handlers)}
+            raise HTTPException(405, f"{request.url.path[:200]} does not take {request.method}", allowed)
+        return handler
+
+
+class Nowhere(Endpoint):
+    """The app of every other path."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(service, {}, public=True)
+
+    def _handler(self, request: Request) -> Handler:
+        raise HTTPException(404, f"there is no {request.url.path[:200]} here")
 
 
 async def _answer_over(upload: Upload, response: Response, request: Request) -> None:
@@ -194,7 +224,4 @@ async def _answer_over(upload: Upload, response: Response, request: Request) -> 
 
 
 def routes(service: Service, table: Table, *, prefix: str = "", public: bool = False) -> list[Route]:
-    return [
-        Route(prefix + path, Endpoint(service, handlers, public), methods=list(handlers))
-        for path, handlers in table.items()
-    ]
+    return [Route(prefix + path, Endpoint(service, handlers, public)) for path, handlers in table.items()]

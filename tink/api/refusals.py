@@ -6,13 +6,12 @@ from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 
 from tink.errors import TinkError, Unauthorized
 
 # The SDK waits so long before it sends again what could not be taken.
-_RETRY_AFTER = {"Retry-After": "1"}
+RETRY_AFTER = {"Retry-After": "1"}
 
 
 class JSON(Response):
@@ -27,7 +26,7 @@ def refusal(error: TinkError | HTTPException) -> Response:
         return JSON({"detail": error.detail}, error.status_code, error.headers)
     headers = None
     if error.status == 503:
-        headers = _RETRY_AFTER
+        headers = RETRY_AFTER
     elif isinstance(error, Unauthorized):
         headers = {"WWW-Authenticate": "Bearer"}
     return JSON({"detail": str(error)}, error.status, headers)
@@ -36,13 +35,3 @@ def refusal(error: TinkError | HTTPException) -> Response:
 def internal_error(request_id: str) -> Response:
     """For a bug of ours: the log line with the same id has what happened."""
     return JSON({"detail": f"internal error; the server's log has it under request {request_id}"}, 500)
-
-
-async def unrouted(request: Request, error: Exception) -> Response:
-    """No such route, or not by that method."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        error.detail = f"there is no {request.method} {request.url.path[:200]} here"
-    elif error.status_code == 405:
-        error.detail = f"{request.url.path[:200]} does not take {request.method}"
-    return refusal(error)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import trio
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from tink.api.call import MEDIA_PROTOBUF, Call, Table, identifier
-from tink.api.refusals import JSON
+from tink.api.refusals import JSON, RETRY_AFTER
 from tink.domain import messages
 from tink.domain.requests import Request
 from tink.errors import TinkError
@@ -61,10 +62,17 @@ async def _watched(call: Call, question: messages.AwaitOutcome) -> messages.Outc
         nursery.cancel_scope.cancel()
 
     if refused is not None:
-        raise refused
+        raise _patient(refused)
     if gone and outcome is None:
         raise ClientDisconnect
     return outcome
+
+
+def _patient(error: TinkError) -> TinkError | HTTPException:
+    """After a 5xx the SDK polls again without a pause; after a 429 with one, for ever."""
+    if error.status < 500:
+        return error
+    return HTTPException(429, str(error), RETRY_AFTER)
 
 
 async def cancel(call: Call) -> None:

@@ -59,7 +59,7 @@ def command(op: OpName, kind: type[requests.Request]) -> Handler:
         body = await call.body(MEDIA_JSON, limits.MAX_JSON_BODY)
         text, invalid = b"", None
         try:
-            text = await call.expand(body, limits.MAX_JSON_BODY)
+            text = await call.text(body)
             fields = msgspec.structs.asdict(requests.decode(text, kind))
         except (MalformedRequest, TooLarge) as error:
             fields = json_members(beginning(body))
@@ -122,7 +122,7 @@ async def sample(call: Call) -> dict[str, Any]:
     """The samples of a sampler have numbers for identity, not for order: one that is refused here
     leaves no hole."""
     body = await call.body(MEDIA_JSON, limits.MAX_JSON_BODY)
-    text = await call.expand(body, limits.MAX_JSON_BODY)
+    text = await call.text(body)
     sent: requests.Sample = await call.offload(body, requests.decode, text, requests.Sample)
     if sent.sampling_session_id is None or sent.seq_id is None:
         raise MalformedRequest(

@@ -1,0 +1,259 @@
+"""A double of the worker, and one valid request per route.
+
+`Worker` is what `ask` is in production: it answers each message with something of the right type that
+is made of the message itself, and writes down what it was asked. It has no queue, no journal and no
+backend; `script` replaces an answer, or raises it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import trio
+
+from tink.domain import ids, messages, rows
+from tink.errors import NotFound
+from tink.wire.tinker_pb2 import ForwardBackwardRequest
+from tink.world import World
+
+SESSION = "5e55" * 8
+RUN = f"{SESSION}:train:0"
+SAMPLER = f"{SESSION}:sample:0"
+BASE = "tink/tiny"
+WHEN = 1_700_000_000.25
+
+
+class StillWorld(World):
+    """A world whose wall clock stands still, at WHEN."""
+
+    def __init__(self) -> None:
+        self.time = WHEN
+
+    def now(self) -> float:
+        return self.time
+
+    async def run_sync(self, fn: Callable[..., Any], *args: Any, limiter: object = None) -> Any:
+        await trio.lowlevel.checkpoint()
+        return fn(*args)
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.asked: list[messages.Question] = []
+        self.scripted: dict[type, Any] = {}
+        self.outcomes: dict[str, messages.Outcome] = {}
+        self._ended: defaultdict[str, trio.Event] = defaultdict(trio.Event)
+        # How many questions are waiting for an outcome.
+        self.waiting = 0
+
+    def script(self, kind: type, answer: Any) -> None:
+        """Answer `kind` with `answer`, or by calling it, or by raising it."""
+        self.scripted[kind] = answer
+
+    @property
+    def last(self) -> Any:
+        return self.asked[-1]
+
+    async def ask(self, question: messages.Question) -> Any:
+        self.asked.append(question)
+        await trio.lowlevel.checkpoint()
+        answer = self.scripted.get(type(question), _ordinary)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(question, messages.AwaitOutcome) and answer is _ordinary:
+            return await self._outcome(question.job_id)
+        return answer(question) if callable(answer) else answer
+
+    async def end(self, job_id: str, outcome: messages.Outcome) -> None:
+        await trio.lowlevel.checkpoint()
+        self.outcomes[job_id] = outcome
+        self._ended[job_id].set()
+
+    async def _outcome(self, job_id: str) -> messages.Outcome:
+        self.waiting += 1
+        try:
+            if job_id not in self.outcomes:
+                await self._ended[job_id].wait()
+            return self.outcomes[job_id]
+        finally:
+            self.waiting -= 1
+
+
+def _ordinary(q: messages.Question) -> Any:
+    match q:
+        case messages.CreateSession():
+            return messages.Created(SESSION)
+        case messages.GetSession():
+            return messages.SessionView(session(q.session_id), [RUN], [SAMPLER])
+        case messages.ListSessions():
+            return [session()]
+        case messages.SubmitTraining():
+            return messages.Promise(ids.job_id(q.model_id, q.seq_id), model_id=q.model_id)
+        case messages.SubmitSample():
+            job = ids.job_id(q.sampler_id, q.seq_id)
+            return messages.Promise(job, sample_sequence_ids=ids.sequence_ids(job, q.num_samples))
+        case messages.GetModel():
+            return model(q.model_id)
+        case messages.ListModels():
+            return [model()]
+        case messages.CreateSampler():
+            return messages.Created(ids.sampler_id(q.session_id, q.sampling_seq_id))
+        case messages.GetSampler():
+            return sampler(q.sampler_id)
+        case messages.ListCheckpoints():
+            return [checkpoint(), checkpoint("sampler_weights")]
+        case messages.GetCheckpoint():
+            address = ids.Address.parse(q.address)
+            saved = checkpoint(address.kind, address.name)
+            return messages.CheckpointView(saved, model().row, {"adapter_config.json": 3, "a b/c.bin": 5})
+        case messages.GetCapabilities():
+            return messages.Capabilities([messages.ServedModel(BASE, 2048, True, True)], "hf")
+    return None
+
+
+def session(session_id: str = SESSION, **changes: Any) -> rows.Session:
+    row = rows.Session(
+        session_id=session_id,
+        tenant="default",
+        tags=["t"],
+        user_metadata={"a": "b", "n": 1},
+        sdk_version="0.38.0",
+        project_id=None,
+        display_name="My run",
+        idempotency_key=None,
+        created_at=WHEN,
+    )
+    return msgspec.structs.replace(row, **changes)
+
+
+def model(model_id: str = RUN) -> messages.ModelView:
+    row = rows.Model(
+        model_id=model_id,
+        tenant="default",
+        session_id=SESSION,
+        model_seq_id=0,
+        state="live",
+        base_model=BASE,
+        rank=8,
+        train_attn=True,
+        train_mlp=True,
+        train_unembed=False,
+        user_metadata={"renderer_name": "qwen3", "n": 1, "nested": {"x": [1]}},
+        created_at=WHEN,
+        last_request_at=WHEN,
+    )
+    return messages.ModelView(row, "qwen3", "/home/tiny", checkpoint(), None)
+
+
+def sampler(sampler_id: str = SAMPLER) -> rows.Sampler:
+    return rows.Sampler(
+        sampler_id=sampler_id,
+        tenant="default",
+        session_id=SESSION,
+        sampling_seq_id=0,
+        base_model=BASE,
+        model_path=f"tinker://{RUN}/sampler_weights/final",
+        adapter_id=f"{RUN}@1",
+        created_at=WHEN,
+    )
+
+
+def checkpoint(kind: str = "weights", name: str = "final") -> rows.Checkpoint:
+    return rows.Checkpoint(
+        checkpoint_id=f"{RUN}/{kind}/{name}",
+        tenant="default",
+        model_id=RUN,
+        kind=kind,
+        name=name,
+        directory=f"{SESSION}/0/00000003-{kind}",
+        size_bytes=8,
+        adapter_id=None,
+        user_metadata={"step": "1"},
+        created_at=WHEN,
+        expires_at=WHEN + 3600,
+    )
+
+
+def protobuf(model_id: str = RUN, seq_id: int = 1, **fields: Any) -> bytes:
+    message = ForwardBackwardRequest(model_id=model_id, seq_id=seq_id, loss_fn="cross_entropy", **fields)
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = b"\1\0\0\0" * 64
+    return message.SerializeToString()
+
+
+def lease(path: str) -> str:
+    """`path` of a route, with ids in the place of its parameters."""
+    kind = "external_weights" if "urls" in path else "weights"
+    parameters = {
+        "session_id": SESSION,
+        "run_id": RUN,
+        "sampler_id": SAMPLER,
+        "kind": kind,
+        "name": "final",
+    }
+    return path.format_map(parameters)
+
+
+_PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
+
+# One valid request for each route below /api/v1 whose body matters: (method, path) -> JSON.
+BODIES: dict[tuple[str, str], Any] = {
+    ("POST", "/client/config"): {"sdk_version": "0.38.0"},
+    ("POST", "/client/dynamic_config"): {"sdk_version": "0.38.0"},
+    ("POST", "/telemetry"): {
+        "events": [
+            {"event": "SESSION_START"},
+            {"event": "UNHANDLED_EXCEPTION", "error_type": "ValueError", "error_message": "secret"},
+        ],
+        "platform": "Linux",
+        "sdk_version": "0.38.0",
+        "session_id": SESSION,
+        "process_uuid": "u",
+    },
+    ("POST", "/create_session"): {"tags": ["t"], "user_metadata": {"a": 1}, "sdk_version": "0.38.0"},
+    ("POST", "/session_heartbeat"): {"session_id": SESSION},
+    ("POST", "/sessions/search"): {"owner": {"type": "own"}, "user_metadata": {"a": "b"}},
+    ("POST", "/sessions/{session_id}/finish"): {"reason": {"type": "success"}, "detail": None},
+    ("PUT", "/sessions/{session_id}/project"): {"project_id": "p1"},
+    ("POST", "/create_model"): {
+        "session_id": SESSION,
+        "model_seq_id": 0,
+        "base_model": BASE,
+        "lora_config": {"rank": 8},
+    },
+    ("POST", "/optim_step"): {"model_id": RUN, "seq_id": 2, "adam_params": {"learning_rate": 0.1}},
+    ("POST", "/save_weights"): {"model_id": RUN, "path": "final", "seq_id": 3},
+    ("POST", "/save_weights_for_sampler"): {"model_id": RUN, "sampling_session_seq_id": 0, "seq_id": 4},
+    ("POST", "/save_weights_external"): {"model_id": RUN, "path": "x", "seq_id": 5},
+    ("POST", "/load_weights"): {
+        "session_id": SESSION,
+        "model_seq_id": 1,
+        "path": f"tinker://{RUN}/weights/final",
+        "optimizer": False,
+    },
+    ("POST", "/asample"): {
+        "sampling_session_id": SAMPLER,
+        "seq_id": 0,
+        "num_samples": 2,
+        "prompt": _PROMPT,
+        "sampling_params": {"max_tokens": 4, "seed": 7},
+    },
+    ("POST", "/retrieve_future"): {"request_id": f"{RUN}:1", "allow_metadata_only": True},
+    ("POST", "/cancel_future"): {"request_id": f"{SAMPLER}:0"},
+    ("POST", "/create_sampling_session"): {
+        "session_id": SESSION,
+        "sampling_session_seq_id": 1,
+        "base_model": BASE,
+        "model_path": f"tinker://{RUN}/sampler_weights/final",
+    },
+    ("POST", "/get_info"): {"model_id": RUN},
+    ("POST", "/weights_info"): {"tinker_path": f"tinker://{RUN}/weights/final"},
+    ("PUT", "/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl"): {"ttl_seconds": 3600},
+}
+
+
+def missing(question: messages.Question) -> Any:
+    raise NotFound("there is none")
