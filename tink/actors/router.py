@@ -92,6 +92,13 @@ class Router:
         """An actor begins with an empty mailbox: the open jobs that are its own are sent to it."""
         await self._mailbox.send(_Restarted(actor))
 
+    def release_waiters(self) -> None:
+        """The worker is stopping: whoever waits for a result is told to ask again, of the next one."""
+        for replies in self._waiters.values():
+            for reply in replies:
+                reply.fail(Overloaded("the worker is stopping: ask again"))
+        self._waiters.clear()
+
     async def run(self) -> None:
         """Takes the lanes from the journal, then serves for ever."""
         async with trio.open_nursery() as nursery:

@@ -16,9 +16,11 @@ import hypercorn.trio
 import msgspec
 import structlog
 import trio
+from starlette.applications import Starlette
 
 import tink
 from tink.actors.embedded import EmbeddedTrainer
+from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
@@ -91,12 +93,14 @@ async def _serve(settings: Settings, world: World) -> None:
                     secret=home.load_secret(),
                     world=world,
                 )
-                await _listen(app, settings, home, trainer)
+                await _listen(app, router, settings, home, trainer)
             await trainer.stop()
     log.info("stopped")
 
 
-async def _listen(app: object, settings: Settings, home: Home, trainer: EmbeddedTrainer) -> None:
+async def _listen(
+    app: Starlette, router: Router, settings: Settings, home: Home, trainer: EmbeddedTrainer
+) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
     config = hypercorn.config.Config()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -110,26 +114,26 @@ async def _listen(app: object, settings: Settings, home: Home, trainer: Embedded
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(_await_signals, stop)
-        serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
-        try:
-            binds = await nursery.start(serve)
-        except OSError as error:
-            raise StartupError(
-                f"cannot listen on {config.bind[0]}: {error.strerror or error}; "
-                "pass another --host or --port"
-            ) from error
-        url = f"http://{host}:{urlsplit(binds[0]).port}"
-        record = WorkerRecord(os.getpid(), url, tink.__version__, settings.routes.mode)
-        home.worker.write_bytes(msgspec.json.encode(record))
-        print(_banner(settings, url, trainer), flush=True)
-        try:
-            await stop.wait()
+        async with trio.open_nursery() as serving:
+            serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
+            try:
+                binds = await serving.start(serve)
+            except OSError as error:
+                raise StartupError(
+                    f"cannot listen on {config.bind[0]}: {error.strerror or error}; "
+                    "pass another --host or --port"
+                ) from error
+            url = f"http://{host}:{urlsplit(binds[0]).port}"
+            record = WorkerRecord(os.getpid(), url, tink.__version__, settings.routes.mode)
+            home.worker.write_bytes(msgspec.json.encode(record))
+            print(_banner(settings, url, trainer), flush=True)
+            try:
+                await stop.wait()
+            finally:
+                home.worker.unlink(missing_ok=True)
             log.info("stopping", drain_seconds=DRAIN_SECONDS)
-        finally:
-            home.worker.unlink(missing_ok=True)
-        # hypercorn drains by itself now; the nursery waits for it.
-        nursery.cancel_scope.deadline = trio.current_time() + 2 * DRAIN_SECONDS
-        nursery.cancel_scope.shield = False
+            router.release_waiters()
+        nursery.cancel_scope.cancel()
 
 
 async def _await_signals(
