@@ -64,7 +64,8 @@ def _find(root: Path, path: str) -> Path:
         raise gone
     try:
         found = (root / path).resolve(strict=True)
-    except OSError:
+    except (OSError, RuntimeError, ValueError):
+        # Not there, a circle of links, a NUL.
         raise gone from None
     if not (found.is_relative_to(root.resolve()) and found.is_file()):
         raise gone
