@@ -189,7 +189,7 @@ class Endpoint:
             return refusal(error)
         except Exception:
             request_id: str = request.scope["tink.request_id"]
-            log.exception("internal error", request_id=request_id, route=request.scope["route"].path)
+            log.exception("internal error", request_id=request_id, method=request.method)
             await trio.sleep(_BUG_PAUSE)
             return internal_error(request_id)
         if isinstance(answer, Response):
@@ -200,7 +200,7 @@ class Endpoint:
         handler = self._handlers.get(request.method)
         if handler is None:
             allowed = {"Allow": ", ".join(self._handlers)}
-            raise HTTPException(405, f"{request.url.path[:200]} does not take {request.method}", allowed)
+            raise HTTPException(405, f"{_shown(request)} does not take {request.method[:20]}", allowed)
         return handler
 
 
@@ -211,7 +211,13 @@ class Nowhere(Endpoint):
         super().__init__(service, {}, public=True)
 
     def _handler(self, request: Request) -> Handler:
-        raise HTTPException(404, f"there is no {request.url.path[:200]} here")
+        raise HTTPException(404, f"there is no {_shown(request)} here")
+
+
+def _shown(request: Request) -> str:
+    """The path, for people. Not `request.url`, which wants the query to be UTF-8."""
+    path: str = request.scope["path"]
+    return path[:200]
 
 
 async def _answer_over(upload: Upload, response: Response, request: Request) -> None:
