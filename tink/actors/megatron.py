@@ -17,7 +17,7 @@ import trio
 
 from tink.actors import plans
 from tink.actors.mailbox import Mailbox
-from tink.actors.settling import Settle, request_of
+from tink.actors.settling import BUSY_SECONDS, Settle, request_of
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
@@ -130,16 +130,20 @@ class MegatronActor:
             except Refused as error:
                 if error.refusal.applied is not None:
                     life.applied[model_id] = error.refusal.applied
-                if error.answered not in (404, 409, 412, 429):
-                    raise
                 log.warning("training call refused", job=job.job_id, reason=str(error))
-                if error.answered == 429:
-                    await trio.sleep(0.1)
-                    continue
-                if error.answered in (404, 409) and error.refusal.error != "fenced":
-                    if error.answered == 404:
+                match error.refusal.error:
+                    case "busy":
+                        await trio.sleep(BUSY_SECONDS)
+                        continue
+                    case "gap":  # `applied` now says what it lacks
+                        continue
+                    case "no_model":
                         life.applied.pop(model_id, None)
-                    continue
+                        continue
+                    case "stale_incarnation":
+                        pass
+                    case _:
+                        raise
             else:
                 life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                 return reply

@@ -7,7 +7,7 @@ import trio
 
 from tink.actors import plans
 from tink.actors.mailbox import Mailbox
-from tink.actors.settling import Settle, request_of
+from tink.actors.settling import BUSY_SECONDS, Settle, request_of
 from tink.actors.trainer_link import TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
@@ -107,6 +107,7 @@ class SamplerActor:
                 log.warning("sampling call lost", job=job.job_id, reason=str(error))
                 self._link.lost(life)
             except Refused as error:
-                if not error.refusal.retryable:
+                # Busy, or the answer was kept for us no longer: the same request again.
+                if error.answered not in (404, 429):
                     raise
-                await trio.sleep(0.1)
+                await trio.sleep(BUSY_SECONDS)

@@ -11,6 +11,9 @@ from tink.errors import UserError
 from tink.journal.journal import Journal
 from tink.limits import MAX_ZSTD_WINDOW
 
+# Before a call that a full trainer refused is made again.
+BUSY_SECONDS = 0.1
+
 # Called with a job's id once its terminal event is durable.
 Settle = Callable[[str], Awaitable[None]]
 

@@ -78,9 +78,8 @@ class GroupCommit(Generic[Item]):
                 await self._work.wait()
                 await self._commit_open()
         except trio.Cancelled:
-            with trio.CancelScope(shield=True):
-                while self._open.items:
-                    await self._commit_open()
+            while self._open.items:
+                await self._commit_open()
             raise
 
     async def _commit_open(self) -> None:
@@ -88,17 +87,22 @@ class GroupCommit(Generic[Item]):
         self._work = trio.Event()
         self._room.set()
         self._room = trio.Event()
-        if not batch.items:
-            return
         try:
-            await self._world.run_sync(self._commit, batch.items, limiter=self._thread)
+            # Shielded as a whole: a batch that was taken is committed, or its waiters hear of an error.
+            with trio.CancelScope(shield=True):
+                await self._world.run_sync(self._commit, batch.items, limiter=self._thread)
             self._then()
-        except JournalUnavailable as error:
-            batch.error = self._failed = error
-            self._open.error = error
-            raise
+        except Exception as error:
+            self._failed = _unavailable(error)
+            batch.error = self._open.error = self._failed
+            self._open.done.set()
+            self._room.set()
+            raise self._failed from error
         finally:
             batch.done.set()
-            if self._failed is not None:
-                self._open.done.set()
-                self._room.set()
+
+
+def _unavailable(error: Exception) -> JournalUnavailable:
+    if isinstance(error, JournalUnavailable):
+        return error
+    return JournalUnavailable(f"the commit failed: {type(error).__name__}: {error}")

@@ -1,0 +1,315 @@
+"""What the worker promises, each in a world where time is simulated and faults are chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.simulation.cluster import TENANT, Cluster
+from tink.domain import ids, messages, rows
+from tink.errors import NotFound, Overloaded
+from tink.limits import SEQ_GAP_SECONDS
+
+
+def _json(**fields: object) -> bytes:
+    return msgspec.json.encode(fields)
+
+
+async def _train(cluster: Cluster, model: str, first: int, steps: int) -> list[str]:
+    """forward_backward + optim_step, `steps` times; the ids of the jobs."""
+    jobs = []
+    for seq in range(first, first + 2 * steps, 2):
+        jobs.append(
+            (await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())).request_id
+        )
+        step = _json(model_id=model, seq_id=seq + 1, adam_params={"learning_rate": seq / 1000})
+        jobs.append((await cluster.submit(model, seq + 1, "optim_step", step)).request_id)
+    return jobs
+
+
+async def _results(cluster: Cluster, jobs: list[str]) -> list[object]:
+    outcomes = [await cluster.outcome(job) for job in jobs]
+    return [outcome.body or outcome.result or outcome.error for outcome in outcomes]
+
+
+async def _undisturbed(folder: Path, steps: int) -> list[object]:
+    async with Cluster.running(folder / "undisturbed") as cluster:
+        model = await cluster.create(await cluster.session())
+        return await _results(cluster, await _train(cluster, model, 1, steps))
+
+
+async def test_jobs_run_in_the_order_of_their_numbers_whatever_the_order_of_arrival(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    expected = await _undisturbed(tmp_path, 2)
+    async with Cluster.running(tmp_path / "shuffled") as cluster:
+        model = await cluster.create(await cluster.session())
+        for seq in (3, 4, 2):
+            if seq % 2:
+                await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())
+            else:
+                step = _json(model_id=model, seq_id=seq, adam_params={"learning_rate": (seq - 1) / 1000})
+                await cluster.submit(model, seq, "optim_step", step)
+        await cluster.submit(model, 1, "forward_backward", b"batch 1")
+        assert await _results(cluster, [ids.job_id(model, seq) for seq in (1, 2, 3, 4)]) == expected
+
+
+async def test_a_repeat_finds_the_first_job_whatever_its_body(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        first = await cluster.submit(model, 1, "forward_backward", b"batch 1")
+        second = await cluster.submit(model, 1, "forward_backward", b"another body")
+        result = await cluster.outcome(first.request_id)
+        third = await cluster.submit(model, 1, "forward_backward", b"a third")
+        assert first == second == third
+        assert await cluster.outcome(third.request_id) == result
+        cluster.check_journal()
+
+
+async def test_two_submissions_at_once_make_one_job(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        promises: list[messages.Promise] = []
+
+        async def submit() -> None:
+            promises.append(await cluster.submit(model, 1, "forward_backward", b"batch 1"))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(submit)
+        assert len(set(promises)) == 1
+        await cluster.outcome(promises[0].request_id)
+        cluster.check_journal()
+
+
+async def test_a_number_that_never_comes_does_not_stop_the_lane(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        await cluster.outcome(f"{model}:0")
+        before = trio.current_time()
+        await cluster.submit(model, 3, "forward_backward", b"batch 3")
+        assert (await cluster.outcome(f"{model}:3")).state == "done"
+        assert trio.current_time() - before >= SEQ_GAP_SECONDS
+
+        await cluster.submit(model, 2, "forward_backward", b"batch 2, too late")
+        late = await cluster.outcome(f"{model}:2")
+        assert (late.state, late.category) == ("failed", "user")
+        assert "skipped" in str(late.error)
+        cluster.check_journal()
+
+
+async def test_a_failed_job_consumes_its_number_and_the_next_one_runs(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        await cluster.submit(model, 1, "forward_backward", b"poison")
+        await cluster.submit(model, 2, "forward_backward", b"batch 2")
+        failed = await cluster.outcome(f"{model}:1")
+        assert (failed.state, failed.category, failed.error) == ("failed", "user", "poison")
+        assert (await cluster.outcome(f"{model}:2")).state == "done"
+
+
+async def test_a_request_that_could_not_be_decoded_fails_in_its_turn(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        broken = messages.SubmitTraining(
+            TENANT,
+            op="forward_backward",
+            session_id=model.partition(":")[0],
+            model_id=model,
+            seq_id=1,
+            body=b"",
+            invalid="the body is cut off",
+        )
+        await cluster.ask(broken)
+        await cluster.submit(model, 2, "forward_backward", b"batch 2")
+        assert (await cluster.outcome(f"{model}:1")).error == "the body is cut off"
+        assert (await cluster.outcome(f"{model}:2")).state == "done"
+
+
+async def test_a_model_whose_creation_fails_does_not_exist(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session(), rank=0)
+        failed = await cluster.outcome(f"{model}:0")
+        assert "rank 0" in str(failed.error)
+        with pytest.raises(NotFound):
+            await cluster.router_ask(messages.GetModel(TENANT, model))
+
+
+async def test_another_tenant_sees_nothing(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        session = await cluster.session()
+        model = await cluster.create(session)
+        await cluster.outcome(f"{model}:0")
+        for question in (
+            messages.Heartbeat("other", session),
+            messages.GetSession("other", session),
+            messages.GetModel("other", model),
+            messages.AwaitOutcome("other", f"{model}:0"),
+            messages.CancelJob("other", f"{model}:0"),
+            messages.SubmitTraining(
+                "other", op="forward", session_id=session, model_id=model, seq_id=1, body=b"x"
+            ),
+            messages.CreateSampler("other", session, 0, base_model="sim/model"),
+        ):
+            with pytest.raises(NotFound):
+                await cluster.router_ask(question)
+
+
+@pytest.mark.parametrize("victim", ["worker", "trainer", "both"])
+async def test_a_crash_changes_no_result(autojump_clock: MockClock, tmp_path: Path, victim: str) -> None:
+    expected = await _undisturbed(tmp_path, 6)
+    async with Cluster.running(tmp_path / "crashed") as cluster:
+        model = await cluster.create(await cluster.session())
+        jobs = await _train(cluster, model, 1, 3)
+        await cluster.outcome(jobs[2])
+        if victim in ("trainer", "both"):
+            cluster.trainer.kill()
+        if victim in ("worker", "both"):
+            cluster.crash_worker()
+            await cluster.start_worker()
+        if victim in ("trainer", "both"):
+            await cluster.start_trainer()
+        jobs += await _train(cluster, model, 7, 3)
+        assert await _results(cluster, jobs) == expected
+        cluster.check_journal()
+
+
+async def test_lost_calls_and_answers_change_no_result(autojump_clock: MockClock, tmp_path: Path) -> None:
+    expected = await _undisturbed(tmp_path, 10)
+    async with Cluster.running(tmp_path / "lossy", loss=0.2) as cluster:
+        model = await cluster.create(await cluster.session())
+        assert await _results(cluster, await _train(cluster, model, 1, 10)) == expected
+
+
+async def test_a_job_that_kills_the_trainer_is_given_up_and_the_lane_goes_on(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        await cluster.outcome(f"{model}:0")
+        cluster.trainer.deadly = b"deadly"
+        await cluster.submit(model, 1, "forward_backward", b"deadly")
+        await cluster.submit(model, 2, "forward_backward", b"harmless")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cluster.keep_trainer_alive)
+            failed = await cluster.outcome(f"{model}:1")
+            assert (failed.state, failed.category) == ("failed", "server")
+            assert "died 3 times" in str(failed.error)
+            assert (await cluster.outcome(f"{model}:2")).state == "done"
+            nursery.cancel_scope.cancel()
+        cluster.check_journal()
+
+
+async def test_a_sample_in_flight_at_a_crash_is_run_again_as_the_same_request(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        session = await cluster.session()
+        sampler = (await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))).id
+        body = _json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]})
+        promise = await cluster.ask(messages.SubmitSample(TENANT, sampler, 0, body, num_samples=2))
+        assert promise.sample_sequence_ids == [f"{sampler}:0:0", f"{sampler}:0:1"]
+        cluster.crash_worker()
+        await cluster.start_worker()
+        outcome = await cluster.outcome(promise.request_id)
+        again = await cluster.ask(messages.SubmitSample(TENANT, sampler, 0, body, num_samples=2))
+        assert again == promise
+        assert outcome.body == (await cluster.outcome(promise.request_id)).body
+        cluster.check_journal()
+
+
+async def test_an_unsent_sample_can_be_withdrawn_and_ends_once(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        session = await cluster.session()
+        sampler = (await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))).id
+        body = _json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]})
+        cluster.trainer.kill()
+        jobs = [
+            (await cluster.ask(messages.SubmitSample(TENANT, sampler, seq, body))).request_id
+            for seq in range(8)
+        ]
+        for job in jobs:
+            await cluster.ask(messages.CancelJob(TENANT, job))
+        await cluster.start_trainer()
+        states = {(await cluster.outcome(job)).state for job in jobs}
+        assert states == {"done", "cancelled"}
+        cluster.check_journal()
+
+
+async def test_a_stopping_worker_tells_those_who_wait_to_ask_again(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        cluster.trainer.kill()
+        await cluster.submit(model, 1, "forward_backward", b"batch")
+        router = cluster.router
+        assert router is not None
+        with pytest.RaisesGroup(Overloaded):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(router.ask, messages.AwaitOutcome(TENANT, f"{model}:1"))
+                await trio.testing.wait_all_tasks_blocked(0.5)
+                router.release_waiters()
+
+
+async def test_a_checkpoint_can_be_loaded_overwritten_published_and_expires(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        session = await cluster.session()
+        model = await cluster.create(session)
+        jobs = await _train(cluster, model, 1, 1)
+        save = _json(model_id=model, seq_id=3, path="one", ttl_seconds=3600)
+        await cluster.submit(model, 3, "save_weights", save)
+        path = f"tinker://{model}/weights/one"
+        assert (await cluster.outcome(f"{model}:3")).result == {"path": path}
+
+        await cluster.submit(model, 4, "save_weights", _json(model_id=model, seq_id=4, path="one"))
+        taken = await cluster.outcome(f"{model}:4")
+        assert (taken.category, "exists already" in str(taken.error)) == ("user", True)
+
+        load = messages.SubmitTraining(
+            TENANT,
+            op="load_weights",
+            session_id=session,
+            model_id=ids.model_id(session, 1),
+            seq_id=0,
+            model_seq_id=1,
+            body=_json(path=path, optimizer=True),
+        )
+        await cluster.ask(load)
+        assert (await cluster.outcome(f"{session}:train:1:0")).result == {
+            "path": path,
+            "model_id": f"{session}:train:1",
+        }
+        # It goes on exactly where the other one was.
+        mine = _json(model_id="", seq_id=0, adam_params={"learning_rate": 1.0})
+        await cluster.submit(model, 5, "optim_step", mine)
+        await cluster.submit(f"{session}:train:1", 1, "optim_step", mine)
+        assert (await cluster.outcome(f"{model}:5")).result == (
+            await cluster.outcome(f"{session}:train:1:1")
+        ).result
+
+        await cluster.ask(messages.ChangeCheckpoint(TENANT, path, public=True))
+        view: list[rows.Checkpoint] = await cluster.ask(messages.ListCheckpoints(TENANT, model))
+        assert [checkpoint.public for checkpoint in view] == [True]
+        await trio.sleep(3700)
+        assert await cluster.ask(messages.ListCheckpoints(TENANT, model)) == []
+        assert len(jobs) == 2
+        cluster.check_journal()
