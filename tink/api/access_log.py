@@ -7,6 +7,7 @@ import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tink.api.call import route_of
 from tink.world import World
 
 log = structlog.get_logger("tink.api")
@@ -41,7 +42,7 @@ class AccessLog:
                 "request",
                 request_id=request_id,
                 method=scope["method"],
-                route=getattr(scope.get("route"), "path", None),
+                route=route_of(scope),
                 status=status,
                 ms=round(1000 * (self._world.monotonic() - started), 1),
             )

@@ -189,7 +189,7 @@ class Endpoint:
             return refusal(error)
         except Exception:
             request_id: str = request.scope["tink.request_id"]
-            log.exception("internal error", request_id=request_id, method=request.method)
+            log.exception("internal error", request_id=request_id, route=route_of(request.scope))
             await trio.sleep(_BUG_PAUSE)
             return internal_error(request_id)
         if isinstance(answer, Response):
@@ -212,6 +212,11 @@ class Nowhere(Endpoint):
 
     def _handler(self, request: Request) -> Handler:
         raise HTTPException(404, f"there is no {_shown(request)} here")
+
+
+def route_of(scope: Scope) -> str | None:
+    """The template of the path, which has no ids in it."""
+    return getattr(scope.get("route"), "path", None)
 
 
 def _shown(request: Request) -> str:

@@ -100,7 +100,7 @@ async def test_a_bug_is_answered_and_logged_once_and_hurts_nobody_else(
     assert "a bug" not in answer.text
     [line] = [entry for entry in log_output.entries if entry["log_level"] == "error"]
     assert line["request_id"] in answer.text
-    assert line["exc_info"] is True
+    assert (line["route"], line["exc_info"]) == ("/api/v1" + path, True)
     worker.scripted.clear()
     assert (await send(method, path, "tml-bob")).is_success
 
