@@ -46,7 +46,29 @@ class WorkerRecord(msgspec.Struct):
     mode: str
 
 
+HELP = "run the worker"
+DESCRIPTION = """\
+Runs the worker: serves the Tinker API, journals every job, and starts the
+training server of the embedded engine as a child process. Everything it keeps
+is under the home."""
+EPILOG = """\
+Everything else is set by environment variables (TINK_API_KEYS, TINK_HF_MODEL,
+MAX_WORKERS, ...); README.md lists them. An option wins over its variable.
+
+examples:
+  tink serve                                  a tiny built-in model, port 8400
+  TINK_HF_MODEL=Qwen/Qwen3-0.6B tink serve    a hub id or a directory
+  TINK_API_KEYS=tml-s3cret=alice tink serve --host 0.0.0.0
+
+signals: SIGTERM or Ctrl-C lets requests in flight finish; a second one stops at
+once. Neither loses a job.
+
+exit status: 0 after a stop; 2 if it cannot start; 3 if the journal could not be
+written (start it again)"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     parser.add_argument("--host", help="address to listen on (TINK_HOST; default 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, help="port to listen on, 0 for a free one (TINK_PORT; default 8400)"

@@ -1,0 +1,131 @@
+"""What `tink db check` looks at. Every check only reads, and says in words what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+from sqlalchemy import Connection, select
+
+from tink.cli import queries
+from tink.cli.snapshot import open_snapshot
+from tink.errors import StartupError
+from tink.journal import migrations, schema, store
+from tink.journal.home import Home
+from tink.journal.migrations import Database
+
+# Of each check; a damaged journal has as many as it has rows.
+SHOWN_PROBLEMS = 100
+# Bodies held at once: each may be as large as a request.
+BODIES_AT_ONCE = 4
+
+
+class Check(msgspec.Struct, kw_only=True):
+    """`detail`: what was looked at. `problems`: what is wrong there, one line each."""
+
+    database: Database
+    name: Literal["file", "schema", "events", "tables", "bodies"]
+    ok: bool
+    detail: str
+    problems: list[str]
+
+
+def check(home: Home, *, quick: bool) -> Iterator[Check]:
+    """Every check, as it ends. What cannot be told because the file or its schema is wrong is left out.
+    The bodies are read after the journal: a body is stored before the event that names it."""
+    named: dict[str, str] | None = None
+    try:
+        with open_snapshot(home.journal) as connection:
+            basis = [_file(connection, "journal", quick), _schema(connection, "journal")]
+            yield from basis
+            if all(part.ok for part in basis):
+                yield _events(connection)
+                yield _tables(connection)
+                pairs = connection.execute(queries.bodies_named(connection)).tuples()
+                named = {digest: job_id for job_id, digest in pairs}
+    except StartupError as error:
+        yield _found("journal", "file", str(home.journal), [str(error)])
+    if not home.bodies.is_file():
+        yield _found("bodies", "file", str(home.bodies), ["there is no such file"])
+        return
+    try:
+        with open_snapshot(home.bodies) as connection:
+            basis = [_file(connection, "bodies", quick), _schema(connection, "bodies")]
+            yield from basis
+            if all(part.ok for part in basis):
+                yield _bodies(connection, named or {}, quick)
+    except StartupError as error:
+        yield _found("bodies", "file", str(home.bodies), [str(error)])
+
+
+def _found(database: Database, name: str, detail: str, problems: list[str]) -> Check:
+    more = len(problems) - SHOWN_PROBLEMS
+    shown = [problem[:1000] for problem in problems[:SHOWN_PROBLEMS]]
+    if more > 0:
+        shown.append(f"... and {more:,} more")
+    return Check(database=database, name=name, ok=not problems, detail=detail, problems=shown)  # type: ignore[arg-type]
+
+
+def _file(connection: Connection, database: Database, quick: bool) -> Check:
+    pragma = "quick_check" if quick else "integrity_check"
+    answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
+    problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").tuples():
+        problems.append(f"row {row} of {table} names a row that {parent} does not have")
+    return _found(database, "file", f"SQLite's {pragma}, and foreign keys", problems)
+
+
+def _schema(connection: Connection, database: Database) -> Check:
+    version = migrations.version(connection, database)
+    detail = f"revision {version.current or 'none'}, head {version.head}"
+    if version.current != version.head:
+        return _found(
+            database,
+            "schema",
+            detail,
+            ["not at the head: run 'tink db upgrade', or the newer Tink that wrote it"],
+        )
+    return _found(database, "schema", detail, migrations.differences(connection, database))
+
+
+def _events(connection: Connection) -> Check:
+    """Numbered 1, 2, 3, ... without a gap."""
+    problems = []
+    last = 0
+    numbers = connection.execution_options(yield_per=10_000).execute(
+        select(schema.events.c.seq).order_by(schema.events.c.seq)
+    )
+    for seq in numbers.scalars():
+        if seq != last + 1:
+            problems.append(f"no events from {last + 1} to {seq - 1}")
+        last = seq
+    return _found("journal", "events", f"{last:,} events, numbered without a gap", problems)
+
+
+def _tables(connection: Connection) -> Check:
+    """What the boot checks too: the tables are what the events say."""
+    try:
+        problems = store.check(connection)
+    except (LookupError, msgspec.MsgspecError) as error:
+        problems = [f"the events cannot be folded: {error}"]
+    return _found("journal", "tables", "fold(events) == tables", problems)
+
+
+def _bodies(connection: Connection, named: dict[str, str], quick: bool) -> Check:
+    """Each has the hash that is its name, and each that a job names is there. `named`: hash -> job."""
+    table = schema.bodies
+    problems: list[str] = []
+    total = 0
+    missing = dict(named)
+    columns = [table.c.sha256, table.c.size] if quick else [table.c.sha256, table.c.size, table.c.content]
+    bodies = connection.execution_options(yield_per=BODIES_AT_ONCE).execute(select(*columns))
+    for count, (digest, size, *content) in enumerate(bodies, 1):
+        total = count
+        missing.pop(digest, None)
+        if content and (hashlib.sha256(content[0]).hexdigest() != digest or len(content[0]) != size):
+            problems.append(f"the body {digest} is damaged: it is not what was stored")
+    problems += [f"the body {digest} of the job {job_id} is missing" for digest, job_id in missing.items()]
+    how = "not hashed again (--quick)" if quick else "each hashed again"
+    return _found("bodies", "bodies", f"{total:,} bodies, {how}", problems)

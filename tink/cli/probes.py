@@ -1,0 +1,161 @@
+"""Who runs on a home: the processes that its files name, and what they answer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import httpx
+import msgspec
+import trio
+
+from tink.backends.trainer import TrainerClient, TrainerGone
+from tink.domain import rows
+from tink.journal.home import Home
+from tink.trainer import protocol
+from tink.world import World
+
+# A worker that has waited longer for its trainer is not serving.
+ANSWER_SECONDS = 3.0
+
+T = TypeVar("T")
+
+
+class _WorkerRecord(msgspec.Struct):
+    pid: int
+    url: str
+    version: str
+    mode: str
+
+
+class _TrainerRecord(msgspec.Struct):
+    pid: int
+    port: int
+
+
+class WorkerStatus(msgspec.Struct, kw_only=True):
+    """`running`: it answers. `silent`: the process is there, and does not (it may wait for its trainer).
+    `starting`: it has the home's lock and does not listen yet. `stopped`, `crashed`: nothing runs, and
+    the last one did or did not stop by itself. `started_at` is that of the last one, running or not."""
+
+    state: Literal["running", "silent", "starting", "stopped", "crashed", "new"]
+    pid: int | None = None
+    url: str | None = None
+    version: str | None = None
+    mode: str | None = None
+    incarnation: int | None = None
+    started_at: float | None = None
+    stopped_at: float | None = None
+    uptime_seconds: float | None = None
+
+
+class TrainerStatus(msgspec.Struct, kw_only=True):
+    """`silent`: the process is there, and does not answer."""
+
+    state: Literal["ready", "loading", "broken", "silent", "stopped"]
+    pid: int | None = None
+    url: str | None = None
+    incarnation: str | None = None
+    detail: str = ""
+    running: list[protocol.Running] = []
+
+
+def probe(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
+    """Takes ANSWER_SECONDS at most."""
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_ask_worker, worker, world)
+            nursery.start_soon(_ask_trainer, trainer, world)
+
+    worker, trainer = _worker(home, last, world), _trainer(home)
+    trio.run(both)
+    return worker, trainer
+
+
+def _worker(home: Home, last: rows.Incarnation | None, world: World) -> WorkerStatus:
+    """As far as files and processes tell."""
+    status = WorkerStatus(state="new")
+    if last is not None:
+        status = WorkerStatus(
+            state="crashed" if last.stopped_at is None else "stopped",
+            version=last.version,
+            incarnation=last.number,
+            started_at=last.started_at,
+            stopped_at=last.stopped_at,
+        )
+    record = _read(home.worker, _WorkerRecord)
+    if record is not None and alive(record.pid, "tink"):
+        status.state = "silent"
+        status.pid, status.url, status.version, status.mode = (
+            record.pid,
+            record.url,
+            record.version,
+            record.mode,
+        )
+        if last is not None:
+            status.uptime_seconds = world.now() - last.started_at
+    elif (owner := _lock_owner(home)) is not None and alive(owner, "tink"):
+        status.state, status.pid = "starting", owner
+    return status
+
+
+def _trainer(home: Home) -> TrainerStatus:
+    record = _read(home.trainer, _TrainerRecord)
+    if record is None or not alive(record.pid, "tink"):
+        return TrainerStatus(state="stopped")
+    return TrainerStatus(state="silent", pid=record.pid, url=f"http://127.0.0.1:{record.port}")
+
+
+async def _ask_worker(status: WorkerStatus, world: World) -> None:
+    if status.url is None:
+        return
+    with trio.move_on_after(ANSWER_SECONDS), contextlib.suppress(httpx.HTTPError):
+        async with httpx.AsyncClient(
+            base_url=status.url,
+            transport=world.http_transport(status.url, 1),
+            timeout=ANSWER_SECONDS,
+            trust_env=False,
+        ) as client:
+            if (await client.get("/healthz")).status_code == 200:
+                status.state = "running"
+
+
+async def _ask_trainer(status: TrainerStatus, world: World) -> None:
+    if status.url is None:
+        return
+    with trio.move_on_after(ANSWER_SECONDS), contextlib.suppress(TrainerGone):
+        async with TrainerClient.connect(status.url, world, slots=1) as client:
+            health = await client.health()
+        status.state, status.detail = health.state, health.detail
+        status.incarnation, status.running = health.incarnation, health.running
+
+
+def alive(pid: int, word: str) -> bool:
+    """Whether such a process runs and has `word` in its command line: after a reboot a number that is in
+    a file belongs to anyone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        # Empty for a process that has ended and waits for its parent to notice.
+        return word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True  # a system without /proc
+
+
+def _lock_owner(home: Home) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int((home.root / "worker.lock").read_text())
+    return None
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    return None

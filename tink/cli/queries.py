@@ -1,0 +1,128 @@
+"""Every question that the commands put to the journal, by name. Answers are the rows of tink/domain."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Select, bindparam, func, or_, select
+
+from tink.domain import rows
+from tink.domain.events import Record
+from tink.journal import schema, store
+
+R = TypeVar("R", bound=rows.Row)
+
+# As literals: SQLite takes the partial index of open jobs only for the very condition it was made with.
+_IS_OPEN = schema.jobs.c.state.in_(
+    bindparam("open", sorted(rows.OPEN), expanding=True, literal_execute=True)
+)
+
+
+def last_incarnation(connection: Connection) -> rows.Incarnation | None:
+    query = select(schema.incarnations).order_by(schema.incarnations.c.number.desc()).limit(1)
+    return next(iter(_rows(connection, query, rows.Incarnation)), None)
+
+
+def count_events(connection: Connection) -> int:
+    return store.last_seq(connection)
+
+
+def count(connection: Connection, table: str) -> dict[str, int]:
+    """How many rows of the table are in each state."""
+    state = schema.metadata.tables[table].c.state
+    query = select(state, func.count()).group_by(state).order_by(state)
+    return {str(name): number for name, number in connection.execute(query).tuples()}
+
+
+def open_jobs(connection: Connection) -> dict[str, dict[str, int]]:
+    """op -> state -> how many."""
+    jobs = schema.jobs
+    query = select(jobs.c.op, jobs.c.state, func.count()).where(_IS_OPEN)
+    found: dict[str, dict[str, int]] = {}
+    grouped = query.group_by(jobs.c.op, jobs.c.state).order_by(jobs.c.op)
+    for op, state, number in connection.execute(grouped).tuples():
+        found.setdefault(op, {})[state] = number
+    return found
+
+
+def oldest_open_job(connection: Connection) -> float | None:
+    """When it was submitted."""
+    oldest: float | None = connection.execute(
+        select(func.min(schema.jobs.c.submitted_at)).where(_IS_OPEN)
+    ).scalar()
+    return oldest
+
+
+def latest_models(connection: Connection, limit: int) -> list[rows.Model]:
+    newest = schema.models.c.last_request_at.desc()
+    return _rows(connection, select(schema.models).order_by(newest).limit(limit), rows.Model)
+
+
+def latest_sessions(connection: Connection, limit: int) -> list[rows.Session]:
+    newest = schema.sessions.c.created_at.desc()
+    return _rows(connection, select(schema.sessions).order_by(newest).limit(limit), rows.Session)
+
+
+def jobs(
+    connection: Connection,
+    *,
+    limit: int,
+    state: str | None = None,
+    op: str | None = None,
+    model_id: str | None = None,
+    session_id: str | None = None,
+    since: float | None = None,
+) -> list[rows.Job]:
+    """The newest first. `state` is one of the five, or `open`. The jobs of a model are those that train
+    it and the samples of its adapters."""
+    table = schema.jobs
+    query = select(table)
+    if state == "open":
+        query = query.where(_IS_OPEN)
+    elif state is not None:
+        query = query.where(table.c.state == state)
+    if op is not None:
+        query = query.where(table.c.op == op)
+    if model_id is not None:
+        query = query.where(
+            or_(table.c.model_id == model_id, table.c.sampler_id.in_(_samplers_of(model_id)))
+        )
+    if session_id is not None:
+        query = query.where(table.c.session_id == session_id)
+    if since is not None:
+        query = query.where(table.c.submitted_at >= since)
+    newest = query.order_by(table.c.submitted_at.desc(), table.c.accepted_seq.desc())
+    return _rows(connection, newest.limit(limit), rows.Job)
+
+
+def job(connection: Connection, job_id: str) -> rows.Job | None:
+    query = select(schema.jobs).where(schema.jobs.c.job_id == job_id)
+    return next(iter(_rows(connection, query, rows.Job)), None)
+
+
+def events_of(connection: Connection, job_id: str) -> list[Record]:
+    """In order."""
+    table = schema.events
+    query = select(table.c.seq).where(table.c.job_id == job_id).order_by(table.c.seq)
+    return [store.event_of(connection, seq) for seq in connection.execute(query).scalars().all()]
+
+
+def bodies_named(connection: Connection) -> Select[Any]:
+    """(job_id, sha256) of each body that a job's row names: its request and its result."""
+    table = schema.jobs
+    requests = select(table.c.job_id, table.c.body_sha256).where(table.c.body_sha256.is_not(None))
+    results = select(table.c.job_id, table.c.result_sha256).where(table.c.result_sha256.is_not(None))
+    return select(requests.union_all(results).subquery())
+
+
+def _samplers_of(model_id: str) -> Select[Any]:
+    samplers, adapters = schema.samplers, schema.adapters
+    return (
+        select(samplers.c.sampler_id)
+        .join(adapters, adapters.c.adapter_id == samplers.c.adapter_id)
+        .where(adapters.c.model_id == model_id)
+    )
+
+
+def _rows(connection: Connection, query: Select[Any], kind: type[R]) -> list[R]:
+    return [kind(**row) for row in connection.execute(query).mappings()]

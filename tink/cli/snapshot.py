@@ -1,0 +1,64 @@
+"""A home's databases as a command reads them: read-only, at one moment, without a lock. Nothing here
+makes a folder or a file, and the worker's writer is never waited for nor held up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from tink.errors import StartupError
+from tink.journal import migrations
+from tink.journal.database import reader_engine
+from tink.journal.home import Home
+from tink.settings import Settings
+
+
+def find_home(option: Path | None) -> Home:
+    """The home that --home or TINK_HOME names, else the default one. StartupError unless a journal is
+    there."""
+    # Of the other settings none matters to a reader, so none of them can be wrong.
+    named = {"TINK_HOME": os.environ.get("TINK_HOME", "")}
+    home = Home(Settings.load(named, home=option).home)
+    advice = "pass --home DIR or set TINK_HOME; 'tink serve' makes a new one"
+    if not home.root.exists():
+        raise StartupError(f"there is no home {home.root}: {advice}")
+    if not home.root.is_dir():
+        raise StartupError(f"{home.root} is not a folder: {advice}")
+    if not home.journal.is_file():
+        raise StartupError(f"{home.root} has no journal: {advice}")
+    return home
+
+
+@contextlib.contextmanager
+def open_snapshot(path: Path) -> Iterator[Connection]:
+    """A connection on which every read sees the same moment. StartupError, in one line, for a file that
+    cannot be read; what SQLAlchemy raises in the body becomes that too."""
+    engine = reader_engine(path)
+    try:
+        with engine.connect() as connection:
+            # The driver opens no transaction for reads; without one, each would see another moment.
+            connection.exec_driver_sql("BEGIN")
+            yield connection
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise StartupError(f"{path} cannot be read: {cause}") from error
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def open_journal(home: Home) -> Iterator[Connection]:
+    """The journal of a home, whose schema is the one that this Tink knows. StartupError if not."""
+    with open_snapshot(home.journal) as connection:
+        found = migrations.version(connection, "journal")
+        if found.current != found.head:
+            raise StartupError(
+                f"{home.journal} has schema revision {found.current or 'none'}, this Tink reads "
+                f"{found.head}: run 'tink db upgrade', or the Tink that wrote it"
+            )
+        yield connection
