@@ -213,6 +213,7 @@ def upgrade() -> None:
         sa.Column("op_no", sa.BigInteger(), nullable=True),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("backend", sa.Text(), nullable=True),
+        sa.Column("directory", sa.Text(), nullable=True),
         sa.Column("accepted_seq", sa.BigInteger(), nullable=False),
         sa.Column("submitted_at", sa.Double(), nullable=False),
         sa.Column("started_at", sa.Double(), nullable=True),
