@@ -107,9 +107,9 @@ async def _serve(options: Options, world: World) -> None:
         )
         binds = await nursery.start(serve)
         port = urlsplit(binds[0]).port
-        log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
         if options.ready_file is not None:
             _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
+        log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
         nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation))
         nursery.start_soon(_await_sigterm, stop)
         if options.orphan_seconds:

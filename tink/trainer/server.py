@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Literal, TypeVar
 
@@ -214,10 +215,11 @@ def _carries(request: Request, token: str) -> bool:
 async def _read(request: Request, kind: type[T]) -> T:
     """The body, read no further than its limit."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise TooLarge(f"the body is over {MAX_BODY} bytes")
+    async with aclosing(request.stream()) as stream:
+        async for chunk in stream:
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise TooLarge(f"the body is over {MAX_BODY} bytes")
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except msgspec.MsgspecError as error:

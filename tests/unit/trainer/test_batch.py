@@ -126,9 +126,7 @@ def test_an_error_names_the_datum_and_the_field(wrong: pb.Datum, says: str) -> N
 
 
 def test_only_the_losses_that_allow_it_take_many_targets() -> None:
-    wide = policy(
-        target_tokens=[[1, 2]] * 3, logprobs=[[-1.0, -1.0]] * 3, advantages=[[1.0, 1.0]] * 3
-    )
+    wide = policy(target_tokens=[[1, 2]] * 3, logprobs=[[-1.0, -1.0]] * 3, advantages=[[1.0, 1.0]] * 3)
     assert decode([wide], "importance_sampling").data[0].columns == 2
     with pytest.raises(UserError, match=r"it must be \(3,\)$"):
         decode([wide], "ppo")

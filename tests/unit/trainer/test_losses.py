@@ -74,7 +74,8 @@ def test_losses_are_sums_over_tokens(name: str) -> None:
     lp, x = draw((60,))
     loss, settled = losses.find(name, {})
     parts = [
-        loss.function(lp[s], {k: v[s] for k, v in x.items()}, settled) for s in (slice(0, 20), slice(20, 60))
+        loss.function(lp[part], {name: value[part] for name, value in x.items()}, settled)
+        for part in (slice(0, 20), slice(20, 60))
     ]
     torch.testing.assert_close(sum(parts), loss.function(lp, x, settled))
 

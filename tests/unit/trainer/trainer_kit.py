@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,7 @@ SHAPE = Shape(
     head_dim=16,
     max_position_embeddings=96,
 )
-TEXTS = [
-    Docstring(f"module.name{n}", f"Return the {n} thing of a list, or raise.\n") for n in range(40)
-]
+TEXTS = [Docstring(f"module.name{n}", f"Return the {n} thing of a list, or raise.\n") for n in range(40)]
 
 
 def tensor(values: Any, dtype: int | None = None) -> pb.Tensor:
@@ -46,9 +45,8 @@ def sparse(dense: Any) -> pb.Tensor:
     message = tensor(array[rows, columns])
     values = message.dense
     message.sparse_csr.values = values
-    message.sparse_csr.crow_indices = (
-        np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=array.shape[0]))]).astype("<i8").tobytes()
-    )
+    ends = np.cumsum(np.bincount(rows, minlength=array.shape[0]))
+    message.sparse_csr.crow_indices = np.concatenate([[0], ends]).astype("<i8").tobytes()
     message.sparse_csr.col_indices = columns.astype("<i8").tobytes()
     del message.shape[:]
     message.shape.extend(array.shape)
@@ -104,7 +102,7 @@ def logprobs(encoded: bytes) -> list[np.ndarray]:
         field = record.fields["logprobs"]
         offsets = np.frombuffer(field.offsets, "<i8")
         assert len(offsets) == record.num_datums + 1
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, stop in pairwise(offsets):
             flat = np.frombuffer(field.data[start:stop], "<f4")
             found.append(flat.reshape(-1, *field.trailing_shape))
     return found

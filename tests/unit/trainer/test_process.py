@@ -1,0 +1,141 @@
+"""The server as a process, with a real model, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import structlog
+from trainer_kit import body, logprobs, sampled, supervised
+
+from tink.errors import StartupError
+from tink.trainer import process
+from tink.trainer.process import Options
+from tink.trainer.protocol import (
+    CreateModel,
+    ExportAdapter,
+    ForwardBackward,
+    Op,
+    OpReply,
+    OpRequest,
+    OptimStep,
+    SampleReply,
+    SampleRequest,
+    encode,
+)
+
+ROOT = Path(process.__file__).parents[2]
+
+
+@contextmanager
+def started(tmp_path: Path, *arguments: str) -> Iterator[Child]:
+    command = [sys.executable, "-m", "tink.trainer", "--home", str(tmp_path)]
+    ready_file = tmp_path / "ready.json"
+    with subprocess.Popen(
+        [*command, "--ready-file", str(ready_file), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            child = Child(process)
+            child.wait_for("event=listening")
+            child.ready = json.loads(ready_file.read_bytes())
+            yield child
+        finally:
+            process.kill()
+
+
+class Child:
+    """The process; `ready` is what its ready file says."""
+
+    ready: dict[str, Any]
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def wait_for(self, text: str) -> None:
+        """Reads its log up to a line with that text."""
+        assert self.process.stderr is not None
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if text in line:
+                return
+        raise AssertionError("".join(lines))
+
+
+@pytest.mark.slow
+def test_a_run_over_http(tmp_path: Path, model_dir: Path) -> None:
+    arguments = ["--model", str(model_dir), "--model-name", "test/tiny", "--artifacts", str(tmp_path / "a")]
+    with started(tmp_path, *arguments) as child:
+        ready = child.ready
+        assert ready["pid"] == child.process.pid
+        with httpx.Client(base_url=f"http://127.0.0.1:{ready['port']}", timeout=60) as http:
+            health = http.get("/v1/health").json()
+            assert (health["state"], health["incarnation"]) == ("loading", ready["incarnation"])
+            child.wait_for("event=ready")
+            assert http.get("/v1/health").json()["state"] == "ready"
+            info = http.get("/v1/info").json()
+            assert (info["engine"], info["base_model"], info["vocab_size"]) == ("hf", "test/tiny", 320)
+            assert info["base_path"] == str(model_dir)
+
+            def op(op_no: int, op: Op) -> OpReply:
+                request = OpRequest(ready["incarnation"], 1, "m", op_no, f"j{op_no}", op)
+                return msgspec.msgpack.decode(
+                    http.post("/v1/ops", content=encode(request)).content, type=OpReply
+                )
+
+            assert op(1, CreateModel(4, 8.0, 1)).state == "done"
+            reply = op(2, ForwardBackward(body(supervised())))
+            assert reply.result is not None
+            assert [len(one) for one in logprobs(reply.result.body)] == [5, 40, 17]
+            assert op(3, OptimStep(learning_rate=0.01)).state == "done"
+            assert op(4, ExportAdapter("adapters/v1")).state == "done"
+            failed = op(5, ForwardBackward(body(supervised(lengths=(200,)))))
+            assert failed.failure is not None
+            assert failed.failure.message.startswith("data[0]: model_input has 200 tokens")
+            request = SampleRequest("s", [1, 2, 3], 1, adapter="adapters/v1", max_tokens=5, ignore_eos=True)
+            answer = http.post("/v1/samples", content=encode(request)).content
+            (sequence,) = sampled(msgspec.msgpack.decode(answer, type=SampleReply).body).sequences
+            assert len(sequence.tokens) == 20
+        child.process.send_signal(signal.SIGINT)
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("told to stop")
+        assert child.process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_an_orphan_exits_by_itself(tmp_path: Path, model_dir: Path) -> None:
+    with started(tmp_path, "--model", str(model_dir), "--orphan-seconds", "0.2") as child:
+        child.wait_for("no worker has called")
+        assert child.process.wait(30) == 0
+
+
+def test_options() -> None:
+    options = process.parse(["--home", "/h", "--port", "7", "--slots", "2", "--orphan-seconds", "3"])
+    assert options == Options(home=Path("/h"), port=7, slots=2, orphan_seconds=3.0, token=None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com"])
+def test_other_machines_need_a_token(tmp_path: Path, host: str) -> None:
+    with pytest.raises(StartupError, match="TINK_TRAINER_TOKEN"):
+        process.run(Options(home=tmp_path, host=host))
+
+
+@pytest.fixture
+def logs_restored() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("logs_restored")
+def test_a_bad_option_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert process.main(["--home", str(tmp_path), "--slots", "0"]) == 2
+    assert capsys.readouterr().err == "tink trainer: --slots and --threads must be 1 or more\n"
