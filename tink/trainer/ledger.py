@@ -222,7 +222,8 @@ class Ledger:
                 account.exists = True
             elif isinstance(request.op, RemoveModel):
                 account.exists = False
-                self._bury()
+        if not account.exists:
+            self._bury()
 
     def cancel(self, model_id: str, op_no: int) -> None:
         """A queued operation ends as failed, in its turn; one that runs or has ended is left alone."""
@@ -252,7 +253,7 @@ class Ledger:
             self._restoring.remove(model_id)
 
     def _bury(self) -> None:
-        """Removed models are remembered to answer repeats, the oldest forgotten first."""
+        """Models that are no more are remembered to answer repeats, the oldest forgotten first."""
         dead = [name for name, one in self._accounts.items() if not one.exists and not one.open]
         for name in dead[: max(len(dead) - TRAINER_TOMBSTONES, 0)]:
             del self._accounts[name]

@@ -35,6 +35,8 @@ from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
 
+KEEP_ALIVE = 3600.0
+
 
 @dataclass(frozen=True)
 class Options:
@@ -91,38 +93,43 @@ def _is_address(host: str) -> bool:
 
 
 async def _serve(options: Options, world: World) -> None:
+    stop, close = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        trainer = Trainer(world, options.slots, nursery)
+        async with trio.open_nursery() as listening:
+            app = application(trainer, options.token)
+            serve = partial(hypercorn.trio.serve, app, _config(options), shutdown_trigger=close.wait)
+            binds = await listening.start(serve)
+            port = urlsplit(binds[0]).port
+            if options.ready_file is not None:
+                _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
+            log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
+            nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation))
+            nursery.start_soon(_await_sigterm, stop)
+            if options.orphan_seconds:
+                nursery.start_soon(_await_silence, trainer, options.orphan_seconds, world, stop)
+            await stop.wait()
+            with trio.move_on_after(TRAINER_GRACE) as grace:
+                await trainer.finish()
+            if trainer.health.state == "loading" or grace.cancelled_caught:
+                # Threads cannot be stopped, and what they were computing is in the journal.
+                log.warning("stopped with work unfinished")
+                os._exit(0)
+            close.set()
+        nursery.cancel_scope.cancel()
+    log.info("stopped")
+
+
+def _config(options: Options) -> hypercorn.config.Config:
     config = hypercorn.config.Config()
     host = f"[{options.host}]" if ":" in options.host else options.host
     config.bind = [f"{host}:{options.port}"]
     config.errorlog = None
+    # A worker keeps its connections; closing an idle one would race with its next call.
+    config.keep_alive_timeout = KEEP_ALIVE
+    # For the answers of what ended just now.
     config.graceful_timeout = 1.0
-    stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        trainer = Trainer(world, options.slots, nursery)
-        serve = partial(
-            hypercorn.trio.serve,
-            application(trainer, options.token),
-            config,
-            shutdown_trigger=stop.wait,
-        )
-        binds = await nursery.start(serve)
-        port = urlsplit(binds[0]).port
-        if options.ready_file is not None:
-            _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
-        log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
-        nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation))
-        nursery.start_soon(_await_sigterm, stop)
-        if options.orphan_seconds:
-            nursery.start_soon(_await_silence, trainer, options.orphan_seconds, world, stop)
-        await stop.wait()
-        with trio.move_on_after(TRAINER_GRACE) as grace:
-            await trainer.finish()
-        if grace.cancelled_caught:
-            # Threads cannot be stopped, and what they were computing is in the journal.
-            log.warning("stopped with work unfinished")
-            os._exit(0)
-        nursery.cancel_scope.cancel()
-    log.info("stopped")
+    return config
 
 
 def _build(options: Options, incarnation: str) -> Engine:

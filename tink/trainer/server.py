@@ -63,7 +63,6 @@ class Trainer:
         self._nursery = nursery
         self._detail = ""
         self._broken = False
-        self._loaded = trio.Event()
         self._engine: Engine | None = None
         self._lanes: Lanes | None = None
         self._samples: Samples | None = None
@@ -76,8 +75,6 @@ class Trainer:
             log.exception("the engine could not be built")
             self._broken, self._detail = True, f"{type(error).__name__}: {error}"
             return
-        finally:
-            self._loaded.set()
         self._engine = engine
         self._lanes = Lanes(self._world, engine, self.ledger, self._slots, self._nursery)
         self._samples = Samples(self._world, engine, self._refuse, self._nursery)
@@ -88,8 +85,7 @@ class Trainer:
         self.called_at = self._world.monotonic()
 
     async def finish(self) -> None:
-        """Lets what runs end; what is queued stays queued. Returns when no thread computes."""
-        await self._loaded.wait()
+        """Lets what runs end; what is queued stays queued. Returns when no operation computes."""
         if self._lanes and self._samples:
             await self._lanes.finish()
             await self._samples.finish()
@@ -134,6 +130,7 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
     """The ASGI app. With a token, every call but health must carry it as a bearer token."""
 
     async def health(request: Request) -> Response:
+        trainer.touch()
         return _json(trainer.health)
 
     async def info(request: Request) -> Response:

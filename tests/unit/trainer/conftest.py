@@ -28,7 +28,7 @@ def frozen(model_dir: Path) -> Iterator[Frozen]:
     threads = torch.get_num_threads()
     yield frozen_base.load(model_dir, "test/tiny")
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture

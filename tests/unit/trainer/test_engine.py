@@ -32,6 +32,7 @@ from tink.trainer.protocol import (
     ForwardBackward,
     LoadState,
     OptimStep,
+    SampleRequest,
     SaveState,
 )
 
@@ -290,11 +291,15 @@ def test_models_trained_side_by_side_are_as_if_alone(frozen: Frozen, artifacts: 
     threads = [
         threading.Thread(target=lambda m=m: found.update({m: train(together, m, 3)})) for m in creates
     ]
+    request = SampleRequest("s", [1, 2, 3], 1, num_samples=4, max_tokens=30, ignore_eos=True)
+    sample = alone.sample(request)
     for thread in threads:
         thread.start()
+    samples = [together.sample(request) for _ in range(5)]
     for thread in threads:
         thread.join()
     assert found == expected
+    assert samples == [sample] * 5
     for model_id in creates:
         assert state(together, model_id, f"t/{model_id}") == state(alone, model_id, f"a/{model_id}")
 
@@ -406,6 +411,35 @@ def test_a_failed_operation_changes_nothing(engine: HFEngine, op: object, says: 
     with pytest.raises(UserError, match=says):
         perform("m", op)
     assert state(engine, "m", "after") == before
+
+
+def test_a_model_that_diverged_says_so(engine: HFEngine) -> None:
+    engine.create("m", CREATE)
+    with pytest.raises(UserError, match="not finite: lower"):
+        engine.optim_step("m", OptimStep(learning_rate=1e30, weight_decay=1e30))
+    engine.forward_backward("m", ForwardBackward(body(supervised())))
+    engine.optim_step("m", OptimStep(learning_rate=1e30))
+    with pytest.raises(UserError, match="training has diverged"):
+        engine.forward("m", Forward(body(supervised())))
+    engine.export_adapter("m", ExportAdapter("x"), "o")
+    with pytest.raises(UserError, match="training has diverged"):
+        engine.sample(SampleRequest("s", [1, 2, 3], 1, adapter="x", max_tokens=3))
+
+
+def test_a_base_in_bfloat16_trains_too(model_dir: Path, artifacts: Artifacts) -> None:
+    engine = HFEngine(frozen_base.load(model_dir, "test", "bfloat16"), artifacts)
+    engine.create("m", CREATE)
+    data = supervised()
+    before = engine.forward("m", Forward(body(data))).metrics["loss:sum"]
+    train(engine, "m")
+    engine.forward_backward("m", ForwardBackward(body(data)))
+    for _ in range(5):
+        engine.optim_step("m", STEP)
+        after = engine.forward_backward("m", ForwardBackward(body(data))).metrics["loss:sum"]
+    assert after < before
+    engine.export_adapter("m", ExportAdapter("x"), "o")
+    request = SampleRequest("s", [1, 2, 3], 1, adapter="x", max_tokens=3, ignore_eos=True)
+    assert engine.sample(request).tokens_out == 3
 
 
 @pytest.mark.parametrize(

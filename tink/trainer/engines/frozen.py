@@ -76,10 +76,16 @@ class Frozen:
         return logits.gather(-1, targets) - logits.logsumexp(-1, keepdim=True)
 
 
+def require_determinism() -> None:
+    """For this process: an operation without a deterministic kernel raises. What
+    torch.use_deterministic_algorithms does, without its import of the compiler (seconds)."""
+    torch.set_deterministic_debug_mode("error")
+
+
 def load(directory: Path, name: str, dtype: str = "float32") -> Frozen:
     """Reads the model and installs the adapters' hooks. StartupError when it is not a causal language
     model of the shape that Tink can train."""
-    torch.use_deterministic_algorithms(True)
+    require_determinism()
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -124,9 +124,9 @@ class HFEngine:
     def forward_backward(self, model_id: str, op: ForwardBackward) -> OpResult:
         trained = self._model(model_id)
         run = self._run(trained.adapter, self._decode(op.body), backward=True)
-        if not torch.isfinite(run.gradient).all():
-            raise UserError("the gradient is not finite: the loss_fn_inputs drive it out of range")
         total = run.gradient if trained.gradient is None else trained.gradient + run.gradient
+        if not torch.isfinite(total).all():
+            raise UserError("the gradient is not finite: the loss_fn_inputs drive it out of range")
         self._models[model_id] = replace(trained, gradient=total)
         return run.result
 
@@ -332,7 +332,7 @@ def _adapter(frozen: Frozen, about: dict[str, Any], tensors: dict[str, Tensor]) 
 
 def _check_finite(index: int, loss: float, logprobs: Tensor) -> None:
     if not torch.isfinite(logprobs).all():
-        raise BackendError(f"data[{index}]: the model's log-probabilities are not finite")
+        raise UserError(f"data[{index}]: log-probabilities are not finite: training has diverged")
     if not np.isfinite(loss):
         raise UserError(f"data[{index}]: the loss is {loss}; its loss_fn_inputs overflow it")
 

@@ -81,9 +81,11 @@ def _generate(
     with lora.using(adapter):
         logits = frozen.logits(hidden).expand(len(rows), -1)
         for step in range(limit):
+            logprobs = logits.log_softmax(-1)
+            if not torch.isfinite(logprobs.amax(-1)).all():
+                raise UserError("the model's logits are not finite: its training has diverged")
             uniform = streams.next()[alive]
             chosen = drawing.choose(logits, uniform, request.temperature, request.top_k, request.top_p)
-            logprobs = logits.log_softmax(-1)
             own = logprobs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             top = None
             if request.topk_sample_logprobs:
