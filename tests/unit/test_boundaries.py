@@ -1,0 +1,177 @@
+"""What the source itself promises: which part may know which, and that the outside comes in by one door."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import tink
+
+ROOT = Path(tink.__file__).parent
+MODULES = {
+    ".".join(("tink", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not path.name.endswith("_pb2.py")
+}
+
+# part -> the parts that it may import beside itself. Every part is named here, so a new one must choose.
+BASE = frozenset({"errors", "limits", "wire", "tink"})
+ALLOWED: dict[str, frozenset[str]] = {
+    "tink": frozenset(),
+    "errors": frozenset(),
+    "limits": frozenset(),
+    "wire": frozenset(),
+    "domain": BASE,
+    "world": BASE | {"domain"},
+    "settings": BASE | {"domain", "world"},
+    "journal": BASE | {"domain", "world", "settings"},
+    "backends": BASE | {"domain", "world", "settings", "journal"},
+    "actors": BASE | {"domain", "world", "settings", "journal", "backends"},
+    "api": BASE | {"domain", "world"},
+    "trainer": BASE | {"domain", "world"},
+    "cli": BASE | {"domain", "world", "settings", "journal", "backends", "actors", "api", "trainer"},
+}
+# (module, what it imports against the rule): why.
+EXCEPTIONS = {
+    # The real World is what makes real connections; imported when the first one is made.
+    ("tink.world", "tink.backends.transport"),
+}
+# backends and actors speak the trainer's protocol, and know nothing else of it.
+PROTOCOL = "tink.trainer.protocol"
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+def _imports(module: str) -> Iterator[str]:
+    """Full names of all that a module imports, at its top or later."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [node.module])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES or _is_generated(full) else base
+
+
+def _is_generated(name: str) -> bool:
+    return name.endswith("_pb2")
+
+
+def _part(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def test_every_part_has_its_place_in_the_layers() -> None:
+    assert {_part(module) for module in MODULES} == set(ALLOWED)
+
+
+def test_a_module_imports_only_the_layers_below_it() -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module in MODULES
+        for imported in _imports(module)
+        if imported.split(".")[0] == "tink"
+        and _part(imported) not in ALLOWED[_part(module)] | {_part(module)}
+        and not (_part(module) in ("backends", "actors") and imported == PROTOCOL)
+        and (module, imported) not in EXCEPTIONS
+    ]
+    assert wrong == []
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert [m for m in MODULES if _part(m) != "cli" and any(_part(i) == "cli" for i in _imports(m))] == []
+
+
+def test_only_the_trainer_knows_the_tensor_libraries() -> None:
+    heavy = {"torch", "transformers", "tokenizers", "safetensors", "peft", "numpy"}
+    found = {m for m in MODULES if heavy & {name.split(".")[0] for name in _imports(m)}}
+    assert {_part(module) for module in found} == {"trainer"}
+
+
+# -- the world seam ---------------------------------------------------------------------------------
+
+DOORS = re.compile(
+    r"time\.(time|monotonic|perf_counter|sleep)(_ns)?|random\..*|uuid\..*|secrets\..*"
+    r"|(datetime\.)?(datetime|date)\.(now|utcnow|today)|trio\.to_thread\..*|threading\..*|asyncio\..*"
+    r"|concurrent\..*|os\.urandom|numpy\.random\..*"
+)
+# (module, name): why it may.
+SEAM = {
+    # The installation's secret, made once, before there is a world: nothing simulated depends on it.
+    ("tink.journal.home", "os.urandom"),
+}
+
+
+def _names(module: str) -> Iterator[str]:
+    """Dotted names used in a module, with imported names written out in full."""
+    tree = _tree(module)
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                aliases[a.asname or a.name.split(".")[0]] = a.name if a.asname else a.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            aliases.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            text = ast.unparse(node)
+            head, dot, rest = text.partition(".")
+            if head in aliases and re.fullmatch(r"[\w.]+", text):
+                yield aliases[head] + dot + rest
+
+
+def test_clock_chance_and_threads_come_in_through_the_world_alone() -> None:
+    used = {(m, name) for m in MODULES for name in _names(m) if DOORS.fullmatch(name)}
+    assert {use for use in used if use[0] != "tink.world"} == SEAM
+
+
+def test_the_seam_test_sees_what_it_should() -> None:
+    seen = {name for name in _names("tink.world") if DOORS.fullmatch(name)}
+    assert {"time.time", "time.monotonic", "uuid.uuid4", "trio.to_thread.run_sync"} <= seen
+
+
+# -- the worker needs no torch ----------------------------------------------------------------------
+
+BLOCKED = """
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "safetensors", "peft"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+"""
+
+
+def test_everything_but_the_engines_imports_without_torch() -> None:
+    # Of the trainer: its server and all that is not tensors. The engines come in when one is built.
+    light = {"protocol", "process", "server", "lanes", "ledger", "samples"}
+    modules = [m for m in MODULES if _part(m) != "trainer" or m.rpartition(".")[2] in light]
+    assert "tink.cli.main" in modules
+    assert len([m for m in modules if _part(m) == "trainer"]) == len(light)
+    subprocess.run([sys.executable, "-c", BLOCKED, *modules], check=True)
+
+
+# -- size and leftovers -----------------------------------------------------------------------------
+
+
+def test_a_module_is_short_and_finished() -> None:
+    leftovers = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
+    texts = {module: path.read_text() for module, path in MODULES.items()}
+    assert {m for m, text in texts.items() if text.count("\n") > 600} == set()
+    assert {m for m, text in texts.items() if leftovers.search(text)} == set()
+    assert len(texts) > 50
