@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from trainer_kit import body, datum, logprobs, supervised
+from trainer_kit import CREATE, STEP, body, datum, logprobs, state, supervised, train
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from tink.errors import BackendError, UserError
@@ -41,27 +41,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
-
-CREATE = CreateModel(rank=4, alpha=8.0, seed=7)
-# Big enough an eps that a gradient of 1e-9 is nothing on both sides.
-STEP = OptimStep(learning_rate=0.01, eps=1e-4, weight_decay=0.1, grad_clip_norm=5.0)
-
-
-def train(engine: HFEngine, model_id: str, steps: int = 2, seed: int = 0) -> list[bytes]:
-    """Two accumulated batches before each step; the encoded answers."""
-    answers = []
-    for step in range(steps):
-        for part in range(2):
-            request = body(supervised(seed + 10 * step + part))
-            answers.append(engine.forward_backward(model_id, ForwardBackward(request)).body)
-        engine.optim_step(model_id, STEP)
-    return answers
-
-
-def state(engine: HFEngine, model_id: str, path: str) -> dict[str, str]:
-    """Everything of a model, as hashes."""
-    files = engine.snapshot(model_id, path, b"", path)
-    return {file.name: file.sha256 for file in files}
 
 
 def export(engine: HFEngine, artifacts: Artifacts, model_id: str, path: str) -> Path:
@@ -262,7 +241,7 @@ def test_a_redo_gives_the_same_bits_in_another_process(
 import sys; sys.path[:0] = {sys.path!r}
 import hashlib
 from pathlib import Path
-from test_engine import CREATE, state, train
+from trainer_kit import CREATE, state, train
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import frozen, hf
 base = frozen.load(Path({str(model_dir)!r}), "test/tiny")

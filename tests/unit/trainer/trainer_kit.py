@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from tink.trainer.corpus import Docstring
+from tink.trainer.engines.hf import HFEngine
+from tink.trainer.protocol import CreateModel, ForwardBackward, OptimStep
 from tink.trainer.tiny import Shape
 from tink.wire import tinker_pb2 as pb
 
@@ -118,3 +120,25 @@ def ints(data: bytes) -> list[int]:
 
 def floats(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<f4")
+
+
+CREATE = CreateModel(rank=4, alpha=8.0, seed=7)
+# Big enough an eps that a gradient of 1e-9 is nothing on both sides.
+STEP = OptimStep(learning_rate=0.01, eps=1e-4, weight_decay=0.1, grad_clip_norm=5.0)
+
+
+def train(engine: HFEngine, model_id: str, steps: int = 2, seed: int = 0) -> list[bytes]:
+    """Two accumulated batches before each step; the encoded answers."""
+    answers = []
+    for step in range(steps):
+        for part in range(2):
+            request = body(supervised(seed + 10 * step + part))
+            answers.append(engine.forward_backward(model_id, ForwardBackward(request)).body)
+        engine.optim_step(model_id, STEP)
+    return answers
+
+
+def state(engine: HFEngine, model_id: str, path: str) -> dict[str, str]:
+    """Everything of a model, as hashes."""
+    files = engine.snapshot(model_id, path, b"", path)
+    return {file.name: file.sha256 for file in files}
