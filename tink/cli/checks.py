@@ -43,7 +43,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
             if all(part.ok for part in basis):
                 yield _events(connection)
                 yield _tables(connection)
-                pairs = connection.execute(queries.bodies_named(connection)).tuples()
+                pairs = connection.execute(queries.bodies_named(connection))
                 named = {digest: job_id for job_id, digest in pairs}
     except StartupError as error:
         yield _found("journal", "file", str(home.journal), [str(error)])
@@ -72,7 +72,7 @@ def _file(connection: Connection, database: Database, quick: bool) -> Check:
     pragma = "quick_check" if quick else "integrity_check"
     answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
     problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
-    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").tuples():
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
         problems.append(f"row {row} of {table} names a row that {parent} does not have")
     return _found(database, "file", f"SQLite's {pragma}, and foreign keys", problems)
 

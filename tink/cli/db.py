@@ -37,7 +37,7 @@ events, and every body against its hash. The worker may run meanwhile."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="what to do")
     upgrading = actions.add_parser("upgrade", help="apply missing migrations", description=UPGRADE)
     _add_common(upgrading)
     upgrading.set_defaults(run=run_upgrade)

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="N", type=_positive, default=20, help="at most so many (default: %(default)s)"
     )
     parser.set_defaults(run=run_list)
-    actions = parser.add_subparsers(metavar="show ID", title="one job")
+    actions = parser.add_subparsers(metavar="show ID", title="one job", help="instead of a list")
     showing = actions.add_parser(
         "show",
         help="one job: times, attempts, tokens, loss, error, result, and its events in order",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Select, bindparam, func, or_, select
 
@@ -31,26 +31,22 @@ def count(connection: Connection, table: str) -> dict[str, int]:
     """How many rows of the table are in each state."""
     state = schema.metadata.tables[table].c.state
     query = select(state, func.count()).group_by(state).order_by(state)
-    return {str(name): number for name, number in connection.execute(query).tuples()}
+    return {str(name): number for name, number in connection.execute(query)}
 
 
-def open_jobs(connection: Connection) -> dict[str, dict[str, int]]:
-    """op -> state -> how many."""
+class OpenJobs(NamedTuple):
+    op: str
+    state: str
+    number: int
+    oldest: float
+
+
+def open_jobs(connection: Connection) -> list[OpenJobs]:
+    """By operation and state; `oldest` is when the first of them was submitted."""
     jobs = schema.jobs
-    query = select(jobs.c.op, jobs.c.state, func.count()).where(_IS_OPEN)
-    found: dict[str, dict[str, int]] = {}
-    grouped = query.group_by(jobs.c.op, jobs.c.state).order_by(jobs.c.op)
-    for op, state, number in connection.execute(grouped).tuples():
-        found.setdefault(op, {})[state] = number
-    return found
-
-
-def oldest_open_job(connection: Connection) -> float | None:
-    """When it was submitted."""
-    oldest: float | None = connection.execute(
-        select(func.min(schema.jobs.c.submitted_at)).where(_IS_OPEN)
-    ).scalar()
-    return oldest
+    query = select(jobs.c.op, jobs.c.state, func.count(), func.min(jobs.c.submitted_at)).where(_IS_OPEN)
+    grouped = query.group_by(jobs.c.op, jobs.c.state).order_by(jobs.c.op, jobs.c.state)
+    return [OpenJobs(*row) for row in connection.execute(grouped)]
 
 
 def latest_models(connection: Connection, limit: int) -> list[rows.Model]:
@@ -91,8 +87,10 @@ def jobs(
         query = query.where(table.c.session_id == session_id)
     if since is not None:
         query = query.where(table.c.submitted_at >= since)
-    newest = query.order_by(table.c.submitted_at.desc(), table.c.accepted_seq.desc())
-    return _rows(connection, newest.limit(limit), rows.Job)
+    newest = [table.c.submitted_at.desc(), table.c.accepted_seq.desc()]
+    if state == "open":
+        newest = newest[1:]  # the same order, and the index of open jobs has it
+    return _rows(connection, query.order_by(*newest).limit(limit), rows.Job)
 
 
 def job(connection: Connection, job_id: str) -> rows.Job | None:

@@ -80,8 +80,7 @@ def collect(option: Path | None, world: World) -> Status:
     home = find_home(option)
     with open_journal(home) as connection:
         last = queries.last_incarnation(connection)
-        by_op = queries.open_jobs(connection)
-        oldest = queries.oldest_open_job(connection)
+        open_jobs = queries.open_jobs(connection)
         events = queries.count_events(connection)
         counts = {name: queries.count(connection, name) for name in ("jobs", "models", "sessions")}
         models = queries.latest_models(connection, SHOWN)
@@ -95,15 +94,23 @@ def collect(option: Path | None, world: World) -> Status:
         worker=worker,
         trainer=trainer,
         events=events,
-        queue=Queue(
-            open=sum(sum(states.values()) for states in by_op.values()),
-            oldest_seconds=None if oldest is None else now - oldest,
-            by_op=by_op,
-        ),
+        queue=_queue(open_jobs, now),
         last_models=models,
         last_sessions=sessions,
         last_jobs=[job_line(job, now) for job in last_jobs],
         **counts,
+    )
+
+
+def _queue(groups: list[queries.OpenJobs], now: float) -> Queue:
+    by_op: dict[str, dict[str, int]] = {}
+    for group in groups:
+        by_op.setdefault(group.op, {})[group.state] = group.number
+    oldest = min((group.oldest for group in groups), default=None)
+    return Queue(
+        open=sum(group.number for group in groups),
+        oldest_seconds=None if oldest is None else now - oldest,
+        by_op=by_op,
     )
 
 
@@ -114,7 +121,7 @@ def _print(found: Status, now: float) -> None:
     facts.add_row("worker", _worker(found.worker))
     facts.add_row("trainer", _trainer(found.trainer))
     facts.add_row("journal", f"{found.events:,} events; jobs: {_counts(found.jobs)}")
-    facts.add_row("queue", _queue(found.queue))
+    facts.add_row("queue", _queue_line(found.queue))
     console.print(facts)
     if found.last_models:
         console.print()
@@ -160,7 +167,7 @@ def _trainer(trainer: TrainerStatus) -> str:
     return line
 
 
-def _queue(queue: Queue) -> str:
+def _queue_line(queue: Queue) -> str:
     if not queue.open:
         return "empty"
     by_op = [f"{op} ({_counts(states)})" for op, states in queue.by_op.items()]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from cli_home import BEGAN, StillWorld, write
+
+from tink.cli import jobs, probes, status
+from tink.cli.main import main
+from tink.journal.home import Home
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """The home of a worker that stopped. Not to be changed."""
+    home = Home(tmp_path_factory.mktemp("written") / "home")
+    write(home)
+    return home
+
+
+@pytest.fixture
+def home(written, tmp_path):
+    """A copy of it for one test."""
+    shutil.copytree(written.root, tmp_path / "home")
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture(autouse=True)
+def _still(monkeypatch):
+    """Nobody answers, no process runs, and it is 200 s after the journal began."""
+    monkeypatch.setattr(StillWorld, "time", BEGAN + 200)
+    monkeypatch.setattr(StillWorld, "answer", None)
+    monkeypatch.setattr(status, "World", StillWorld)
+    monkeypatch.setattr(jobs, "World", StillWorld)
+    monkeypatch.setattr(probes, "alive", lambda pid, word: False)
+    monkeypatch.delenv("TINK_HOME", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture
+def tink(capsys):
+    """Runs a command: (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def tink_json(tink):
+    """Runs a command that must print one JSON document: (exit status, document)."""
+
+    def run(*arguments):
+        code, out, err = tink(*arguments, "--json")
+        assert err == ""
+        return code, json.loads(out)
+
+    return run

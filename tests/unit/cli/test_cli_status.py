@@ -1,0 +1,158 @@
+"""`tink status` says what runs, what waits and what happened last, and its exit status says how it is."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx
+import pytest
+import trio
+from cli_home import BEGAN, MODEL, SAMPLED, SECRET, SESSION, WAITING, StillWorld, files, write
+
+from tink.cli import probes
+from tink.journal.home import Home
+
+WORKER = {
+    "pid": 4242,
+    "url": "http://127.0.0.1:8400",
+    "version": "0.1.0",
+    "mode": "training on HuggingFace",
+}
+TRAINER = {"pid": 4243, "port": 8401, "incarnation": "1ncarnat10n"}
+HEALTH = {
+    "protocol": "tink-train/1",
+    "incarnation": "1ncarnat10n",
+    "state": "ready",
+    "running": [{"model_id": MODEL, "op_no": 3, "job_id": WAITING, "seconds": 1.5}],
+}
+
+
+@pytest.fixture
+def runs(home, monkeypatch):
+    """Lets a worker and its trainer run on the home; what they answer can be changed."""
+    home.worker.write_text(json.dumps(WORKER))
+    home.trainer.write_text(json.dumps(TRAINER))
+    monkeypatch.setattr(probes, "alive", lambda pid, word: pid in (4242, 4243))
+    answers = {"/healthz": httpx.Response(200, json={}), "/v1/health": httpx.Response(200, json=HEALTH)}
+    monkeypatch.setattr(StillWorld, "answer", lambda request: answers[request.url.path])
+    return answers
+
+
+def test_a_stopped_worker_is_said_to_be_stopped_and_exits_3(home, tink, tink_json):
+    code, document = tink_json("status", "--home", home.root)
+    assert code == 3
+    assert document["worker"]["state"] == "stopped"
+    assert document["worker"]["stopped_at"] == BEGAN + 100
+    assert document["trainer"]["state"] == "stopped"
+    code, out, _ = tink("status", "--home", home.root)
+    assert code == 3
+    assert "stopped" in out
+
+
+def test_a_worker_that_ended_without_its_last_event_is_said_to_have_crashed(tmp_path, tink, tink_json):
+    home = Home(tmp_path / "home")
+    write(home, crash=True)
+    home.worker.write_text(json.dumps(WORKER))  # it could not take it away
+    code, document = tink_json("status", "--home", home.root)
+    assert (code, document["worker"]["state"]) == (3, "crashed")
+    assert "goes on with it" in tink("status", "--home", home.root)[1]
+
+
+def test_a_running_worker_is_described_and_exits_0(home, runs, tink, tink_json):
+    code, document = tink_json("status", "--home", home.root)
+    assert code == 0
+    worker = document["worker"]
+    assert {name: worker[name] for name in WORKER} == WORKER
+    assert (worker["state"], worker["incarnation"], worker["uptime_seconds"]) == ("running", 1, 200.0)
+    assert document["trainer"]["state"] == "ready"
+    assert document["trainer"]["running"][0]["job_id"] == WAITING
+    code, out, _ = tink("status", "--home", home.root)
+    assert code == 0
+    assert "http://127.0.0.1:8400" in out
+    assert "up 3 min 20 s" in out
+    assert f"runs {WAITING} for 1.5 s" in out
+
+
+def test_a_worker_that_does_not_answer_exits_1(home, runs, tink, tink_json):
+    runs["/healthz"] = httpx.Response(503)
+    code, document = tink_json("status", "--home", home.root)
+    assert (code, document["worker"]["state"]) == (1, "silent")
+
+
+def test_a_worker_that_keeps_its_asker_waiting_is_left_after_a_while(home, runs, monkeypatch, tink_json):
+    """A worker without a trainer answers no health until it has one."""
+
+    async def wait(request):
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(StillWorld, "answer", wait)
+    monkeypatch.setattr(probes, "ANSWER_SECONDS", 0.01)
+    began = time.monotonic()
+    code, document = tink_json("status", "--home", home.root)
+    assert time.monotonic() - began < 3
+    assert (code, document["worker"]["state"], document["trainer"]["state"]) == (1, "silent", "silent")
+
+
+@pytest.mark.parametrize("state", ["broken", "silent"])
+def test_a_worker_without_a_good_trainer_exits_1(home, runs, tink_json, state):
+    answer = {**HEALTH, "state": "broken", "detail": "no such model"} if state == "broken" else "nonsense"
+    runs["/v1/health"] = httpx.Response(200, json=answer)
+    code, document = tink_json("status", "--home", home.root)
+    assert (code, document["trainer"]["state"]) == (1, state)
+
+
+def test_a_worker_that_holds_the_lock_and_does_not_listen_yet_is_starting(home, monkeypatch, tink_json):
+    (home.root / "worker.lock").write_text("4242")
+    monkeypatch.setattr(probes, "alive", lambda pid, word: pid == 4242)
+    code, document = tink_json("status", "--home", home.root)
+    assert (code, document["worker"]["state"], document["worker"]["pid"]) == (1, "starting", 4242)
+
+
+def test_the_queue_is_counted_by_operation_and_state(home, tink, tink_json):
+    queue = tink_json("status", "--home", home.root)[1]["queue"]
+    assert queue == {
+        "open": 2,
+        "oldest_seconds": 170.0,
+        "by_op": {"optim_step": {"accepted": 1}, "sample": {"running": 1}},
+    }
+    assert "2 open, the oldest for 2 min 50 s" in tink("status", "--home", home.root)[1]
+
+
+def test_models_sessions_and_the_last_jobs_are_there(home, tink, tink_json):
+    document = tink_json("status", "--home", home.root)[1]
+    assert document["models"] == {"live": 1}
+    assert document["last_models"][0]["model_id"] == MODEL
+    assert document["last_models"][0]["op_no"] == 2
+    assert document["sessions"] == {"open": 1}
+    assert document["last_sessions"][0]["session_id"] == SESSION
+    assert [job["job_id"] for job in document["last_jobs"][:2]] == [SAMPLED, WAITING]
+    assert document["jobs"] == {"accepted": 1, "done": 2, "failed": 1, "running": 1}
+    out = tink("status", "--home", home.root)[1]
+    assert all(word in out for word in (MODEL, SESSION, SAMPLED, "2 done"))
+
+
+def test_the_document_has_the_same_keys_whatever_runs(home, runs, tink_json):
+    running = tink_json("status", "--home", home.root)[1]
+    home.worker.unlink()
+    home.trainer.unlink()
+    stopped = tink_json("status", "--home", home.root)[1]
+    keys = (
+        "home version worker trainer events queue jobs models sessions last_models last_sessions last_jobs"
+    )
+    assert list(running) == list(stopped) == keys.split()
+    assert list(running["worker"]) == list(stopped["worker"])
+    assert list(running["trainer"]) == list(stopped["trainer"])
+
+
+def test_status_changes_nothing_and_shows_no_prompt(home, tink):
+    before = files(home.root)
+    out = tink("status", "--home", home.root)[1] + tink("status", "--home", home.root, "--json")[1]
+    assert files(home.root) == before
+    assert SECRET not in out
+
+
+def test_a_dead_process_and_one_of_another_program_are_not_alive(monkeypatch):
+    monkeypatch.undo()
+    assert not probes.alive(2**22 + 1, "tink")
+    assert not probes.alive(1, "no program has such a command line")

@@ -1,0 +1,200 @@
+"""Settings: what wins, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tink.cli import serve
+from tink.cli.main import main
+from tink.errors import StartupError
+from tink.settings import Settings
+
+
+def load(arguments=None, **environment):
+    return Settings.load(environment, **(arguments or {}))
+
+
+def refusal(**environment):
+    with pytest.raises(StartupError) as caught:
+        load(**environment)
+    return str(caught.value).splitlines()
+
+
+def test_nothing_set_is_a_worker_on_loopback_with_the_embedded_engine(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of-a-user")
+    settings = load()
+    assert (settings.host, settings.port, settings.home) == (
+        "127.0.0.1",
+        8400,
+        Path("/home/of-a-user/.tink"),
+    )
+    assert settings.routes == ("hf", "hf")
+    assert settings.artifact_root == Path("/home/of-a-user/.tink/artifacts")
+    assert settings.tenants == {}
+    assert not settings.beyond_loopback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "port"),
+    [
+        ({"port": 1}, {"TINK_PORT": "2", "PORT": "3"}, 1),
+        ({"port": 0}, {"TINK_PORT": "2"}, 0),
+        ({"port": None}, {"TINK_PORT": "2", "PORT": "3"}, 2),
+        ({}, {"PORT": "3"}, 3),
+        ({}, {"TINK_PORT": "", "PORT": "3"}, 3),
+        ({}, {}, 8400),
+    ],
+)
+def test_an_argument_wins_over_tink_port_over_port_over_the_default(arguments, environment, port):
+    assert load(arguments, **environment).port == port
+
+
+def test_every_setting_is_read_from_its_variable():
+    samples = {"str": "text", "int": "7", "float": "0.5", "bool": "true", "Switch": "true"}
+    samples |= {"Path": "/a/folder", "Path | None": "/a/folder"}
+    special = {"api_keys": "key=tenant", "log_level": "debug"}
+    for field in fields(Settings):
+        name = field.metadata["names"][0]
+        default = getattr(load(), field.name)
+        assert (
+            getattr(load(**{name: special.get(field.name, samples[str(field.type)])}), field.name)
+            != default
+        )
+
+
+def test_an_unknown_tink_variable_is_named_with_the_closest_one():
+    assert refusal(TINK_PROT="1") == ["TINK_PROT: there is no such setting; did you mean TINK_PORT?"]
+    assert refusal(TINK_XYZZY="1") == ["TINK_XYZZY: there is no such setting"]
+    assert load(XYZZY="1") == load()
+
+
+def test_every_mistake_has_a_line_of_its_own():
+    lines = refusal(TINK_PROT="1", TINK_PORT="many", USE_VLLM="perhaps", TINK_LORA_ALPHA="big")
+    assert len(lines) == 4
+    assert "TINK_PORT: 'many' is not a whole number" in lines
+    assert "USE_VLLM: 'perhaps' is not true or false" in lines
+    assert "TINK_LORA_ALPHA: 'big' is not a number" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TINK_PORT", "65536"),
+        ("TINK_PORT", "-1"),
+        ("PORT", "http"),
+        ("MAX_WORKERS", "0"),
+        ("MAX_WORKERS", "1.5"),
+        ("USE_HF", "maybe"),
+        ("USE_MEGATRON", "2"),
+        ("TINK_LOG_LEVEL", "loud"),
+        ("TINK_TRAINER_THREADS", "few"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_it(name, value):
+    (line,) = refusal(**{name: value})
+    assert line.startswith((name, "TINK_PORT"))
+    assert value in line
+
+
+@pytest.mark.parametrize("keys", ["no-tenant", "=tenant", "key=", "key=tenant,oops"])
+def test_a_bad_key_list_is_refused_without_showing_it(keys):
+    (line,) = refusal(TINK_API_KEYS=keys)
+    assert "KEY=TENANT" in line
+    assert keys not in line
+
+
+def test_a_key_belongs_to_its_tenant():
+    settings = load(TINK_API_KEYS=" tml-a=alice , tml-b=bob,")
+    assert settings.tenants == {"tml-a": "alice", "tml-b": "bob"}
+
+
+def test_the_digest_tells_settings_apart_and_holds_no_key():
+    assert load().digest == load().digest
+    assert load().digest != load(MAX_WORKERS="2").digest
+    assert load().digest == load(TINK_API_KEYS="tml-a=alice").digest
+
+
+@pytest.mark.parametrize(
+    ("host", "beyond"),
+    [
+        ("127.0.0.1", False),
+        ("127.9.9.9", False),
+        ("::1", False),
+        ("localhost", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("10.0.0.1", True),
+        ("trainer.example", True),
+    ],
+)
+def test_loopback_is_told_from_the_rest(host, beyond):
+    assert load(TINK_HOST=host).beyond_loopback is beyond
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "training on HuggingFace, sampling on HuggingFace"),
+        ({"USE_HF": "false"}, "training on none, sampling on none"),
+        ({"USE_MEGATRON": "true"}, "training on Megatron, sampling on Megatron"),
+        ({"USE_VLLM": "1"}, "training on none, sampling on vLLM"),
+        ({"USE_VLLM": "on", "USE_HF": "yes"}, "training on HuggingFace, sampling on vLLM"),
+        ({"USE_VLLM": "true", "USE_MEGATRON": "true"}, "training on Megatron, sampling on vLLM"),
+    ],
+)
+def test_the_mode_is_the_configuration_guides_table(environment, mode):
+    assert load(**environment).routes.mode == mode
+
+
+# -- tink serve -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """The settings that `tink serve` would run with."""
+    for field in fields(Settings):
+        for name in field.metadata["names"]:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TINK_HOME", str(tmp_path / "home"))
+    seen = []
+    monkeypatch.setattr(serve.trio, "run", lambda _serve, settings, _world: seen.append(settings))
+    monkeypatch.setattr(serve, "configure_logs", lambda _level: None)
+    monkeypatch.setattr(serve, "_raise_file_limit", lambda: None)
+    return seen
+
+
+def test_serve_beyond_loopback_needs_keys_or_a_plain_word(served, monkeypatch, capsys):
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "TINK_API_KEYS" in line
+    assert "--no-auth" in line
+    assert served == []
+    assert main(["serve", "--host", "0.0.0.0", "--no-auth"]) == 0
+    monkeypatch.setenv("TINK_API_KEYS", "tml-a=alice")
+    assert main(["serve", "--host", "0.0.0.0"]) == 0
+    assert [settings.host for settings in served] == ["0.0.0.0", "0.0.0.0"]
+
+
+def test_serve_takes_options_before_variables(served, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINK_PORT", "2")
+    assert main(["serve", "--port", "1", "--home", str(tmp_path / "other")]) == 0
+    assert (served[0].port, served[0].home) == (1, tmp_path / "other")
+
+
+def test_serve_refuses_backends_that_are_not_there_yet(served, monkeypatch, capsys):
+    monkeypatch.setenv("USE_VLLM", "true")
+    assert main(["serve"]) == 2
+    assert "not there yet" in capsys.readouterr().err
+    assert served == []
+
+
+def test_serve_prints_a_line_for_each_mistake(served, monkeypatch, capsys):
+    monkeypatch.setenv("TINK_PROT", "1")
+    monkeypatch.setenv("MAX_WORKERS", "many")
+    assert main(["serve"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 2
+    assert all(line.startswith("tink serve: ") for line in err.splitlines())
