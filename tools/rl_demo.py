@@ -198,16 +198,12 @@ def draw(
 def datum(prompt: list[int], tokens: list[int], logprobs: list[float], advantage: float) -> types.Datum:
     """Position i predicts token i + 1. The prompt's own tokens have no advantage, hence no gradient."""
     given = len(prompt) - 1
-
-    def tensor(dtype: Any, data: list[Any]) -> types.TensorData:
-        return types.TensorData(data=data, dtype=dtype, shape=[len(data)])
-
     return types.Datum(
         model_input=types.ModelInput.from_ints(prompt + tokens[:-1]),
         loss_fn_inputs={
-            "target_tokens": tensor("int64", prompt[1:] + tokens),
-            "logprobs": tensor("float32", [0.0] * given + logprobs),
-            "advantages": tensor("float32", [0.0] * given + [advantage] * len(tokens)),
+            "target_tokens": prompt[1:] + tokens,
+            "logprobs": [0.0] * given + logprobs,
+            "advantages": [0.0] * given + [advantage] * len(tokens),
         },
     )
 
@@ -420,7 +416,7 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     (home / ".gitignore").write_text("*\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    recipe = Recipe(options.steps or (15 if options.fast else 40), options.seed)
+    recipe = Recipe(options.steps or (12 if options.fast else 40), options.seed)
     errors, run, plot = ClientErrors(), Run(), home / "reward.png"
     try:
         with serving(home, make_model(home)) as url:
@@ -467,7 +463,7 @@ def parse() -> argparse.Namespace:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--fast", action="store_true", help="15 steps: under 90 s once the model is there")
+    parser.add_argument("--fast", action="store_true", help="12 steps: under 90 s once the model is there")
     parser.add_argument("--steps", type=int, help="optimizer steps (default 40)")
     parser.add_argument(
         "--home", type=Path, default=ROOT / ".demo", help="where everything is kept (default: %(default)s)"

@@ -1,0 +1,84 @@
+"""tools/rl_demo.py, README's first command without its virtual environment: a real server, the real SDK."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tink.trainer import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+LAST_LINE = r"demo: reward (0\.\d{3}) -> (0\.\d{3}) in (\d+) steps, (\d+) jobs journaled, 0 client errors"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a base model that has read less than the demo's own: enough to learn from."""
+    home = tmp_path_factory.mktemp("demo") / "home"
+    tiny.pretrain(home / "base-model", steps=60)
+    return home
+
+
+def start(home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tools/rl_demo.py", "--home", home, "--steps", str(STEPS)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def processes_of(home: Path) -> list[str]:
+    """Command lines that name the home."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(home) in command:
+            found.append(command)
+    return found
+
+
+def test_demo_raises_the_reward_and_journals_every_job(home: Path) -> None:
+    out, err = start(home).communicate(timeout=280)
+    match = re.fullmatch(LAST_LINE, out.splitlines()[-1])
+    assert match, f"{out}\n{err}"
+    first, last, steps, jobs = float(match[1]), float(match[2]), int(match[3]), int(match[4])
+    assert last > first
+    assert steps == STEPS
+    # Per step: sampler weights, eight groups of samples, a backward pass, an optimizer step. And before
+    # them the model, and after them one more round of samples.
+    assert jobs == 1 + STEPS * 11 + 9
+    assert (home / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert err == ""
+    assert "\x1b" not in out, "control sequences go to terminals only"
+    assert not processes_of(home)
+
+
+def test_ctrl_c_leaves_nothing_behind(home: Path) -> None:
+    demo = start(home)
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if line.startswith("  1/"):
+            break
+    demo.send_signal(signal.SIGINT)
+    _, err = demo.communicate(timeout=100)
+    assert demo.returncode == 130, err
+    assert err == "demo: interrupted, and everything stopped\n"
+    deadline = time.monotonic() + 5
+    while processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(home)
