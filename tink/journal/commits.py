@@ -52,9 +52,13 @@ class GroupCommit(Generic[Item]):
     async def submit(self, items: list[Item], size: int) -> None:
         """Returns when `items` (of `size` bytes) are durable; they are in one transaction.
 
-        Raises JournalUnavailable if that failed: they may or may not be on disk. Cancellation only
-        leaves the wait: the items are committed all the same, so to the caller they are "maybe".
+        Raises JournalUnavailable if that failed: they may or may not be on disk; and if the writer has
+        ended. Cancellation only leaves the wait: the items are committed all the same, so to the caller
+        they are "maybe".
         """
+        if not items:
+            await trio.lowlevel.checkpoint()
+            return
         while self._failed is None and self._open.items and self._full(len(items), size):
             await self._room.wait()
         if self._failed is not None:
@@ -80,6 +84,7 @@ class GroupCommit(Generic[Item]):
         except trio.Cancelled:
             while self._open.items:
                 await self._commit_open()
+            self._end(JournalUnavailable("the journal is closed"))
             raise
 
     async def _commit_open(self) -> None:
@@ -92,17 +97,24 @@ class GroupCommit(Generic[Item]):
             with trio.CancelScope(shield=True):
                 await self._world.run_sync(self._commit, batch.items, limiter=self._thread)
             self._then()
-        except Exception as error:
-            self._failed = _unavailable(error)
-            batch.error = self._open.error = self._failed
-            self._open.done.set()
-            self._room.set()
-            raise self._failed from error
+        except BaseException as error:
+            # Of any kind: whoever waits must not take an interrupted commit for one that was made.
+            batch.error = unavailable = _unavailable(error)
+            self._end(unavailable)
+            if isinstance(error, Exception):
+                raise unavailable from error
+            raise
         finally:
             batch.done.set()
 
+    def _end(self, error: JournalUnavailable) -> None:
+        """No more commits: all who wait, and all who come, are told."""
+        self._failed = self._open.error = error
+        self._open.done.set()
+        self._room.set()
 
-def _unavailable(error: Exception) -> JournalUnavailable:
+
+def _unavailable(error: BaseException) -> JournalUnavailable:
     if isinstance(error, JournalUnavailable):
         return error
     return JournalUnavailable(f"the commit failed: {type(error).__name__}: {error}")

@@ -1,0 +1,118 @@
+"""What the journal's tests share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from tink.domain.events import AnyEvent, SessionCreated, Subject
+from tink.journal.database import reader_engine
+from tink.journal.home import Home
+from tink.journal.journal import Journal, prepare
+from tink.journal.store import check
+from tink.world import World
+
+T = TypeVar("T")
+
+
+class InlineWorld(World):
+    """No threads, so that MockClock works; time and ids that are counted; `block` holds a thread's work."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self.block: trio.Event | None = None
+        self.calls = 0
+
+    def now(self) -> float:
+        return 1_700_000_000.0
+
+    def monotonic(self) -> float:
+        return trio.current_time()
+
+    def new_id(self) -> str:
+        return f"{next(self._ids):032x}"
+
+    def new_seed(self) -> int:
+        return next(self._ids)
+
+    async def run_sync(
+        self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
+    ) -> T:
+        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):  # a thread cannot be cancelled
+            if self.block is not None:
+                await self.block.wait()
+            await trio.lowlevel.checkpoint()
+        self.calls += 1
+        return fn(*args)
+
+
+@functools.cache
+def _migrated() -> dict[str, bytes]:
+    """Empty databases of today's schema: to make them takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Home(Path(folder)))
+        return {path.name: path.read_bytes() for path in Path(folder).glob("*.sqlite")}
+
+
+def new_home(folder: Path, *, empty: bool = False) -> Home:
+    """A home with databases that are migrated already, or with none (`empty`)."""
+    home = Home(folder)
+    home.make()
+    if not empty:
+        for name, content in _migrated().items():
+            (folder / name).write_bytes(content)
+    return home
+
+
+@asynccontextmanager
+async def opened(home: Home, world: World | None = None) -> AsyncIterator[Journal]:
+    async with Journal.open(home, world or InlineWorld(), version="0", settings_digest="0") as journal:
+        yield journal
+
+
+def session(number: int | str, **fields: Any) -> tuple[Subject, AnyEvent]:
+    return Subject(tenant="t", session_id=f"s{number}"), SessionCreated(**fields)
+
+
+def stored_sessions(home: Home) -> set[str]:
+    """What another process reads in the tables, once they have been compared with the events."""
+    engine = reader_engine(home.journal)
+    try:
+        with engine.connect() as connection:
+            assert check(connection) == []
+            rows = connection.exec_driver_sql("SELECT session_id FROM sessions")
+            return set(rows.scalars())
+    finally:
+        engine.dispose()
+
+
+async def cancel_at(step: int, fn: Callable[[], Awaitable[None]]) -> bool:
+    """Runs `fn` and cancels it at its `step`-th await. False if it ended before that."""
+
+    class Watch(trio.abc.Instrument):
+        def __init__(self) -> None:
+            self.task = trio.lowlevel.current_task()
+            self.count = 0
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task is self.task:
+                self.count += 1
+                if self.count == step:
+                    scope.cancel()
+
+    watch = Watch()
+    with trio.CancelScope() as scope:
+        trio.lowlevel.add_instrument(watch)
+        try:
+            await fn()
+        finally:
+            trio.lowlevel.remove_instrument(watch)
+    return watch.count >= step
