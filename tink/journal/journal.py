@@ -182,10 +182,11 @@ class Journal:
     def _load(self) -> Ledger:
         with database_errors("reading the journal"), self._connection.begin():
             self._seq = store.last_seq(self._connection)
-            stored = store.read_tables(self._connection, closed_jobs=True)
+            stored = Ledger()
             try:
+                stored = store.read_tables(self._connection, closed_jobs=True)
                 wrong = store.check(self._connection, stored)
-            except LookupError as error:
+            except (LookupError, msgspec.DecodeError) as error:
                 wrong = [str(error)]
         if wrong:
             raise StartupError(

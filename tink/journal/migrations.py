@@ -29,7 +29,8 @@ class Version(NamedTuple):
 
 
 def upgrade(connection: Connection, database: Database) -> Version:
-    """Brings the database to the newest schema. Raises StartupError for one that a newer Tink wrote."""
+    """Brings the database to the newest schema, wholly or not at all. Raises StartupError for one that a
+    newer Tink wrote."""
     before = version(connection, database)
     script = ScriptDirectory.from_config(_config(connection, database))
     if before.current is not None and before.current not in {r.revision for r in script.walk_revisions()}:
@@ -38,6 +39,9 @@ def upgrade(connection: Connection, database: Database) -> Version:
             f"({tink.__version__}) does not know: it was written by a newer one; install that"
         )
     if before.current != before.head:
+        if connection.dialect.name == "sqlite":
+            # Its driver begins no transaction for DDL: a crash would leave half a schema behind.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         command.upgrade(_config(connection, database), "head")
         connection.commit()
     return before

@@ -39,7 +39,7 @@ def event_row(record: Record) -> dict[str, Any]:
 
 
 def read_events(connection: Connection, after: int = 0) -> Iterator[Record]:
-    """Every event behind `after`, in order."""
+    """Every event behind `after`, in order. LookupError for one that is damaged."""
     table = schema.events
     query = select(table).where(table.c.seq > after).order_by(table.c.seq)
     for row in connection.execution_options(stream_results=True).execute(query).mappings():
@@ -62,7 +62,7 @@ def read_tables(connection: Connection, *, closed_jobs: bool) -> Ledger:
         table = schema.metadata.tables[name]
         query = select(table)
         if name == "jobs" and not closed_jobs:
-            query = query.where(table.c.state.in_(sorted(rows.OPEN)))
+            query = query.where(schema.OPEN_JOBS)
         for row in connection.execute(query).mappings():
             ledger.put(name, kind(**row))
     return ledger
@@ -72,7 +72,10 @@ def _record(row: Any) -> Record:
     columns = dict(row)
     data = {**columns.pop("data"), "kind": columns.pop("kind")}
     head = {name: columns.pop(name) for name in ("seq", "at", "incarnation")}
-    event: AnyEvent = msgspec.convert(data, AnyEvent)
+    try:
+        event: AnyEvent = msgspec.convert(data, AnyEvent)
+    except msgspec.ValidationError as error:
+        raise LookupError(f"event {head['seq']} is not one that this Tink can read: {error}") from None
     return Record(subject=Subject(**columns), event=event, **head)
 
 

@@ -1,0 +1,401 @@
+"""The journal on a real SQLite file: what was acknowledged is there, whole, and in its place."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import OperationalError
+from trio.testing import MockClock, assert_checkpoints
+
+from tests.unit.journal.journal_kit import (
+    cancel_at,
+    new_home,
+    opened,
+    session,
+    stored_sessions,
+)
+from tink.domain.events import ClientFailed, JobAccepted, JobDone, Subject
+from tink.errors import JournalUnavailable, StartupError, tink_error
+from tink.journal import database, store
+from tink.journal.database import reader_engine, writer_engine
+from tink.journal.home import Home
+from tink.journal.journal import prepare
+
+
+def _seqs(home: Home) -> list[int]:
+    engine = reader_engine(home.journal)
+    with engine.connect() as connection:
+        found = [record.seq for record in store.read_events(connection)]
+    engine.dispose()
+    return found
+
+
+def _write(path: Path, statement: str) -> None:
+    """As someone would with the sqlite3 tool."""
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@contextmanager
+def stops_with(reason: str) -> Iterator[None]:
+    """JournalUnavailable, and nothing else, in however many groups."""
+    try:
+        yield
+    except Exception as raised:
+        error = tink_error(raised)
+        assert isinstance(error, JournalUnavailable)
+        assert reason in str(error)
+    else:
+        raise AssertionError("it went on")
+
+
+async def test_what_append_returned_for_is_on_disk_and_in_the_ledger(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    async with opened(home) as journal:
+        await journal.append(session(1), session(2))
+        assert stored_sessions(home) == {"s1", "s2"}
+        assert {key[0] for key in journal.ledger.tables["sessions"]} == {"s1", "s2"}
+
+
+async def test_seq_has_no_gap_over_restarts_and_each_boot_is_an_incarnation(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    for boot in range(1, 4):
+        async with opened(home) as journal:
+            assert journal.incarnation == boot
+            async with trio.open_nursery() as nursery:
+                for i in range(7):
+                    nursery.start_soon(journal.append, session(f"{boot}-{i}"))
+    assert _seqs(home) == list(range(1, 3 * 9 + 1))
+    engine = reader_engine(home.journal)
+    with engine.connect() as connection:
+        found = list(store.read_tables(connection, closed_jobs=True).tables["incarnations"].values())
+    engine.dispose()
+    assert [(row.number, row.stop_reason) for row in found] == [(n, "stopped") for n in (1, 2, 3)]  # type: ignore[attr-defined]
+
+
+async def test_a_second_writer_collides_at_once_and_changes_nothing(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    with stops_with("another process"):
+        async with opened(home) as first:
+            await first.append(session(1))
+            async with opened(home) as second:
+                await second.append(session(2))
+                before = _seqs(home)
+                try:
+                    with trio.CancelScope(shield=True):
+                        await first.append(session(3))
+                finally:
+                    assert _seqs(home) == before
+                    assert stored_sessions(home) == {"s1", "s2"}
+
+
+async def test_a_batch_is_committed_as_a_whole_or_not_at_all(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    with stops_with("UNIQUE constraint"):
+        async with opened(home) as journal:
+            await journal.append(session(1))
+            with trio.CancelScope(shield=True):
+                await journal.append(session(2), session(1))  # its second row is there already
+    assert stored_sessions(home) == {"s1"}
+
+
+async def test_an_append_that_is_cancelled_anywhere_is_whole_or_nothing(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    async with opened(home) as journal:
+        for step in range(1, 30):
+            pair = session(f"{step}-a"), session(f"{step}-b")
+            cancelled = await cancel_at(step, lambda p=pair: journal.append(*p))
+            await journal.append(session(f"{step}-after"))
+            found = stored_sessions(home)
+            assert f"s{step}-after" in found
+            assert (f"s{step}-a" in found) == (f"s{step}-b" in found)
+            if not cancelled:
+                return
+    raise AssertionError("it never ran to its end")
+
+
+async def test_every_call_of_the_journal_is_a_checkpoint(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with opened(new_home(tmp_path)) as journal:
+        accepted = JobAccepted(op="sample", seq_id=0, request="{}")
+        with assert_checkpoints():
+            await journal.append((Subject(tenant="t", job_id="j"), accepted))
+        job = await journal.job("j")
+        assert job is not None
+        # In memory; and once it has ended and is forgotten, from the database.
+        for ended in (False, True):
+            if ended:
+                await journal.append((Subject(job_id="j"), JobDone()))
+                journal._recent.clear()
+            with assert_checkpoints():
+                await journal.job("j")
+            with assert_checkpoints():
+                assert await journal.acceptance(job) == accepted
+        with assert_checkpoints():
+            assert await journal.job("nobody's") is None
+        with assert_checkpoints():
+            assert await journal.ops("m", 0, 9) == []
+        with assert_checkpoints():
+            assert await journal.directories_loaded() == set()
+
+
+async def test_an_ended_job_leaves_the_ledger_and_is_found_again(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tink.journal.journal.RECENT_JOBS", 2)
+    async with opened(new_home(tmp_path)) as journal:
+        for i in range(5):
+            subject = Subject(tenant="t", job_id=f"j{i}")
+            await journal.append((subject, JobAccepted(op="sample", seq_id=i)))
+            await journal.append((subject, JobDone(result={"i": i})))
+        assert journal.ledger.tables["jobs"] == {}
+        assert len(journal._recent) == 2
+        assert journal._acceptances == {}
+        for i in range(5):
+            job = await journal.job(f"j{i}")
+            assert job is not None
+            assert (job.state, job.result) == ("done", {"i": i})
+
+
+# -- errors at every point --------------------------------------------------------------------------
+
+
+class FailingCalls:
+    """Makes the `nth` statement or commit on a writer's connection fail, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+        self.count, self.nth = 0, nth
+        real = writer_engine
+
+        def failing(path: Path) -> Any:
+            engine = real(path)
+            event.listen(engine, "before_cursor_execute", self._statement)
+            event.listen(engine, "commit", self._commit)
+            return engine
+
+        monkeypatch.setattr("tink.journal.journal.writer_engine", failing)
+        monkeypatch.setattr("tink.journal.bodies.writer_engine", failing)
+
+    @property
+    def failed(self) -> bool:
+        return self.count >= self.nth
+
+    def _statement(self, *arguments: object) -> None:
+        self._call()
+
+    def _commit(self, connection: Connection) -> None:
+        self._call()
+
+    def _call(self) -> None:
+        self.count += 1
+        if self.count == self.nth:
+            raise OperationalError("statement", {}, Exception("disk I/O error"))
+
+
+async def _history(home: Home, told: set[str]) -> None:
+    """Some appends and a body; `told` is what was acknowledged."""
+    async with opened(home) as journal:
+
+        async def append(name: str) -> None:
+            await journal.append(session(name), session(f"{name}-too"))
+            told.update({f"s{name}", f"s{name}-too"})
+
+        for i in range(3):
+            await append(f"{i}")
+        digest = await journal.bodies.put(b"a body")
+        told.add(digest)
+        async with trio.open_nursery() as nursery:
+            for i in range(4):
+                nursery.start_soon(append, f"together-{i}")
+
+
+async def test_an_error_at_any_call_of_the_database_gives_no_wrong_answer(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    for nth in range(1, 200):
+        home = new_home(tmp_path / str(nth))
+        told: set[str] = set()
+        with pytest.MonkeyPatch.context() as patch:
+            calls = FailingCalls(patch, nth)
+            error: BaseException | None = None
+            try:
+                with trio.fail_after(100):
+                    await _history(home, told)
+            except Exception as raised:
+                error = raised
+        if not calls.failed:
+            assert error is None
+            assert nth > 20
+            break
+        assert error is not None, f"call {nth} failed and nobody noticed"
+        assert isinstance(tink_error(error), JournalUnavailable | StartupError), error
+        bodies = {name for name in told if not name.startswith("s")}
+        # It opens again, and has what was told, each pair as a whole.
+        async with opened(home) as journal:
+            found = stored_sessions(home)
+            assert told - bodies <= found
+            assert {name for name in found if f"{name}-too" not in found and "too" not in name} == set()
+            for digest in bodies:
+                journal.bodies._recent.clear()
+                assert await journal.bodies.get(digest) == b"a body"
+    else:
+        raise AssertionError("it never ran to its end")
+
+
+async def test_an_error_at_any_call_of_a_migration_leaves_a_database_that_opens(tmp_path: Path) -> None:
+    for nth in range(1, 200, 3):
+        home = new_home(tmp_path / str(nth), empty=True)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = FailingCalls(patch, nth)
+            try:
+                prepare(home)
+            except StartupError:
+                assert calls.failed
+            else:
+                assert not calls.failed
+                assert nth > 40
+                return
+        prepare(home)
+    raise AssertionError("it never ran to its end")
+
+
+# -- durability settings ----------------------------------------------------------------------------
+
+
+async def test_commits_are_synced_and_the_settings_are_read_back(tmp_path: Path) -> None:
+    engine = writer_engine(tmp_path / "j.sqlite")
+    with engine.connect() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        }
+    engine.dispose()
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+@pytest.mark.parametrize("pragma", ["journal_mode", "synchronous", "foreign_keys", "busy_timeout"])
+async def test_a_database_that_does_not_honour_a_setting_stops_the_start(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pragma: str
+) -> None:
+    asked = dict(database._WRITER_PRAGMAS)
+    other = {"journal_mode": "MEMORY", "synchronous": "NORMAL", "foreign_keys": "OFF", "busy_timeout": "0"}
+    asked[pragma] = (other[pragma], asked[pragma][1])
+    monkeypatch.setattr(database, "_WRITER_PRAGMAS", asked)
+    with pytest.raises(StartupError, match=pragma):
+        async with opened(new_home(tmp_path)):
+            pass
+
+
+async def test_a_reader_cannot_write(autojump_clock: MockClock, tmp_path: Path) -> None:
+    home = new_home(tmp_path)
+    async with opened(home):
+        engine = reader_engine(home.journal)
+        for statement in (
+            "DELETE FROM events",
+            "INSERT INTO events (seq, at, incarnation, kind, data) VALUES (99, 0, 1, 'x', '{}')",
+            "PRAGMA query_only=0; DELETE FROM events",
+            "DROP TABLE events",
+            "CREATE TABLE other (x)",
+        ):
+            with engine.connect() as connection, pytest.raises(Exception, match=r"readonly|one statement"):
+                connection.exec_driver_sql(statement)
+        engine.dispose()
+    assert _seqs(home) == [1, 2]
+
+
+# -- damage -----------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "a row is gone": "DELETE FROM incarnations",
+    "a row was changed": "UPDATE sessions SET tenant = 'other' WHERE session_id = 's1'",
+    "a row was added": "INSERT INTO incarnations VALUES (9, 'b', 'v', 'd', 0, NULL, NULL)",
+    "an event is gone": "DELETE FROM events WHERE seq = 2",
+    "the first event is gone": "DELETE FROM events WHERE seq = 1",
+    "the last event is gone": "DELETE FROM events WHERE seq = (SELECT max(seq) FROM events)",
+    "an event was changed": "UPDATE events SET data = json_set(data, '$.sdk_version', '9') WHERE seq = 2",
+    "an event is of an unknown kind": "UPDATE events SET kind = 'newer_than_this' WHERE seq = 2",
+    "an event does not decode": "UPDATE events SET data = '{\"tags\": 7}' WHERE seq = 2",
+    "an event is no JSON": "UPDATE events SET data = '{\"tags\": ' WHERE seq = 2",
+    "an event is about nobody": "UPDATE events SET session_id = NULL WHERE seq = 2",
+    "an event is there twice": (
+        "INSERT INTO events SELECT (SELECT max(seq) + 1 FROM events), at, incarnation, tenant, kind, "
+        "session_id, model_id, job_id, adapter_id, replica, data FROM events WHERE seq = 2"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_a_damaged_journal_is_found_at_the_start(
+    autojump_clock: MockClock, tmp_path: Path, damage: str
+) -> None:
+    home = new_home(tmp_path)
+    async with opened(home) as journal:
+        await journal.append(session(1))
+        await journal.append(session(2))
+        await journal.append((Subject(session_id="s1"), ClientFailed(exception_type="X")))
+    _write(home.journal, DAMAGE[damage])
+    with pytest.raises(StartupError, match=r"damaged.*restore a backup"):
+        async with opened(home):
+            pass
+
+
+@pytest.mark.parametrize("name", ["journal", "bodies"])
+async def test_a_file_that_is_no_database_is_refused(
+    autojump_clock: MockClock, tmp_path: Path, name: str
+) -> None:
+    home = new_home(tmp_path)
+    getattr(home, name).write_bytes(b"this is not a database" * 100)
+    with pytest.raises(StartupError, match=f"{name}.sqlite"):
+        async with opened(home):
+            pass
+
+
+# -- the hot queries --------------------------------------------------------------------------------
+
+
+async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path: Path) -> None:
+    """Of the statements as they are sent: taken from the engine, not written down again."""
+    sent: list[str] = []
+    async with opened(new_home(tmp_path)) as journal:
+
+        def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+            sent.append(statement)
+
+        event.listen(journal._reader, "before_cursor_execute", note)
+        await journal.job("j")
+        await journal.ops("m", 3, 7)
+        with journal._reader.connect() as connection:
+            store.read_tables(connection, closed_jobs=False)
+        event.remove(journal._reader, "before_cursor_execute", note)
+        one, ops, *tables = sent
+        open_jobs = next(s for s in tables if "FROM jobs" in s)
+
+        def plan(statement: str) -> str:
+            # Parameters as the reader binds them; a partial index needs its values in the text.
+            with journal._reader.connect() as connection:
+                rows = connection.connection.cursor().execute(
+                    f"EXPLAIN QUERY PLAN {statement}", ["x"] * statement.count("?")
+                )
+                return "\n".join(str(row[3]) for row in rows)
+
+        assert "USING INDEX sqlite_autoindex_jobs_1 (job_id=?)" in plan(one)
+        assert "USING INDEX uq_jobs_model_id_op_no (model_id=? AND op_no>? AND op_no<?)" in plan(ops)
+        assert "ix_jobs_open" in plan(open_jobs)
