@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -49,27 +51,41 @@ class LiveServer:
         if wait:
             self.wait_until_ready()
 
-    def wait_until_ready(self) -> None:
-        """Until it answers, and its trainer too."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
+    def wait_until_listening(self) -> None:
+        """Until it answers; its trainer may still be starting."""
+
+        def listens() -> bool:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"tink serve exited with {self.process.returncode}:\n{self.output()}")
             try:
                 record = json.loads((self.home / "worker.json").read_text())
-                if record["pid"] == self.process.pid:
-                    self.port = int(record["url"].rpartition(":")[2])
-                    httpx.get(
-                        f"{self.url}/api/v1/get_server_capabilities",
-                        headers={"X-API-Key": "tml-local"},
-                        timeout=START_SECONDS,
-                    ).raise_for_status()
-                    return
+                self.port = int(record["url"].rpartition(":")[2])
+                return record["pid"] == self.process.pid and httpx.get(f"{self.url}/healthz").is_success
             except (OSError, ValueError, httpx.TransportError):
-                pass
-            time.sleep(0.05)
-        raise AssertionError(f"tink serve did not become ready:\n{self.output()}")
+                return False
+
+        self._wait(listens, "did not come up")
+
+    def wait_until_ready(self) -> None:
+        """Until its trainer answers too: the capabilities are the trainer's."""
+        self.wait_until_listening()
+        httpx.get(
+            f"{self.url}/api/v1/get_server_capabilities",
+            headers={"X-API-Key": "tml-local"},
+            timeout=START_SECONDS,
+        ).raise_for_status()
+
+    def wait_for_output(self, *words: str) -> None:
+        self._wait(lambda: all(word in self.output() for word in words), f"did not print {words}")
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        """Another process gives no event to wait for, so this looks, and again."""
+        deadline = time.monotonic() + START_SECONDS
+        while not done():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"tink serve {what}:\n{self.output()}")
+            time.sleep(0.02)
 
     def kill(self) -> None:
         """kill -9 of the worker alone."""
@@ -100,7 +116,5 @@ class LiveServer:
                 self.process.wait(timeout=40)
             except subprocess.TimeoutExpired:
                 self.kill()
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self.kill_trainer()
-        except (OSError, ValueError):
-            pass

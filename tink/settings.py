@@ -131,6 +131,8 @@ class Settings:
             raise StartupError(f"MAX_WORKERS: {self.max_workers} must be at least 1")
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise StartupError(f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error")
+        if self.hf_model.startswith(("/", ".", "~")) and not Path(self.hf_model).expanduser().is_dir():
+            raise StartupError(f"TINK_HF_MODEL: there is no directory {self.hf_model}")
         _ = self.tenants
         paths = {"home": self.home.expanduser().absolute()}
         if self.artifacts is not None:

@@ -6,10 +6,10 @@ import argparse
 import os
 import resource
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import hypercorn.config
 import hypercorn.trio
@@ -33,6 +33,8 @@ from tink.world import World
 
 # Requests in flight get this long to be answered after SIGTERM; polls are told to come again.
 DRAIN_SECONDS = 10.0
+# Connections that may wait to be accepted: a client opens hundreds at once.
+BACKLOG = 1024
 
 log = structlog.get_logger()
 
@@ -102,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
 async def _serve(settings: Settings, world: World) -> None:
     home = Home(settings.home)
     home.make()
-    with home.lock():
+    # The port first: if it is taken, nothing has been started that would have to be stopped.
+    with home.lock(), _listener(settings) as listener:
         async with Journal.open(
             home, world, version=tink.__version__, settings_digest=settings.digest
         ) as journal:
@@ -115,37 +118,48 @@ async def _serve(settings: Settings, world: World) -> None:
                     secret=home.load_secret(),
                     world=world,
                 )
-                await _listen(app, router, settings, home, trainer)
+                await _listen(app, listener, router, settings, home, trainer)
             await trainer.stop()
     log.info("stopped")
 
 
+def _listener(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
+            "pass another --host or --port"
+        ) from error
+
+
 async def _listen(
-    app: Starlette, router: Router, settings: Settings, home: Home, trainer: EmbeddedTrainer
+    app: Starlette,
+    listener: socket.socket,
+    router: Router,
+    settings: Settings,
+    home: Home,
+    trainer: EmbeddedTrainer,
 ) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
-    config = hypercorn.config.Config()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    config.bind = [f"{host}:{settings.port}"]
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    config = hypercorn.config.Config()
+    # hypercorn owns the socket from here, and closes it first when it stops.
+    config.bind = [f"fd://{listener.detach()}"]
     config.errorlog = None
     config.accesslog = None
     # Above the SDK's 45 s for one poll.
     config.keep_alive_timeout = 75.0
     config.graceful_timeout = DRAIN_SECONDS
-    config.backlog = 1024
+    config.backlog = BACKLOG
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(_await_signals, stop)
         async with trio.open_nursery() as serving:
             serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
-            try:
-                binds = await serving.start(serve)
-            except OSError as error:
-                raise StartupError(
-                    f"cannot listen on {config.bind[0]}: {error.strerror or error}; "
-                    "pass another --host or --port"
-                ) from error
-            url = f"http://{host}:{urlsplit(binds[0]).port}"
+            await serving.start(serve)
             record = WorkerRecord(os.getpid(), url, tink.__version__, settings.routes.mode)
             home.worker.write_bytes(msgspec.json.encode(record))
             print(_banner(settings, url, trainer), flush=True)
