@@ -41,6 +41,12 @@ class Docstring:
     name: str
     text: str
 
+    @property
+    def is_prose(self) -> bool:
+        """Short, and hardly anything but words: what a tiny model can learn to write."""
+        words = sum(letter.isalpha() or letter in " \n.,'" for letter in self.text)
+        return len(self.text) < 400 and words > 0.96 * len(self.text)
+
 
 # For a Python whose standard library comes without sources.
 FALLBACK = Docstring("tink", "A model learns from examples. Each one makes the next guess better.\n")

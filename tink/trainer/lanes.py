@@ -38,6 +38,7 @@ from tink.trainer.protocol import (
     Skip,
     SnapshotReply,
     SnapshotRequest,
+    State,
 )
 from tink.world import World
 
@@ -85,6 +86,9 @@ class Lanes:
         self._ledger.cancel(model_id, op_no)
         return self._ledger.reply(model_id, op_no)
 
+    def state(self) -> State:
+        return self._ledger.state()
+
     def running(self) -> list[Running]:
         now = self._world.monotonic()
         return [
@@ -130,7 +134,7 @@ class Lanes:
     async def _wait(self, model_id: str, op_no: int, wait: float) -> None:
         ended = self._ended.get((model_id, op_no))
         if ended is not None:
-            with trio.move_on_after(min(max(wait, 0.0), MAX_OP_WAIT)):
+            with trio.move_on_after(min(max(0.0, wait), MAX_OP_WAIT)):
                 await ended.wait()
 
     @asynccontextmanager
@@ -153,7 +157,7 @@ class Lanes:
     async def _perform(self, request: OpRequest) -> Outcome:
         if not self._ledger.start(request.model_id):
             return Outcome(request.job_id, "failed", failure=CANCELLED)
-        began = self._began[request.model_id] = self._world.monotonic()
+        self._began[request.model_id] = self._world.monotonic()
         result = failure = None
         try:
             result = await self._world.run_sync(apply, self._engine, request)
@@ -162,7 +166,7 @@ class Lanes:
         except Exception as error:  # the engine's boundary: the job failed, the server goes on
             log.exception("engine error", model=request.model_id, op_no=request.op_no)
             failure = failure_of(error)
-        run_ms = (self._world.monotonic() - began) * 1000
+        run_ms = (self._world.monotonic() - self._began.pop(request.model_id)) * 1000
         log.info(
             "op",
             model=request.model_id,

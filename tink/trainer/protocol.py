@@ -36,7 +36,10 @@ Endpoints (health, info and state answer JSON, off the training thread):
     POST /v1/snapshots                       SnapshotRequest -> SnapshotReply
     POST /v1/restores                        RestoreRequest -> RestoreReply
 
-Any error is a `Refusal`, with the HTTP status of the table. A lost connection cancels nothing.
+Any error is a `Refusal`, with the HTTP status of the table. Beside the table's there are 400
+`malformed`, 401 `unauthorized`, 404 `no_op` and `no_sample` (never sent here), 409 `not_behind` (a
+restore onto a model that has applied as much), 413 `too_large`, 503 `loading` and `broken`; a snapshot
+or a restore that fails is 400, 404, 500 or 502 `failed`. A lost connection cancels nothing.
 """
 
 from __future__ import annotations

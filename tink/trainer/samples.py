@@ -85,7 +85,7 @@ class Samples:
         return await self._wait(entry, wait)
 
     async def _wait(self, entry: Entry, wait: float) -> SampleReply:
-        with trio.move_on_after(min(max(wait, 0.0), MAX_OP_WAIT)):
+        with trio.move_on_after(min(max(0.0, wait), MAX_OP_WAIT)):
             await entry.ended.wait()
         return entry.reply
 

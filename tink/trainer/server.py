@@ -9,8 +9,8 @@ from __future__ import annotations
 import hmac
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
-from typing import Literal, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from tink.errors import MalformedRequest, TinkError, TooLarge, Unauthorized
 from tink.limits import MAX_TRAINING_BODY
-from tink.trainer.engines.base import Engine
+from tink.trainer.engines.base import Engine, Facts
 from tink.trainer.lanes import Lanes
 from tink.trainer.ledger import Ledger, Refused
 from tink.trainer.protocol import (
@@ -51,6 +51,15 @@ Handler = Callable[[Request], Awaitable[Response]]
 MAX_BODY = MAX_TRAINING_BODY + 64 * 1024
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What there is once the engine has been built."""
+
+    facts: Facts
+    lanes: Lanes
+    samples: Samples
+
+
 class Trainer:
     """What the routes serve. `slots`: how many models may compute at once. `nursery` owns the work."""
 
@@ -61,11 +70,8 @@ class Trainer:
         self._world = world
         self._slots = slots
         self._nursery = nursery
-        self._detail = ""
-        self._broken = False
-        self._engine: Engine | None = None
-        self._lanes: Lanes | None = None
-        self._samples: Samples | None = None
+        self._broken: str | None = None
+        self._serving: Serving | None = None
 
     async def load(self, build: Callable[[], Engine]) -> None:
         """Builds the engine. If that fails, health says why, for as long as the process is left."""
@@ -73,11 +79,13 @@ class Trainer:
             engine = await self._world.run_sync(build)
         except Exception as error:
             log.exception("the engine could not be built")
-            self._broken, self._detail = True, f"{type(error).__name__}: {error}"
+            self._broken = f"{type(error).__name__}: {error}"
             return
-        self._engine = engine
-        self._lanes = Lanes(self._world, engine, self.ledger, self._slots, self._nursery)
-        self._samples = Samples(self._world, engine, self._refuse, self._nursery)
+        self._serving = Serving(
+            engine.facts,
+            Lanes(self._world, engine, self.ledger, self._slots, self._nursery),
+            Samples(self._world, engine, self.ledger.refused, self._nursery),
+        )
         log.info("ready", base_model=engine.facts.base_model, incarnation=self.incarnation)
 
     def touch(self) -> None:
@@ -86,44 +94,38 @@ class Trainer:
 
     async def finish(self) -> None:
         """Lets what runs end; what is queued stays queued. Returns when no operation computes."""
-        if self._lanes and self._samples:
-            await self._lanes.finish()
-            await self._samples.finish()
+        if self._serving:
+            await self._serving.lanes.finish()
+            await self._serving.samples.finish()
 
     @property
     def health(self) -> Health:
-        state: Literal["loading", "ready", "broken"] = "ready" if self._lanes else "loading"
-        if self._broken:
-            state = "broken"
-        running = self._lanes.running() if self._lanes else []
-        return Health(PROTOCOL, self.incarnation, state, self._detail, running)
+        if self._broken is not None:
+            return Health(PROTOCOL, self.incarnation, "broken", self._broken)
+        if self._serving is None:
+            return Health(PROTOCOL, self.incarnation, "loading")
+        return Health(PROTOCOL, self.incarnation, "ready", running=self._serving.lanes.running())
+
+    @property
+    def serving(self) -> Serving:
+        """Raises Refused while there is nothing to serve."""
+        if self._broken is not None:
+            raise self.ledger.refused(503, "broken", self._broken)
+        if self._serving is None:
+            raise self.ledger.refused(503, "loading", "the model is being loaded", retryable=True)
+        return self._serving
 
     @property
     def info(self) -> Info:
-        self._check_ready()
-        assert self._engine is not None
-        return Info(PROTOCOL, self.incarnation, **asdict(self._engine.facts))
+        return Info(PROTOCOL, self.incarnation, **asdict(self.serving.facts))
 
     @property
     def lanes(self) -> Lanes:
-        self._check_ready()
-        assert self._lanes is not None
-        return self._lanes
+        return self.serving.lanes
 
     @property
     def samples(self) -> Samples:
-        self._check_ready()
-        assert self._samples is not None
-        return self._samples
-
-    def _check_ready(self) -> None:
-        if self._broken:
-            raise self._refuse(503, "broken", self._detail)
-        if self._lanes is None:
-            raise self._refuse(503, "loading", "the model is being loaded", retryable=True)
-
-    def _refuse(self, status: int, error: str, message: str, retryable: bool = False) -> Refused:
-        return self.ledger.refused(status, error, message, retryable=retryable)
+        return self.serving.samples
 
 
 def application(trainer: Trainer, token: str | None = None) -> Starlette:
@@ -137,8 +139,7 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
         return _json(trainer.info)
 
     async def state(request: Request) -> Response:
-        trainer.lanes  # noqa: B018 - 503 while loading
-        return _json(trainer.ledger.state())
+        return _json(trainer.lanes.state())
 
     async def post_op(request: Request) -> Response:
         return _reply(await trainer.lanes.submit(await _read(request, OpRequest)))

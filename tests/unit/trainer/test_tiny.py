@@ -79,7 +79,6 @@ def test_ensure_builds_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_pretraining_learns_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "SEQUENCE", 32)
-    monkeypatch.setattr(tiny, "THREADS", 1)
     losses: list[float] = []
     for name in ("one", "two"):
         tiny.pretrain(tmp_path / name, 20, lambda step, steps, loss: losses.append(loss), SHAPE, seed=1)

@@ -24,7 +24,13 @@ SHAPE = Shape(
     head_dim=16,
     max_position_embeddings=96,
 )
-TEXTS = [Docstring(f"module.name{n}", f"Return the {n} thing of a list, or raise.\n") for n in range(40)]
+TEXTS = [
+    Docstring(
+        f"module.name{n}",
+        f"Return the {n} thing of a list, or raise an error when there is none of them.\n",
+    )
+    for n in range(40)
+]
 
 
 def tensor(values: Any, dtype: int | None = None) -> pb.Tensor:
