@@ -57,6 +57,9 @@ class Settings:
     max_workers: int = _setting(
         4, "MAX_WORKERS", "different adapters the HuggingFace engine trains at once"
     )
+    snapshot_seconds: float = _setting(
+        30.0, "TINK_SNAPSHOT_SECONDS", "a model is snapshotted when its redo would take so long"
+    )
     max_attempts: int = _setting(
         3, "TINK_MAX_ATTEMPTS", "how often a job is sent to a backend that dies of it before it fails"
     )

@@ -29,7 +29,10 @@ RETRY_SECONDS = 0.5
 
 
 class Cluster:
-    def __init__(self, folder: Path, seed: int, *, loss: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, seed: int, *, loss: float = 0.0, snapshot_seconds: float = 30.0
+    ) -> None:
+        self.snapshot_seconds = snapshot_seconds
         self.rng = random.Random(seed)
         self.home = Home(folder)
         self.home.make()
@@ -44,8 +47,10 @@ class Cluster:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, folder: Path, seed: int = 0, *, loss: float = 0.0) -> AsyncIterator[Cluster]:
-        cluster = cls(folder, seed, loss=loss)
+    async def running(
+        cls, folder: Path, seed: int = 0, *, loss: float = 0.0, snapshot_seconds: float = 30.0
+    ) -> AsyncIterator[Cluster]:
+        cluster = cls(folder, seed, loss=loss, snapshot_seconds=snapshot_seconds)
         async with trio.open_nursery() as nursery:
             cluster._nursery = nursery
             await cluster.start_trainer()
@@ -66,7 +71,7 @@ class Cluster:
     async def _run_worker(self, task_status: trio.TaskStatus[None]) -> None:
         self.lives += 1
         world = self._world = SimulatedWorld(self.rng, self.network)
-        settings = Settings(home=self.home.root)
+        settings = Settings(home=self.home.root, snapshot_seconds=self.snapshot_seconds)
         try:
             with trio.CancelScope() as self._scope:
                 async with (

@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from tink.actors.trainer_link import Endpoint
-from tink.errors import UserError
+from tink.errors import BackendError, UserError
 from tink.trainer import protocol
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.server import Trainer, application
@@ -82,12 +82,14 @@ class Network(httpx.AsyncBaseTransport):
 
     def __init__(self, rng: random.Random, *, loss: float = 0.0) -> None:
         self._rng, self.loss = rng, loss
+        self.calls = 0
         self.trainer: SimulatedTrainer | None = None
 
     def transport(self, world: SimulatedWorld) -> httpx.AsyncBaseTransport:
         return self
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.calls += request.url.path not in ("/v1/health", "/v1/state", "/v1/info")
         await trio.sleep(self._rng.random() * 0.01)
         trainer = self.trainer
         if trainer is None or trainer.app is None:
@@ -122,6 +124,7 @@ class SimulatedTrainer:
         self.lives = 0
         # A request that holds these bytes kills it.
         self.deadly: bytes | None = None
+        self.disk_full = False
         self._world: SimulatedWorld | None = None
         self._scope: trio.CancelScope | None = None
 
@@ -132,7 +135,7 @@ class SimulatedTrainer:
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
                 trainer = Trainer(world, 2, nursery)
-                await trainer.load(lambda: HashEngine(self.disk))
+                await trainer.load(lambda: HashEngine(self))
                 self.app = application(trainer, None)
                 self._network.trainer = self
                 task_status.started()
@@ -165,8 +168,8 @@ def _hash(*parts: object) -> str:
 class HashEngine:
     """A double of an engine: every result depends on the whole history of its model."""
 
-    def __init__(self, disk: dict[str, bytes]) -> None:
-        self._disk, self._models = disk, dict[str, _State]()
+    def __init__(self, trainer: SimulatedTrainer) -> None:
+        self._trainer, self._disk, self._models = trainer, trainer.disk, dict[str, _State]()
 
     @property
     def facts(self) -> Facts:
@@ -216,7 +219,10 @@ class HashEngine:
         return self._write(path, msgspec.msgpack.encode((self._models[model_id], book)))
 
     def read_book(self, path: str) -> bytes:
-        return msgspec.msgpack.decode(self._disk[path], type=tuple[_State, bytes])[1]
+        try:
+            return msgspec.msgpack.decode(self._disk[path], type=tuple[_State, bytes])[1]
+        except msgspec.DecodeError as error:
+            raise BackendError(f"{path} is damaged: it is not what was published") from error
 
     def restore(self, model_id: str, path: str) -> None:
         self._models[model_id] = msgspec.msgpack.decode(self._disk[path], type=tuple[_State, bytes])[0]
@@ -227,6 +233,8 @@ class HashEngine:
         return Sampled(body, len(request.prompt), request.num_samples)
 
     def _write(self, path: str, content: bytes) -> list[protocol.File]:
+        if self._trainer.disk_full:
+            raise BackendError("no space left on device")
         if path in self._disk:
             assert self._disk[path] == content, f"{path} was published with other content"
         self._disk[path] = content

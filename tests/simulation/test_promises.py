@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -313,3 +314,80 @@ async def test_a_checkpoint_can_be_loaded_overwritten_published_and_expires(
         assert await cluster.ask(messages.ListCheckpoints(TENANT, model)) == []
         assert len(jobs) == 2
         cluster.check_journal()
+
+
+async def _long_run(cluster: Cluster, model: str, steps: int) -> list[object]:
+    results = []
+    for seq in range(1, 2 * steps, 2):
+        batch = (await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())).request_id
+        step = _json(model_id=model, seq_id=seq + 1, adam_params={"learning_rate": seq / 1000})
+        job = (await cluster.submit(model, seq + 1, "optim_step", step)).request_id
+        results += await _results(cluster, [batch, job])
+    return results
+
+
+def _events(cluster: Cluster, kind: str) -> list[dict[str, object]]:
+    with sqlite3.connect(cluster.home.journal) as journal:
+        found = journal.execute("SELECT data FROM events WHERE kind = ? ORDER BY seq", (kind,))
+        return [msgspec.json.decode(data) for (data,) in found]
+
+
+async def test_a_lost_trainer_is_brought_up_from_the_newest_snapshot_and_not_from_the_start(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path / "undisturbed") as cluster:
+        model = await cluster.create(await cluster.session())
+        expected = await _long_run(cluster, model, 20)
+    async with Cluster.running(tmp_path / "crashed", snapshot_seconds=0.05) as cluster:
+        model = await cluster.create(await cluster.session())
+        results = await _long_run(cluster, model, 15)
+        taken = _events(cluster, "snapshot_taken")
+        assert len(taken) > 3
+        assert len(_events(cluster, "snapshot_dropped")) == len(taken) - 2, "two are kept"
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        sent = cluster.network.calls
+        await cluster.submit(model, 31, "forward_backward", b"batch 31")
+        await cluster.outcome(f"{model}:31")
+        assert cluster.network.calls - sent < 20, "the redo is short"
+        step = _json(model_id=model, seq_id=32, adam_params={"learning_rate": 31 / 1000})
+        await cluster.submit(model, 32, "optim_step", step)
+        results += await _results(cluster, [f"{model}:31", f"{model}:32"])
+        assert results == expected[: len(results)]
+        assert _events(cluster, "diverged") == []
+        cluster.check_journal()
+
+
+async def test_a_damaged_snapshot_is_found_and_the_one_before_it_is_used(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path, snapshot_seconds=0.05) as cluster:
+        model = await cluster.create(await cluster.session())
+        await _long_run(cluster, model, 15)
+        newest = _events(cluster, "snapshot_taken")[-1]
+        cluster.trainer.disk[str(newest["directory"])] = b"damaged"
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        await cluster.submit(model, 31, "forward_backward", b"batch 31")
+        assert (await cluster.outcome(f"{model}:31")).state == "done"
+        dropped = _events(cluster, "snapshot_dropped")
+        assert {"snapshot_id": newest["snapshot_id"], "reason": "damaged"} in dropped
+        assert _events(cluster, "diverged") == []
+        cluster.check_journal()
+
+
+async def test_a_snapshot_that_cannot_be_written_delays_nothing_and_is_tried_again(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path, snapshot_seconds=0.05) as cluster:
+        model = await cluster.create(await cluster.session())
+        cluster.trainer.disk_full = True
+        await _long_run(cluster, model, 6)
+        assert _events(cluster, "snapshot_taken") == []
+        cluster.trainer.disk_full = False
+        await cluster.submit(model, 13, "forward_backward", b"batch")
+        await cluster.submit(model, 14, "optim_step", _json(model_id=model, seq_id=14))
+        await cluster.outcome(f"{model}:14")
+        await cluster.submit(model, 15, "forward_backward", b"batch")
+        await cluster.outcome(f"{model}:15")
+        assert len(_events(cluster, "snapshot_taken")) == 1

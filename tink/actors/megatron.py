@@ -17,7 +17,8 @@ import trio
 
 from tink.actors import plans
 from tink.actors.mailbox import Mailbox
-from tink.actors.settling import BUSY_SECONDS, Settle, request_of
+from tink.actors.settling import BUSY_SECONDS, Release, Settle, request_of
+from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
@@ -39,13 +40,16 @@ class MegatronActor:
         journal: Journal,
         link: TrainerLink,
         settle: Settle,
+        release: Release,
+        snapshots: Snapshots,
         world: World,
         *,
         slots: int,
         alpha: float,
         max_attempts: int,
     ) -> None:
-        self._journal, self._link, self._settle, self._world = journal, link, settle, world
+        self._journal, self._link, self._world = journal, link, world
+        self._settle, self._release, self._snapshots = settle, release, snapshots
         self._slots = trio.CapacityLimiter(slots)
         self._alpha, self._max_attempts = alpha, max_attempts
         self.mailbox: Mailbox[str] = Mailbox(MAX_OPEN_JOBS)
@@ -62,9 +66,12 @@ class MegatronActor:
             job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
             entries = await self._outcome(job)
             await self._journal.append(*entries)
+            await self._settle(job_id)
+            if isinstance(entries[0][1], JobDone) and job.op in plans.MUTATING:
+                await self._snapshots.consider(self._link.present, job)
         finally:
             self._slots.release_on_behalf_of(token)
-        await self._settle(job_id)
+        await self._release(job_id)
 
     async def _outcome(self, job: rows.Job) -> list[Entry]:
         """Runs the job to its end; the events that record it, the terminal one first."""
@@ -175,6 +182,7 @@ class MegatronActor:
         applied = life.applied.get(model_id, 0)
         if applied >= upto:
             return
+        applied = await self._snapshots.restore(life, model_id, applied)
         context = plans.Context(self._journal.ledger, life.info, self._alpha)
         log.info("redo", model=model_id, first=applied + 1, last=upto)
         for job in await self._journal.ops(model_id, applied, upto):

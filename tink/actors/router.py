@@ -53,6 +53,13 @@ class _Settled:
         self.job_id = job_id
 
 
+class _Released:
+    """The model of that job, which has ended, is free for its next one."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+
+
 class _Restarted:
     """An actor begins (again) with an empty mailbox."""
 
@@ -65,7 +72,7 @@ class Router:
 
     def __init__(self, journal: Journal, catalogue: Catalogue, world: World) -> None:
         self._journal, self.catalogue, self._world = journal, catalogue, world
-        self._mailbox: Mailbox[_Question | _Settled | _Restarted] = Mailbox(MAILBOX)
+        self._mailbox: Mailbox[_Question | _Settled | _Released | _Restarted] = Mailbox(MAILBOX)
         self._lanes: dict[str, Lane] = {}
         self._accepting: dict[str, trio.Event] = {}
         self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
@@ -88,6 +95,9 @@ class Router:
     async def settle(self, job_id: str) -> None:
         await self._mailbox.send(_Settled(job_id))
 
+    async def release(self, job_id: str) -> None:
+        await self._mailbox.send(_Released(job_id))
+
     async def restarted(self, actor: Actor) -> None:
         """An actor begins with an empty mailbox: the open jobs that are its own are sent to it."""
         await self._mailbox.send(_Restarted(actor))
@@ -107,7 +117,9 @@ class Router:
             async for message in self._mailbox:
                 match message:
                     case _Settled():
-                        self._settled(message.job_id)
+                        self._ended(message.job_id)
+                    case _Released():
+                        self._released(message.job_id)
                     case _Restarted():
                         self._send_open_jobs(message.actor)
                     case _Question():
@@ -355,7 +367,10 @@ class Router:
         if actor == "train":
             for model_id, lane in self._lanes.items():
                 if lane.running is not None and self._train is not None:
-                    self._train(lane.running)
+                    if (lane.running,) in self._journal.ledger.tables["jobs"]:
+                        self._train(lane.running)
+                    else:  # it had ended, and was not released
+                        lane.finish(lane.running)
                 self._advance(model_id)
         elif self._sample is not None:
             for job in self._journal.ledger.table("jobs", rows.Job).values():
@@ -388,8 +403,7 @@ class Router:
         self._gap_watched.discard(model_id)
         self._advance(model_id)
 
-    def _settled(self, job_id: str) -> None:
-        self._ended(job_id)
+    def _released(self, job_id: str) -> None:
         model_id, _, _seq = job_id.rpartition(":")
         lane = self._lanes.get(model_id)
         if lane is not None and lane.running == job_id:

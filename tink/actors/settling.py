@@ -14,8 +14,10 @@ from tink.limits import MAX_ZSTD_WINDOW
 # Before a call that a full trainer refused is made again.
 BUSY_SECONDS = 0.1
 
-# Called with a job's id once its terminal event is durable.
+# Called with a job's id: once its terminal event is durable, its waiters may be told; and once nothing is
+# left to do with its model, the model's next job may run.
 Settle = Callable[[str], Awaitable[None]]
+Release = Callable[[str], Awaitable[None]]
 
 
 async def request_of(journal: Journal, job: rows.Job) -> bytes:

@@ -77,8 +77,9 @@ class TrainerLink:
             self._look.set()
 
     @property
-    def connected(self) -> bool:
-        return self._life is not None
+    def present(self) -> Life | None:
+        """The life of now, if there is one."""
+        return self._life
 
     async def run(self) -> None:
         """Keeps the link for ever. StartupError if the first server cannot be had at all: then it is the

@@ -11,6 +11,7 @@ from tink.actors.catalogue import Catalogue
 from tink.actors.megatron import MegatronActor
 from tink.actors.router import Router
 from tink.actors.sampler import SamplerActor
+from tink.actors.snapshots import Snapshots
 from tink.actors.supervisor import supervise
 from tink.actors.trainer_link import Find, TrainerLink
 from tink.journal.journal import Journal
@@ -33,6 +34,8 @@ async def open_worker(
         journal,
         link,
         router.settle,
+        router.release,
+        Snapshots(journal, settings.artifact_root, world, seconds=settings.snapshot_seconds),
         world,
         slots=training_slots,
         alpha=settings.lora_alpha,

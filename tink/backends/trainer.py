@@ -20,6 +20,8 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5.0
 # Health is answered off the training thread: this long without an answer is a stuck process.
 HEALTH_SECONDS = 5.0
+# Writing or reading all of a model's state: gigabytes, on a disk that others use too.
+STATE_SECONDS = 600.0
 # On top of the seconds that a call asks to be held.
 GRACE_SECONDS = 15.0
 
@@ -83,6 +85,16 @@ class TrainerClient:
             reply = await self._call("GET", path, SampleReply, None, request.wait)
         return reply
 
+    async def snapshot(self, request: protocol.SnapshotRequest) -> protocol.SnapshotReply:
+        """Repeating it is harmless: what is published under the path is found there."""
+        body = protocol.encode(request)
+        return await self._call("POST", "/v1/snapshots", protocol.SnapshotReply, body, STATE_SECONDS)
+
+    async def restore(self, request: protocol.RestoreRequest) -> protocol.RestoreReply:
+        """Refused, with nothing changed, if the snapshot is damaged or the model is not behind it."""
+        body = protocol.encode(request)
+        return await self._call("POST", "/v1/restores", protocol.RestoreReply, body, STATE_SECONDS)
+
     async def _json(self, path: str, kind: type[T]) -> T:
         body = await self._exchange("GET", path, None, HEALTH_SECONDS)
         with self._decoding():
@@ -94,6 +106,9 @@ class TrainerClient:
             return msgspec.msgpack.decode(answer, type=kind)
 
     async def _exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> bytes:
+        if self._client.is_closed:
+            # The link gave this server up while a call through it was being polled.
+            raise TrainerGone(f"the link to the trainer at {self.url} is closed")
         try:
             # One deadline for the whole exchange: a trickle of bytes would reset httpx's own time-outs.
             with trio.fail_after(seconds):
@@ -104,7 +119,7 @@ class TrainerClient:
                     headers={"Content-Type": protocol.MEDIA_TYPE} if body is not None else {},
                     timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
                 )
-        except (httpx.TransportError, trio.TooSlowError) as error:
+        except (httpx.HTTPError, trio.TooSlowError) as error:
             reason = str(error) or type(error).__name__
             raise TrainerGone(f"the trainer at {self.url} does not answer: {reason}") from error
         if answer.status_code in (200, 202):
@@ -116,7 +131,7 @@ class TrainerClient:
     def _decoding(self) -> Iterator[None]:
         try:
             yield
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TrainerGone(
                 f"the trainer at {self.url} does not speak {protocol.PROTOCOL}: {error}"
             ) from error

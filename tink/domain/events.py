@@ -198,6 +198,22 @@ class AdapterPlaced(Event, frozen=True, kw_only=True, tag="adapter_placed"):
     state: Literal["loading", "loaded", "unloading", "gone"]
 
 
+class SnapshotTaken(Event, frozen=True, kw_only=True, tag="snapshot_taken"):
+    """All of a model's state after `op_no`, complete on disk: a redo begins behind it."""
+
+    snapshot_id: str
+    op_no: int
+    directory: str
+    size_bytes: int
+
+
+class SnapshotDropped(Event, frozen=True, kw_only=True, tag="snapshot_dropped"):
+    """It is used no more: newer ones cover it, or what is on disk is not what was published."""
+
+    snapshot_id: str
+    reason: Literal["pruned", "damaged"]
+
+
 class SamplerCreated(Event, frozen=True, kw_only=True, tag="sampler_created"):
     """A sampler of the base model, or of exactly one adapter version."""
 
@@ -228,6 +244,8 @@ AnyEvent = (
     | CheckpointDeleted
     | AdapterExported
     | AdapterPlaced
+    | SnapshotTaken
+    | SnapshotDropped
     | SamplerCreated
 )
 

@@ -264,6 +264,28 @@ def _(event: events.AdapterPlaced, record: Record) -> Iterator[Change]:
 
 
 @_changes.register
+def _(event: events.SnapshotTaken, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "snapshots",
+        rows.Snapshot(
+            snapshot_id=event.snapshot_id,
+            tenant=cast(str, record.subject.tenant),
+            model_id=cast(str, record.subject.model_id),
+            op_no=event.op_no,
+            directory=event.directory,
+            size_bytes=event.size_bytes,
+            created_at=record.at,
+        ),
+    )
+
+
+@_changes.register
+def _(event: events.SnapshotDropped, record: Record) -> Iterator[Change]:
+    values = {"state": event.reason, "dropped_at": record.at}
+    yield Update("snapshots", (event.snapshot_id,), values)
+
+
+@_changes.register
 def _(event: events.SamplerCreated, record: Record) -> Iterator[Change]:
     yield Insert(
         "samplers",

@@ -149,6 +149,18 @@ class Checkpoint(Row, kw_only=True):
         return f"tinker://{self.model_id}/{self.kind}/{self.name}"
 
 
+class Snapshot(Row, kw_only=True):
+    snapshot_id: str
+    tenant: str
+    model_id: str
+    op_no: int
+    state: Literal["live", "pruned", "damaged"] = "live"
+    directory: str
+    size_bytes: int
+    created_at: float
+    dropped_at: float | None = None
+
+
 # table -> (row type, primary key)
 TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "incarnations": (Incarnation, ("number",)),
@@ -159,4 +171,5 @@ TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "adapters": (Adapter, ("adapter_id",)),
     "adapter_placements": (AdapterPlacement, ("adapter_id", "replica")),
     "checkpoints": (Checkpoint, ("checkpoint_id",)),
+    "snapshots": (Snapshot, ("snapshot_id",)),
 }

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 import trio
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
 from tink.domain import rows
@@ -143,6 +143,19 @@ class Journal:
             with database_errors("reading a model's jobs"), self._reader.connect() as connection:
                 found = connection.execute(query.order_by(table.c.op_no)).mappings()
                 return [rows.Job(**row) for row in found]
+
+        return await self._world.run_sync(read, limiter=self._readers)
+
+    async def redo_ms(self, model_id: str, after: int) -> float:
+        """How long the model's operations behind op_no `after` ran."""
+        table = schema.jobs
+
+        def read() -> float:
+            query = select(func.coalesce(func.sum(table.c.run_ms), 0.0)).where(
+                table.c.model_id == model_id, table.c.op_no > after
+            )
+            with database_errors("reading a model's jobs"), self._reader.connect() as connection:
+                return float(connection.execute(query).scalar_one())
 
         return await self._world.run_sync(read, limiter=self._readers)
 

@@ -232,6 +232,21 @@ checkpoints = Table(
     ),
 )
 
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("snapshot_id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("model_id", Text, ForeignKey("models.model_id"), nullable=False),
+    Column("op_no", BigInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("directory", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("dropped_at", Double),
+    Index(None, "model_id", "op_no"),
+)
+
 # Bodies live beside the journal, with a writer lane of their own: eight of them would hold the events'
 # lane for 50 ms. On SQLite that is another file.
 bodies_metadata = MetaData()

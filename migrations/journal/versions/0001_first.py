@@ -256,9 +256,28 @@ def upgrade() -> None:
         batch_op.create_index(
             "uq_jobs_session_id_model_seq_id", ["session_id", "model_seq_id"], unique=True
         )
+    op.create_table(
+        "snapshots",
+        sa.Column("snapshot_id", sa.Text(), nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("model_id", sa.Text(), nullable=False),
+        sa.Column("op_no", sa.BigInteger(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("directory", sa.Text(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("dropped_at", sa.Double(), nullable=True),
+        sa.ForeignKeyConstraint(["model_id"], ["models.model_id"], name=op.f("fk_snapshots_model_id")),
+        sa.PrimaryKeyConstraint("snapshot_id", name=op.f("pk_snapshots")),
+    )
+    with op.batch_alter_table("snapshots", schema=None) as batch_op:
+        batch_op.create_index(
+            batch_op.f("ix_snapshots_model_id_op_no"), ["model_id", "op_no"], unique=False
+        )
 
 
 def downgrade() -> None:
+    op.drop_table("snapshots")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index("uq_jobs_session_id_model_seq_id")
         batch_op.drop_index("uq_jobs_sampler_id_seq_id")

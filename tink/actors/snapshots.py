@@ -1,0 +1,109 @@
+"""Snapshots of models: taken when a redo would get long, used when a trainer has lost its state.
+
+A snapshot is published by the trainer (temporary directory, fsync, rename, a manifest with sha256) and
+only then written into the journal; one that the journal does not know is never used. Two are kept: a
+damaged newest one falls back to the one before it, and that to the first operation.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import structlog
+
+from tink.actors.trainer_link import Life
+from tink.backends.trainer import Refused
+from tink.domain import ids, rows
+from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
+from tink.errors import BackendError
+from tink.journal.journal import Journal
+from tink.trainer.protocol import RestoreRequest, SnapshotRequest
+from tink.world import World
+
+KEPT = 2
+
+log = structlog.get_logger()
+
+
+class Snapshots:
+    """`seconds`: how long a redo may get, as the operations ran the first time."""
+
+    def __init__(self, journal: Journal, artifacts: Path, world: World, *, seconds: float) -> None:
+        self._journal, self._artifacts, self._world = journal, artifacts, world
+        self._limit_ms = seconds * 1000
+        self._redo_ms: dict[str, float] = {}
+
+    async def consider(self, life: Life | None, job: rows.Job) -> None:
+        """Called between two operations of the model, after `job` is done: takes a snapshot if it is time.
+        After an optimizer step there are no gradients to write, so it waits for one, within reason. What
+        goes wrong with it is logged, and tried again after the next operation."""
+        model_id = str(job.model_id)
+        if model_id not in self._redo_ms:
+            newest = next(iter(self._live(model_id)), None)
+            self._redo_ms[model_id] = await self._journal.redo_ms(model_id, newest.op_no if newest else 0)
+        else:
+            self._redo_ms[model_id] += job.run_ms or 0.0
+        limit = self._limit_ms if job.op == "optim_step" else 2 * self._limit_ms
+        if life is None or self._redo_ms[model_id] < limit:
+            return
+        try:
+            await self._take(life, job)
+        except BackendError as error:
+            log.warning("no snapshot", model=model_id, reason=str(error))
+        else:
+            self._redo_ms[model_id] = 0.0
+
+    async def restore(self, life: Life, model_id: str, applied: int) -> int:
+        """Gives a trainer that is behind the newest snapshot it can use; the op_no where it is then.
+        Raises TrainerGone."""
+        for snapshot in self._live(model_id):
+            if snapshot.op_no <= applied:
+                break
+            request = RestoreRequest(life.incarnation, life.lease, model_id, snapshot.directory)
+            try:
+                applied = (await life.client.restore(request)).applied
+            except Refused as error:
+                if error.refusal.error != "failed":  # of another life, or not behind: not its fault
+                    raise
+                log.error("snapshot damaged", model=model_id, op_no=snapshot.op_no, reason=str(error))
+                await self._drop(snapshot, "damaged")
+                continue
+            life.applied[model_id] = applied
+            log.info("restored", model=model_id, op_no=applied)
+            break
+        return applied
+
+    async def _take(self, life: Life, job: rows.Job) -> None:
+        assert job.op_no is not None
+        model_id = str(job.model_id)
+        directory = ids.directory(model_id, job.op_no, "snapshot")
+        request = SnapshotRequest(life.incarnation, life.lease, model_id, directory)
+        reply = await life.client.snapshot(request)
+        taken = SnapshotTaken(
+            snapshot_id=f"{model_id}#{reply.applied}",
+            op_no=reply.applied,
+            directory=directory,
+            size_bytes=sum(file.size for file in reply.files),
+        )
+        await self._journal.append((Subject(tenant=job.tenant, model_id=model_id), taken))
+        log.info("snapshot", model=model_id, op_no=reply.applied, bytes=taken.size_bytes)
+        for old in self._live(model_id)[KEPT:]:
+            await self._drop(old, "pruned")
+
+    async def _drop(self, snapshot: rows.Snapshot, reason: str) -> None:
+        dropped = SnapshotDropped(
+            snapshot_id=snapshot.snapshot_id, reason="pruned" if reason == "pruned" else "damaged"
+        )
+        await self._journal.append((Subject(tenant=snapshot.tenant, model_id=snapshot.model_id), dropped))
+        if reason == "pruned":  # a damaged one is left for whoever wants to know how
+            await self._world.run_sync(shutil.rmtree, self._artifacts / snapshot.directory, True)
+
+    def _live(self, model_id: str) -> list[rows.Snapshot]:
+        """Newest first."""
+        found = [
+            snapshot
+            for snapshot in self._journal.ledger.table("snapshots", rows.Snapshot).values()
+            if snapshot.model_id == model_id and snapshot.state == "live"
+        ]
+        return sorted(found, key=lambda snapshot: snapshot.op_no, reverse=True)
