@@ -30,6 +30,8 @@ from typing import Any
 
 # The model and its tokenizer are made here: there is nothing to look up, and nobody to tell.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+# torch's threads spin while they wait for each other, which on a busy machine takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import tinker
 from rich.console import Console
@@ -40,6 +42,7 @@ from tinker import types
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_NAME = "tink/qwen3-tiny-docstrings"
+MODEL_STEPS = 300
 LETTER = "s"
 PROMPTS = (
     "Return the",
@@ -220,7 +223,9 @@ def make_model(home: Path) -> Path:
         # It imports torch, which takes a while.
         from tink.trainer import tiny
 
-        tiny.pretrain(directory, progress=lambda step, steps, loss: update(step, steps, loss=loss))
+        tiny.pretrain(
+            directory, MODEL_STEPS, progress=lambda step, steps, loss: update(step, steps, loss=loss)
+        )
     return directory
 
 

@@ -26,13 +26,15 @@ make_venv() {
     stamp=.venv/installed-${extras//,/-}
     want=$({
         cat pyproject.toml tools/venv.sh
-        "$python" -c 'import sys; print(sys.version, sys.base_prefix)'
+        identity "$python"
     } | cksum)
-    if [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$want" ]]; then
+    if [[ -f $stamp && $(<"$stamp") == "$want" ]]; then
         return
     fi
 
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    # One of another Python, or one that was interrupted, is made anew.
+    if [[ $(identity .venv/bin/python) != "$(identity "$python")" ]] ||
+        ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         echo "making .venv" >&2
         rm -rf .venv
         new_venv .venv
@@ -42,4 +44,8 @@ make_venv() {
     "${pip[@]}" "$TORCH"
     "${pip[@]}" --editable ".[$extras]" "$TORCH"
     echo "$want" >"$stamp"
+}
+
+identity() {
+    "$1" -c 'import sys; print(sys.version, sys.base_prefix)' 2>/dev/null || true
 }
