@@ -6,7 +6,7 @@ by defaulted fields.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -28,14 +28,18 @@ OpName = Literal[
 # Bodies that are data, not commands: kept in the body store, pruned by retention.
 DATA_OPS: frozenset[OpName] = frozenset({"forward", "forward_backward", "sample"})
 
+# What a column and the trainer can hold. JSON has larger ones, and one of them must not get as far as a
+# commit: a commit that fails stops the worker.
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
 
 class Request(msgspec.Struct, frozen=True):
     pass
 
 
 class LoraConfig(Request, frozen=True):
-    rank: int
-    seed: int | None = None
+    rank: Int
+    seed: Int | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -47,7 +51,7 @@ class OptimizerConfig(Request, frozen=True):
 
 class CreateModel(Request, frozen=True):
     session_id: str
-    model_seq_id: int
+    model_seq_id: Int
     base_model: str
     lora_config: LoraConfig
     user_metadata: dict[str, Any] | None = None
@@ -65,16 +69,16 @@ class AdamParams(Request, frozen=True):
 
 class OptimStep(Request, frozen=True):
     model_id: str
-    seq_id: int
+    seq_id: Int
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
 
 
 class SaveWeights(Request, frozen=True):
     model_id: str
-    seq_id: int
+    seq_id: Int
     path: str | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Int | None = None
     overwrite: bool = False
     user_metadata: dict[str, str] | None = None
 
@@ -83,20 +87,20 @@ class SaveWeightsForSampler(Request, frozen=True):
     """Without `path` the weights are ephemeral: they belong to a sampler of the model's session."""
 
     model_id: str
-    seq_id: int
+    seq_id: Int
     path: str | None = None
-    sampling_session_seq_id: int | None = None
+    sampling_session_seq_id: Int | None = None
     kind: str = "snapshot"
-    ttl_seconds: int | None = None
+    ttl_seconds: Int | None = None
     overwrite: bool = False
     user_metadata: dict[str, str] | None = None
 
 
 class SaveWeightsExternal(Request, frozen=True):
     model_id: str
-    seq_id: int
+    seq_id: Int
     path: str | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Int | None = None
     age_encryption_recipients: list[str] | None = None
 
 
@@ -107,9 +111,9 @@ class LoadWeights(Request, frozen=True):
     path: str
     optimizer: bool = False
     model_id: str | None = None
-    seq_id: int | None = None
+    seq_id: Int | None = None
     session_id: str | None = None
-    model_seq_id: int | None = None
+    model_seq_id: Int | None = None
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
     optimizer_config: OptimizerConfig | None = None
@@ -119,7 +123,7 @@ class Chunk(Request, frozen=True):
     """Of the four kinds only `encoded_text` is served; the others are refused by their name."""
 
     type: str
-    tokens: list[int] | None = None
+    tokens: list[Int] | None = None
 
 
 class Prompt(Request, frozen=True):
@@ -127,33 +131,33 @@ class Prompt(Request, frozen=True):
 
 
 class SamplingParams(Request, frozen=True):
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop: str | list[str | int] | None = None
+    max_tokens: Int | None = None
+    seed: Int | None = None
+    stop: str | list[str | Int] | None = None
     temperature: float = 1.0
-    top_k: int = -1
+    top_k: Int = -1
     top_p: float = 1.0
 
 
 class TensorData(Request, frozen=True):
-    data: list[float | int]
+    data: list[float | Int]
     dtype: str = "int64"
-    shape: list[int] | None = None
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
+    shape: list[Int] | None = None
+    sparse_crow_indices: list[Int] | None = None
+    sparse_col_indices: list[Int] | None = None
 
 
 class Sample(Request, frozen=True):
     sampling_session_id: str | None = None
-    seq_id: int | None = None
+    seq_id: Int | None = None
     prompt: Prompt = Prompt([])
     sampling_params: SamplingParams = SamplingParams()
-    num_samples: int = 1
+    num_samples: Int = 1
     prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: int = 0
-    topk_sample_logprobs: int = 0
-    prompt_alt_tokens_k: int = 0
-    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: Int = 0
+    topk_sample_logprobs: Int = 0
+    prompt_alt_tokens_k: Int = 0
+    prompt_logprobs_last_n: Int | None = None
     target_prompt_logprobs: TensorData | None = None
     record_stability_info: bool = False
     base_model: str | None = None
