@@ -7,7 +7,8 @@ connections for the next call: cost per call is the same at any number in flight
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 
 import httpcore
@@ -32,6 +33,7 @@ class SlotTransport(httpx.AsyncBaseTransport):
         )
         self._slots = trio.CapacityLimiter(max_slots)
         self._idle: list[httpcore.AsyncHTTPConnection] = []
+        self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         token = object()
@@ -39,31 +41,26 @@ class SlotTransport(httpx.AsyncBaseTransport):
         connection: httpcore.AsyncHTTPConnection | None = None
         try:
             connection = await self._take()
-            answer = await connection.handle_async_request(
-                httpcore.Request(
-                    method=request.method,
-                    url=httpcore.URL(
-                        scheme=request.url.raw_scheme,
-                        host=request.url.raw_host,
-                        port=request.url.port,
-                        target=request.url.raw_path,
-                    ),
-                    headers=request.headers.raw,
-                    content=request.stream,
-                    extensions=request.extensions,
+            with _httpx_errors(request):
+                answer = await connection.handle_async_request(
+                    httpcore.Request(
+                        method=request.method,
+                        url=httpcore.URL(
+                            scheme=request.url.raw_scheme,
+                            host=request.url.raw_host,
+                            port=request.url.port,
+                            target=request.url.raw_path,
+                        ),
+                        headers=request.headers.raw,
+                        content=request.stream,
+                        extensions=request.extensions,
+                    )
                 )
-            )
-        except BaseException as error:
-            self._slots.release_on_behalf_of(token)
-            if connection is not None:
-                with trio.CancelScope(shield=True):
-                    await connection.aclose()
-            if isinstance(error, httpcore.TimeoutException):
-                raise httpx.TimeoutException(str(error) or "timed out", request=request) from error
-            if isinstance(
-                error, (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ConnectionNotAvailable)
-            ):
-                raise httpx.TransportError(str(error) or type(error).__name__, request=request) from error
+        except BaseException:
+            if connection is None:
+                self._slots.release_on_behalf_of(token)
+            else:
+                await self.give_back(connection, token, clean=False)
             raise
         return httpx.Response(
             status_code=answer.status,
@@ -77,22 +74,25 @@ class SlotTransport(httpx.AsyncBaseTransport):
             connection = self._idle.pop()
             if connection.is_available() and not connection.has_expired():
                 return connection
-            await connection.aclose()
+            await _close(connection)
         return httpcore.AsyncHTTPConnection(self._origin, keepalive_expiry=KEEPALIVE_SECONDS)
 
     async def give_back(
         self, connection: httpcore.AsyncHTTPConnection, token: object, *, clean: bool
     ) -> None:
-        self._slots.release_on_behalf_of(token)
-        if clean and connection.is_idle():
-            self._idle.append(connection)
-        else:
-            with trio.CancelScope(shield=True):
-                await connection.aclose()
+        try:
+            if clean and connection.is_idle() and not self._closed:
+                self._idle.append(connection)
+            else:
+                await _close(connection)
+        finally:
+            self._slots.release_on_behalf_of(token)
 
     async def aclose(self) -> None:
+        """Closes what is idle; calls under way go on, and close theirs."""
+        self._closed = True
         while self._idle:
-            await self._idle.pop().aclose()
+            await _close(self._idle.pop())
 
     async def __aexit__(
         self,
@@ -120,19 +120,43 @@ class _Body(httpx.AsyncByteStream):
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
+        with _httpx_errors(self._request):
             async for part in self._answer.aiter_stream():
                 yield part
-        except httpcore.TimeoutException as error:
-            raise httpx.TimeoutException(str(error) or "timed out", request=self._request) from error
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise httpx.TransportError(str(error) or type(error).__name__, request=self._request) from error
         self._read_to_the_end = True
 
     async def aclose(self) -> None:
         if self._closed:
             return
         self._closed = True
-        if self._read_to_the_end:
-            await self._answer.aclose()
-        await self._transport.give_back(self._connection, self._token, clean=self._read_to_the_end)
+        # Shielded: a cancellation here would keep the slot for ever.
+        with trio.CancelScope(shield=True):
+            if self._read_to_the_end:
+                await self._answer.aclose()
+            await self._transport.give_back(self._connection, self._token, clean=self._read_to_the_end)
+
+
+async def _close(connection: httpcore.AsyncHTTPConnection) -> None:
+    """At once, whatever is under way on it."""
+    with trio.CancelScope(shield=True):
+        await connection.aclose()
+
+
+@contextlib.contextmanager
+def _httpx_errors(request: httpx.Request) -> Iterator[None]:
+    """httpcore's errors as httpx's of the same name, all of them TransportErrors."""
+    try:
+        yield
+    except _ERRORS as error:
+        kind = getattr(httpx, type(error).__name__, httpx.TransportError)
+        raise kind(str(error) or type(error).__name__, request=request) from error
+
+
+_ERRORS = (
+    httpcore.TimeoutException,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.ProxyError,
+    httpcore.UnsupportedProtocol,
+    httpcore.ConnectionNotAvailable,
+)
