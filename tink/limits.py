@@ -16,6 +16,8 @@ MAX_ZSTD_WINDOW = 16 * 1024 * 1024
 MAX_NUM_SAMPLES = 1024
 # A (len, k) float matrix per sample: more than this is a vocabulary dump.
 MAX_TOPK = 64
+# (samples x tokens x k) of one request, in cells of 8 bytes: 32 MiB.
+MAX_TOPK_CELLS = 4 * 1024 * 1024
 MAX_NAME = 128
 MAX_METADATA_BYTES = 16 * 1024
 MAX_STOPS = 64

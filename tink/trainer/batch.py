@@ -6,6 +6,7 @@ every shape, token id and number has been looked at here, and an error names the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +17,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from tink.errors import MalformedRequest, UserError
-from tink.limits import MICRO_BATCH_TOKENS
+from tink.limits import MAX_TRAINING_BODY, MICRO_BATCH_TOKENS
 from tink.trainer import losses
 from tink.wire import tinker_pb2 as pb
 
@@ -77,6 +78,7 @@ def decode(body: bytes, vocab_size: int, context: int) -> Batch:
     loss, config = losses.find(message.loss_fn, _config(message))
     if not message.data:
         raise UserError("data is empty: send at least one datum")
+    _check_size(message)
     limits = _Limits(vocab_size, context)
     data = []
     for index, datum in enumerate(message.data):
@@ -101,6 +103,19 @@ def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str]:
         key: value.text if value.WhichOneof("value") == "text" else value.number
         for key, value in message.loss_fn_config_v2.items()
     }
+
+
+def _check_size(message: pb.ForwardBackwardRequest) -> None:
+    """A few sparse bytes can name any number of cells: all of them together may take no more than a
+    dense body could."""
+    cells = sum(
+        abs(math.prod(tensor.shape))
+        for datum in message.data
+        for tensor in datum.loss_fn_inputs.values()
+        if tensor.HasField("sparse_csr")
+    )
+    if cells > MAX_TRAINING_BODY // 4:
+        raise UserError(f"the sparse tensors have {cells} cells; at most {MAX_TRAINING_BODY // 4} are read")
 
 
 def _datum(message: pb.Datum, loss: losses.Loss, limits: _Limits) -> Datum:
@@ -184,8 +199,8 @@ def _field(name: str, message: pb.Tensor) -> Array:
 def _densified(name: str, csr: pb.SparseCsr, values: Array, shape: tuple[int, ...]) -> Array:
     rows = _array(csr.crow_indices, np.dtype("<i8"), name)
     columns = _array(csr.col_indices, np.dtype("<i8"), name)
-    if len(shape) != 2 or min(shape) < 0 or shape[0] * shape[1] > MICRO_BATCH_TOKENS * 1024:
-        raise UserError(f"{name} is sparse, and its shape {shape} is not (N, K) of a sane size")
+    if len(shape) != 2 or min(shape) < 0:
+        raise UserError(f"{name} is sparse, and its shape {shape} is not (N, K)")
     sound = (
         len(rows) == shape[0] + 1
         and len(columns) == len(values)

@@ -185,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(bool_as_flag=False),
+            structlog.processors.LogfmtRenderer(
+                key_order=["timestamp", "level", "event"], bool_as_flag=False
+            ),
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

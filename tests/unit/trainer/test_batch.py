@@ -137,6 +137,13 @@ def test_an_empty_request_is_refused() -> None:
         decode([])
 
 
+def test_a_few_bytes_cannot_fill_the_memory() -> None:
+    bomb = sparse([[1.0, 0.0]])
+    bomb.shape[1] = 2**40
+    with pytest.raises(UserError, match="cells"):
+        decode([good(weights=bomb)])
+
+
 def test_garbage_is_refused() -> None:
     with pytest.raises(MalformedRequest):
         batch.decode(b"\xff\xff\xff", 100, 50)

@@ -320,6 +320,7 @@ def test_counts_are_reported(engine: HFEngine) -> None:
         ({"topk_prompt_logprobs": 65}, "topk_prompt_logprobs"),
         ({"topk_sample_logprobs": -1}, "topk_sample_logprobs"),
         ({"prompt_alt_tokens_k": 65}, "prompt_alt_tokens_k"),
+        ({"topk_sample_logprobs": 64, "num_samples": 1024, "max_tokens": None}, "do not fit"),
         ({"stop_tokens": [320]}, "stop has token id"),
         ({"stop_tokens": [1] * 65}, "64 stops"),
         ({"stop_strings": [""]}, "empty stop"),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tink.errors import UserError
-from tink.limits import MAX_NUM_SAMPLES, MAX_STOPS, MAX_TOPK, SAMPLE_ROWS
+from tink.limits import MAX_NUM_SAMPLES, MAX_STOPS, MAX_TOPK, MAX_TOPK_CELLS, SAMPLE_ROWS
 from tink.trainer.engines import drawing, lora, scores
 from tink.trainer.engines.base import Sampled
 from tink.trainer.engines.frozen import Frozen
@@ -144,6 +144,11 @@ def check(request: SampleRequest, frozen: Frozen) -> None:
     _check_range("top_k", request.top_k, -1, None)
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         _check_range(name, getattr(request, name), 0, min(MAX_TOPK, frozen.vocab_size))
+    cells = request.num_samples * _room(request, frozen) * request.topk_sample_logprobs
+    if cells > MAX_TOPK_CELLS:
+        raise UserError(
+            f"topk_sample_logprobs of {cells} tokens do not fit an answer: ask for {MAX_TOPK_CELLS} at most"
+        )
     if not 0 <= request.temperature < math.inf:
         raise UserError(f"temperature is {request.temperature}: it must be 0 or more")
     if not 0 < request.top_p <= 1:
