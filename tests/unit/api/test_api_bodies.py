@@ -67,6 +67,8 @@ def assert_consumed(worker, answer, op, seq_id, why):
         (b',"adam_params":{"learning_rate":-Infinity}}', "invalid"),
         (b',"adam_params":{"learning_rate":"fast"}}', "$.adam_params.learning_rate"),
         (b',"adam_params":[]}', "$.adam_params"),
+        (b',"adam_params":{"beta1":' + str(10**400).encode() + b"}}", "range"),
+        (b',"x":"a\\u0000b"}', "NUL"),
         (b',"adam_params":', "truncated"),
         (b"", "truncated"),
         (b"} trailing", "trailing"),
@@ -294,6 +296,7 @@ async def test_samples_are_refused_at_once_for_they_leave_no_hole(post, worker):
         {"seq_id": -1},
         {"seq_id": 2**63},
         {"sampling_params": {"temperature": "hot"}},
+        {"sampling_params": {"seed": 2**63}},
         {"prompt": {"chunks": [{"type": "encoded_text", "tokens": ["a"]}]}},
     ):
         answer = await post("/asample", json.dumps({**sent, **wrong}).encode(), JSON)

@@ -71,7 +71,7 @@ async def test_a_result_that_comes_during_the_hold_is_answered_at_once(client, w
     assert (answer.json(), trio.current_time() - started) == ({"a": 1}, pytest.approx(3))
 
 
-@pytest.mark.parametrize("request_id", ["", "x" * 300, "a b", "a\x00b", "é", "../x"])
+@pytest.mark.parametrize("request_id", ["", "x" * 300, "a b", "é", "../x"])
 async def test_what_cannot_be_an_id_is_not_looked_up(client, worker, request_id):
     answer = await client.post(PATH, json={"request_id": request_id})
     assert answer.status_code == 404

@@ -52,6 +52,11 @@ async def test_of_telemetry_only_the_type_of_a_failure_is_kept(send, worker):
     assert worker.asked == [messages.ReportClientFailure(TENANT, "ValueError", SESSION)]
 
 
+async def test_a_client_cannot_fill_the_journal_with_its_failures(send, worker):
+    await send("POST", "/telemetry", events=[{"event": "UNHANDLED_EXCEPTION"}] * 1000)
+    assert len(worker.asked) <= 8
+
+
 async def test_telemetry_before_there_is_a_session_has_none(send, worker):
     await send("POST", "/telemetry", session_id="sessionless-1")
     assert worker.last.session_id is None

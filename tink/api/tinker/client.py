@@ -26,6 +26,10 @@ DYNAMIC_CONFIG = {
 }
 
 
+# A client dies once; a batch with more deaths than this tells nothing more.
+MAX_FAILURES = 8
+
+
 class ClientConfig(Request, frozen=True):
     sdk_version: str = ""
 
@@ -72,13 +76,13 @@ async def telemetry(call: Call) -> dict[str, Any]:
     if session_id is not None:
         # The SDK's name for "before there was one".
         session_id = None if session_id.startswith("sessionless-") else identifier(session_id)
-    for event in batch.events:
-        if event.event == "UNHANDLED_EXCEPTION":
-            await call.ask(
-                messages.ReportClientFailure(
-                    tenant=call.tenant, exception_type=event.error_type[:200], session_id=session_id
-                )
+    failures = [event.error_type for event in batch.events if event.event == "UNHANDLED_EXCEPTION"]
+    for exception_type in failures[:MAX_FAILURES]:
+        await call.ask(
+            messages.ReportClientFailure(
+                tenant=call.tenant, exception_type=exception_type[:200], session_id=session_id
             )
+        )
     return {"status": "accepted"}
 
 
