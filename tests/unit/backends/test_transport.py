@@ -282,6 +282,21 @@ async def test_a_call_that_is_cancelled_anywhere_loses_no_slot_and_spoils_no_con
     raise AssertionError("it never ran to its end")
 
 
+@pytest.mark.parametrize("read", [True, False])
+async def test_a_cancellation_while_an_answer_is_closed_loses_no_slot(read: bool) -> None:
+    async with serving(answer_all, slots=1) as (server, client):
+        answer = await of(client).handle_async_request(httpx.Request("GET", server.url))
+        assert isinstance(answer.stream, httpx.AsyncByteStream)
+        if read:
+            assert [part async for part in answer.stream] == [b"ok"]
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await answer.stream.aclose()
+        assert of(client)._slots.borrowed_tokens == 0
+        assert len(of(client)._idle) == read
+        assert (await client.get("/")).content == b"ok"
+
+
 async def test_a_closed_transport_keeps_no_connection() -> None:
     release = trio.Event()
 
