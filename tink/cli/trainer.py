@@ -76,4 +76,19 @@ def run(arguments: argparse.Namespace) -> int:
     given = {
         name: value for name, value in vars(arguments).items() if name in OPTIONS and value is not None
     }
-    return process.main([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    try:
+        return process.main(options)
+    except* OSError as group:
+        error = _first(group)
+        raise StartupError(
+            f"cannot serve on {arguments.host}, port {arguments.port}: {error.strerror or error}"
+        ) from error
+
+
+def _first(group: BaseExceptionGroup[OSError]) -> OSError:
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    assert isinstance(inner, OSError)
+    return inner

@@ -1,0 +1,191 @@
+"""The documentation says what the code does: names, fields, defaults, endpoints, examples."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sqlite3
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import tink
+from tink.api.tinker import TABLE as ROUTES
+from tink.api.tinker import unsupported
+from tink.cli.main import COMMANDS
+from tink.domain.events import AnyEvent
+from tink.domain.requests import OpName
+from tink.domain.rows import JobState
+from tink.journal import schema
+from tink.journal.home import Home
+from tink.journal.journal import prepare
+from tink.settings import Settings
+from tink.trainer import protocol
+from tink.trainer.server import Trainer, application
+
+ROOT = Path(tink.__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+JOURNAL = (DOCS / "journal.md").read_text()
+SDK = (DOCS / "sdk.md").read_text()
+PROTOCOL = (DOCS / "trainer-protocol.md").read_text()
+
+TABLES = {**schema.metadata.tables, **schema.bodies_metadata.tables}
+
+
+def names(text):
+    """Everything in backquotes."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+def section(text, heading):
+    """What stands below a heading, up to the next one."""
+    body = text.split(f"\n{heading}\n", 1)[1]
+    return re.split(r"^#", body, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(text):
+    """The cells of each row of the tables in `text`, without their heads."""
+    lines = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines if "---" not in line[0]][1:]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_and_column_of_the_journal_is_documented_in_order(table):
+    documented = [names(row[0])[0] for row in rows(section(JOURNAL, f"### `{table}`"))]
+    assert documented == [column.name for column in TABLES[table].columns]
+
+
+def test_every_event_is_documented_with_its_fields():
+    documented = {names(row[0])[0]: names(row[2]) for row in rows(section(JOURNAL, "## Events"))}
+    kinds = {kind.__struct_config__.tag: list(kind.__struct_fields__) for kind in get_args(AnyEvent)}
+    assert documented == kinds
+
+
+@pytest.mark.parametrize(("column", "values"), [("op", OpName), ("state", JobState)])
+def test_every_value_of_a_jobs_column_is_documented(column, values):
+    cells = {names(row[0])[0]: row[1] for row in rows(section(JOURNAL, "### `jobs`"))}
+    assert names(cells[column]) == list(get_args(values))
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "journal.md"], ids=lambda page: page.name)
+def test_every_query_in_the_documentation_runs(page, tmp_path):
+    home = Home(tmp_path / "home")
+    home.make()
+    prepare(home)
+    connection = sqlite3.connect(f"file:{home.journal}?mode=ro", uri=True)
+    queries = re.findall(r"```sql\n(.*?)```", page.read_text(), re.DOTALL)
+    assert queries
+    for query in queries:
+        for statement in query.split(";"):
+            connection.execute(statement).fetchall()
+    connection.close()
+
+
+def test_every_setting_is_documented_with_its_names_and_default():
+    documented = {tuple(names(row[0])): row[1] for row in rows(section(README.read_text(), "## Settings"))}
+    assert set(documented) == {field.metadata["names"] for field in fields(Settings)}
+    for field in fields(Settings):
+        default = str(field.default).lower() if field.type == "bool" else str(field.default)
+        if field.default not in ("", None):
+            assert documented[field.metadata["names"]] == f"`{default}`", field.name
+
+
+def test_every_command_is_documented():
+    text = README.read_text()
+    assert all(f"tink {command}" in text for command in COMMANDS)
+    assert all(f"tink {command}" in text for command in ("jobs show", "db upgrade", "db check"))
+
+
+def test_every_endpoint_of_the_sdk_is_documented_and_no_other():
+    refused = {(method, path) for path, methods in unsupported.TABLE.items() for method in methods}
+    served = {(method, path) for path, methods in ROUTES.items() for method in methods} - refused
+    documented = set()
+    for row in rows(section(SDK, "## Endpoints")):
+        methods = []
+        for method, path in re.findall(r"`([A-Z]+)(?: (/[^`]*))?`", row[0]):
+            methods.append(method)
+            if path:
+                documented |= {(each, path) for each in methods}
+                methods = []
+    assert documented == served
+
+
+def test_every_operation_of_the_training_protocol_is_documented_with_its_fields():
+    documented = {names(row[0])[0]: names(row[1]) for row in rows(section(PROTOCOL, "## Operations"))}
+    operations = {op.__struct_config__.tag: list(op.__struct_fields__) for op in get_args(protocol.Op)}
+    assert documented == operations
+
+
+def test_every_field_of_the_training_protocol_is_named():
+    named = set(names(PROTOCOL))
+    for message in (
+        protocol.OpRequest,
+        protocol.OpResult,
+        protocol.OpReply,
+        protocol.SampleRequest,
+        protocol.SampleReply,
+        protocol.SnapshotRequest,
+        protocol.Refusal,
+    ):
+        assert set(message.__struct_fields__) <= named, message
+
+
+async def test_every_call_of_the_training_protocol_is_documented_and_no_other(nursery):
+    app = application(Trainer(tink.world.World(), 1, nursery))
+    served = {
+        (method, re.sub(r":\w+}", "}", route.path))
+        for route in app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    documented = {
+        tuple(names(row[0])[0].partition("?")[0].split(" "))
+        for row in rows(section(PROTOCOL, "## Transport"))
+    }
+    assert documented == served
+
+
+def test_every_refusal_of_the_training_protocol_is_documented():
+    words = re.findall(r"\| (\d{3}) `(\w+)`", protocol.__doc__)
+    assert len(words) == 7
+    assert all(f"{status} `{word}`" in PROTOCOL for status, word in words)
+
+
+def test_every_dependency_is_justified():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (DOCS / "decisions" / "0001-dependencies.md").read_text()
+    groups = {"## Runtime": project["dependencies"]}
+    extras = project["optional-dependencies"]
+    titles = {
+        extra: next(t for t in re.findall(r"^## .*", text, re.M) if f"`{extra}`" in t) for extra in extras
+    }
+    groups |= {titles[extra]: needed for extra, needed in extras.items()}
+    for title, needed in groups.items():
+        justified = {names(row[0])[0] for row in rows(section(text, title))}
+        assert {re.split(r"[<>=\[]", name)[0] for name in needed} == justified, title
+
+
+def test_every_decision_is_in_the_list():
+    listed = re.findall(r"\]\((.*?)\)", (DOCS / "decisions" / "README.md").read_text())
+    pages = sorted(path.name for path in (DOCS / "decisions").glob("[0-9]*.md"))
+    assert listed == pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not link.startswith(("http", "#")):
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+def test_the_example_in_the_readme_is_python():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    ast.parse(example)
+
+
+def test_the_changelog_has_this_version():
+    assert f"## [{tink.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
