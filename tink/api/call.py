@@ -177,7 +177,7 @@ class Endpoint:
         except ClientDisconnect:
             return
         if upload.abandoned:
-            await _answer_over(upload, response, request)
+            await _answer_over(upload, response(scope, receive, send))
         else:
             await response(scope, receive, send)
 
@@ -228,13 +228,13 @@ def _shown(request: Request) -> str:
     return path[:200]
 
 
-async def _answer_over(upload: Upload, response: Response, request: Request) -> None:
+async def _answer_over(upload: Upload, answering: Awaitable[None]) -> None:
     """Answer a sender that has not stopped sending. The server closes the connection after that, and
     gets its reader back once everything is discarded."""
     with trio.move_on_after(DRAIN_SECONDS):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(upload.discard)
-            await response(request.scope, request.receive, request._send)
+            await answering
 
 
 def routes(service: Service, table: Table, *, prefix: str = "", public: bool = False) -> list[Route]:

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from tink import limits
 from tink.api.body import Body, beginning, expand
-from tink.api.call import MEDIA_JSON, MEDIA_PROTOBUF, Call, Handler, Table, identifier, natural
+from tink.api.call import MAX_INT, MEDIA_JSON, MEDIA_PROTOBUF, Call, Handler, Table, identifier, natural
 from tink.api.tinker.peek import json_members, protobuf_ids
 from tink.domain import ids, messages, requests
 from tink.domain.requests import OpName
@@ -97,7 +97,7 @@ async def _submit(
     fields: dict[str, Any],
     body: Body,
     invalid: MalformedRequest | TooLarge | None,
-    most: int = 2**63 - 1,
+    most: int = MAX_INT,
 ) -> dict[str, Any]:
     place = Place.of(fields, most)
     if place is None:
