@@ -65,7 +65,10 @@ class MegatronActor:
         try:
             job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
             entries = await self._outcome(job)
-            await self._journal.append(*entries)
+            # A crash of another job's task cancels this one: whoever takes the job up again must know
+            # whether it has ended.
+            with trio.CancelScope(shield=True):
+                await self._journal.append(*entries)
             await self._settle(job_id)
             if isinstance(entries[0][1], JobDone) and job.op in plans.MUTATING:
                 await self._snapshots.consider(self._link.present, job)

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 import trio
 
+from tink.actors import plans
 from tink.actors.catalogue import Catalogue
 from tink.actors.mailbox import Mailbox, Reply
 from tink.domain import ids, messages, rows
@@ -77,6 +78,7 @@ class Router:
         self._accepting: dict[str, trio.Event] = {}
         self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
         self._gap_watched: set[str] = set()
+        self._cancelling: set[str] = set()
         self._train: Send | None = None
         self._sample: Send | None = None
         self._withdraw: Withdraw | None = None
@@ -204,10 +206,13 @@ class Router:
         if in_time:
             self._advance(model_id)
         else:
-            failed = JobFailed(category="user", error=SKIPPED.format(seconds=SEQ_GAP_SECONDS))
-            await self._journal.append((subject, failed))
-            self._ended(job_id)
+            await self._came_too_late(subject)
         return promise
+
+    async def _came_too_late(self, subject: Subject) -> None:
+        failed = JobFailed(category="user", error=SKIPPED.format(seconds=SEQ_GAP_SECONDS))
+        await self._journal.append((subject, failed))
+        self._ended(str(subject.job_id))
 
     def _submit_sample(self, ask: messages.SubmitSample) -> Awaitable[messages.Promise]:
         sampler = self.catalogue.sampler(ask.tenant, ask.sampler_id)
@@ -280,11 +285,16 @@ class Router:
         job = self._journal.ledger.table("jobs", rows.Job).get((ask.job_id,))
         if job is None or job.tenant != ask.tenant or job.sampler_id is None or self._withdraw is None:
             return self._nothing_to_cancel(ask)
-        return self._cancel_sample(job) if self._withdraw(ask.job_id) else self._nothing_to_cancel(ask)
+        # Once: until the first one is durable, the job still looks as if it could be withdrawn.
+        if ask.job_id in self._cancelling or not self._withdraw(ask.job_id):
+            return self._nothing_to_cancel(ask)
+        self._cancelling.add(ask.job_id)
+        return self._cancel_sample(job)
 
     async def _cancel_sample(self, job: rows.Job) -> None:
         subject = Subject(tenant=job.tenant, session_id=job.session_id, job_id=job.job_id)
         await self._journal.append((subject, JobCancelled()))
+        self._cancelling.discard(job.job_id)
         self._ended(job.job_id)
 
     async def _nothing_to_cancel(self, ask: messages.CancelJob) -> None:
@@ -361,7 +371,9 @@ class Router:
             if job.state == "running":
                 self._lane(str(job.model_id)).next_seq = job.seq_id
         for job in jobs:
-            self._lane(str(job.model_id)).arrive(job.seq_id, job.job_id)
+            if not self._lane(str(job.model_id)).arrive(job.seq_id, job.job_id):
+                # That life ended before it could say so.
+                self._nursery.start_soon(self._came_too_late, plans.subject(job))
 
     def _send_open_jobs(self, actor: Actor) -> None:
         if actor == "train":

@@ -56,7 +56,11 @@ class SamplerActor:
                 return
             self._begun.add(job_id)
             job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
-            await self._journal.append(await self._outcome(job))
+            entry = await self._outcome(job)
+            # A crash of another job's task cancels this one: whoever takes the job up again must know
+            # whether it has ended.
+            with trio.CancelScope(shield=True):
+                await self._journal.append(entry)
         finally:
             self._begun.discard(job_id)
             self._slots.release_on_behalf_of(token)
