@@ -226,13 +226,13 @@ class HFEngine:
         total = 0.0
         with lora.using(adapter):
             for group in batches.micro_batches(batch.data):
-                losses_, pieces = self._micro_batch(batch, group)
-                for value, piece in zip(losses_.tolist(), pieces, strict=True):
+                each, pieces = self._micro_batch(batch, group)
+                for value, piece in zip(each.tolist(), pieces, strict=True):
                     _check_finite(len(logprobs), value, piece)
                     logprobs.append(piece.detach())
                     total += value
                 if backward:
-                    gradient += adapter.gradient(losses_.sum())
+                    gradient += adapter.gradient(each.sum())
         metrics = {"loss:sum": total, "tokens:sum": float(batch.tokens)}
         body = batches.encode(logprobs, metrics)
         result = OpResult(body=body, metrics=metrics, loss=total, tokens=batch.tokens)
@@ -241,7 +241,8 @@ class HFEngine:
     def _micro_batch(self, batch: batches.Batch, group: list[batches.Datum]) -> tuple[Tensor, list[Tensor]]:
         """The loss of each datum (D,), and its log-probabilities in the shape of its targets."""
         lengths = [datum.length for datum in group]
-        ids = torch.zeros((len(group), batches.width(max(lengths))), dtype=torch.int64)
+        width = min(batches.width(max(lengths)), self._frozen.context)
+        ids = torch.zeros((len(group), width), dtype=torch.int64)
         for row, datum in zip(ids, group, strict=True):
             row[: datum.length] = datum.tokens
         hidden = self._frozen.hidden(ids)
