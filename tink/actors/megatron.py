@@ -191,9 +191,20 @@ class MegatronActor:
         for job in await self._journal.ops(model_id, applied, upto):
             op_no = job.op_no
             assert op_no is not None
+            if op_no <= life.applied.get(model_id, 0):
+                continue
             mutates = job.state == "done" and job.op in plans.MUTATING
             body = await request_of(self._journal, job) if mutates else b""
-            reply = await life.client.op(self._request(life, job, op_no, plans.again(job, body, context)))
+            try:
+                reply = await life.client.op(
+                    self._request(life, job, op_no, plans.again(job, body, context))
+                )
+            except Refused as error:
+                if error.refusal.error != "result_gone":
+                    raise
+                # It was applied while this life's view of the server was being taken.
+                life.applied[model_id] = error.refusal.applied or op_no
+                continue
             life.applied[model_id] = op_no
             if mutates:
                 await self._compare(job, reply)

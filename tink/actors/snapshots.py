@@ -64,7 +64,10 @@ class Snapshots:
             try:
                 applied = (await life.client.restore(request)).applied
             except Refused as error:
-                if error.refusal.error != "failed":  # of another life, or not behind: not its fault
+                if error.refusal.error == "not_behind":  # restored by a call whose answer was lost
+                    life.applied[model_id] = applied = error.refusal.applied or applied
+                    break
+                if error.refusal.error != "failed":
                     raise
                 log.error("snapshot damaged", model=model_id, op_no=snapshot.op_no, reason=str(error))
                 await self._drop(snapshot, "damaged")
