@@ -67,9 +67,13 @@ class Recipe:
     steps: int
     seed: int
     group: int = 16
-    max_tokens: int = 24
+    max_tokens: int = 16
     rank: int = 32
     learning_rate: float = 6e-3
+
+    def rate(self, step: int) -> float:
+        """From half way on down to zero: at full rate the last steps would undo what was learnt."""
+        return self.learning_rate * min(2 * (1 - step / self.steps), 1.0)
 
 
 @dataclass
@@ -98,11 +102,18 @@ class Run:
 
 
 def reward(text: str, vocabulary: frozenset[str]) -> float:
-    """The share of words that begin with the letter, are words of the docstrings, and come for the first
-    time. Of six words at least: else the best sample would be a single word."""
-    words = re.findall(r"[a-z]+", text.lower())
-    good = {word for word in words if word[0] == LETTER and word in vocabulary}
-    return len(good) / max(len(words), 6)
+    """The share of words that are rewarded. Of six words at least: else one good word would be best."""
+    return len(find_good(text, vocabulary)) / max(len(text.split()), 6)
+
+
+def find_good(text: str, vocabulary: frozenset[str]) -> list[re.Match[str]]:
+    """Words that begin with the letter, are words of the docstrings, and come for the first time."""
+    good = {}
+    for match in re.finditer(r"\S+", text):
+        word = match[0].lower().strip(".,:;()'\"`")
+        if word.startswith(LETTER) and word in vocabulary:
+            good.setdefault(word, match)
+    return list(good.values())
 
 
 def read_vocabulary() -> frozenset[str]:
@@ -151,7 +162,7 @@ def learn(url: str, recipe: Recipe, run: Run, show: Callable[[Run], None]) -> No
         rollout = roll_out(step)
         # Both are sent before the first one is awaited, so that the server need not wait in between.
         update = client.forward_backward(rollout.data, "importance_sampling")
-        optim = client.optim_step(types.AdamParams(learning_rate=recipe.learning_rate))
+        optim = client.optim_step(types.AdamParams(learning_rate=recipe.rate(step)))
         run.losses.append(update.result().metrics["loss:sum"])
         optim.result()
         run.rewards.append(rollout.reward)
@@ -363,12 +374,8 @@ def report(run: Run, recipe: Recipe, plot: Path) -> None:
 def marked(sample: str, vocabulary: frozenset[str]) -> Text:
     # Only printable characters: a byte-level model can say anything, to a terminal too.
     text = Text("".join(c if c.isprintable() else " " for c in " ".join(sample.split())))
-    seen: set[str] = set()
-    for match in re.finditer(r"[a-z]+", text.plain.lower()):
-        word = match[0]
-        if word[0] == LETTER and word in vocabulary and word not in seen:
-            seen.add(word)
-            text.stylize("bold green", match.start(), match.end())
+    for match in find_good(text.plain, vocabulary):
+        text.stylize("bold green", match.start(), match.end())
     return text
 
 
@@ -421,7 +428,7 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     (home / ".gitignore").write_text("*\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    recipe = Recipe(options.steps or (12 if options.fast else 40), options.seed)
+    recipe = Recipe(options.steps or (15 if options.fast else 40), options.seed)
     errors, run, plot = ClientErrors(), Run(), home / "reward.png"
     try:
         with serving(home, make_model(home)) as url:
@@ -468,7 +475,7 @@ def parse() -> argparse.Namespace:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--fast", action="store_true", help="12 steps: under 90 s once the model is there")
+    parser.add_argument("--fast", action="store_true", help="15 steps: under 90 s once the model is there")
     parser.add_argument("--steps", type=int, help="optimizer steps (default 40)")
     parser.add_argument(
         "--home", type=Path, default=ROOT / ".demo", help="where everything is kept (default: %(default)s)"
