@@ -108,3 +108,15 @@ def test_the_trainer_knows_no_other_engine(tink):
     code, _, err = tink("trainer", "--engine", "abacus")
     assert code == 2
     assert "--engine" in err
+
+
+def test_the_trainer_that_cannot_listen_says_so_in_one_line(tink, monkeypatch):
+    def run(_options):
+        raise ExceptionGroup("", [ExceptionGroup("", [OSError(98, "Address already in use")])])
+
+    monkeypatch.setattr(process, "run", run)
+    assert tink("trainer", "--port", 8500) == (
+        2,
+        "",
+        "tink trainer: cannot serve on 127.0.0.1, port 8500: Address already in use\n",
+    )
