@@ -21,7 +21,7 @@ import structlog
 import trio
 
 from tink.actors.trainer_link import Endpoint
-from tink.backends.trainer import TrainerClient, TrainerGone
+from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
 from tink.journal.home import Home
 from tink.settings import Settings
@@ -67,7 +67,10 @@ class EmbeddedTrainer:
             if self._of_this_configuration() and await self._answers(endpoint, record):
                 self._silent_since = None
                 return endpoint
-            if self._of_this_configuration() and self._alive(record.pid) and not self._stuck():
+            ours = (
+                self._of_this_configuration() and self._alive(record.pid) and self._is_trainer(record.pid)
+            )
+            if ours and not self._stuck():
                 return endpoint  # starting, or slow: the link asks again
             await self._end(record.pid)
         return await self._start()
@@ -77,6 +80,8 @@ class EmbeddedTrainer:
         record = self._record()
         if record is not None:
             await self._end(record.pid)
+        if self._child is not None and (record is None or record.pid != self._child.pid):
+            await self._end(self._child.pid)  # it has not said yet that it runs
 
     # -- the present one ----------------------------------------------------------------------------
 
@@ -91,8 +96,8 @@ class EmbeddedTrainer:
                 endpoint.url, self._world, slots=1, token=endpoint.token
             ) as client:
                 return (await client.health()).incarnation == record.incarnation
-        except TrainerGone:
-            return False
+        except (TrainerGone, Refused):
+            return False  # Refused: another one's server, on the port that ours had
 
     def _stuck(self) -> bool:
         now = self._world.monotonic()
@@ -121,11 +126,11 @@ class EmbeddedTrainer:
         self._silent_since = None
         if self._alive(pid) and self._is_trainer(pid):
             log.info("stopping trainer", pid=pid)
-            os.kill(pid, signal.SIGTERM)
+            _signal(pid, signal.SIGTERM)
             with trio.move_on_after(STOP_SECONDS):
                 await self._wait_for_death(pid)
             if self._alive(pid):
-                os.kill(pid, signal.SIGKILL)
+                _signal(pid, signal.SIGKILL)
                 await self._wait_for_death(pid)
         self._home.trainer.unlink(missing_ok=True)
 
@@ -135,11 +140,12 @@ class EmbeddedTrainer:
             await trio.sleep(POLL_SECONDS)
 
     def _is_trainer(self, pid: int) -> bool:
-        """A pid from a file may belong to anyone after a reboot."""
+        """A pid from a file may belong to anyone after a reboot, to the trainer of another home too."""
         if self._child is not None and self._child.pid == pid:
             return True
         with contextlib.suppress(OSError):
-            return b"tink.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            return os.fsencode(self._home.trainer) in arguments
         return False
 
     # -- a new one ----------------------------------------------------------------------------------
@@ -179,6 +185,11 @@ class EmbeddedTrainer:
     def _last_lines(self, count: int = 5) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()[-count:]
         return "\n".join(f"  {line[:300]}" for line in lines)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+        os.kill(pid, number)
 
 
 def _command(settings: Settings, home: Home) -> list[str]:

@@ -91,7 +91,7 @@ class TrainerLink:
                     endpoint.url, self._world, slots=self._slots, token=endpoint.token
                 ) as client:
                     await self._keep(client)
-            except (TrainerGone, StartupError) as error:
+            except (TrainerGone, Refused, StartupError) as error:
                 if isinstance(error, StartupError) and not self._arrived_once:
                     raise
                 log.warning("trainer lost", reason=str(error))

@@ -1,0 +1,250 @@
+"""The embedded trainer: adopted when it is ours and alive, replaced when it is not, and nobody else's
+process is ever touched. A stub in a real process stands for the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tink.actors import embedded
+from tink.actors.embedded import EmbeddedTrainer
+from tink.errors import StartupError
+from tink.journal.home import Home
+from tink.settings import Settings
+from tink.world import World
+
+# Answers /v1/health as its second argument says: "ready", "refuse" (401) or "silent"; "exit" ends at once,
+# and "quiet" never says that it runs. Ends by SIGTERM, or not at all if it is "deaf".
+STUB = """
+import http.server, json, os, signal, sys, time
+ready, mode = sys.argv[1], sys.argv[2]
+if mode == "exit":
+    print("no model here", file=sys.stderr)
+    sys.exit(3)
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if mode == "silent":
+            self.connection.close()
+            return
+        health = dict(protocol="tink-train/1", incarnation=f"i{os.getpid()}", state="ready")
+        body = json.dumps(health).encode()
+        if mode == "refuse":
+            body = b"\\x82\\xa5error\\xacunauthorized\\xa7message\\xa2no"
+        self.send_response(401 if mode == "refuse" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *arguments):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+if mode == "quiet":
+    time.sleep(1000)
+scratch = ready + ".tmp"
+with open(scratch, "w") as file:
+    json.dump(dict(pid=os.getpid(), port=server.server_address[1], incarnation=f"i{os.getpid()}"), file)
+os.rename(scratch, ready)
+server.serve_forever()
+"""
+
+
+class Clock(World):
+    """Time goes by a stuck trainer's patience between two looks."""
+
+    time = 0.0
+
+    def monotonic(self) -> float:
+        self.time += embedded.STUCK_SECONDS * 0.6
+        return self.time
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    home = Home(tmp_path / "home")
+    home.make()
+    yield home
+    for pid in _pids(home):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 9)
+    while _made:
+        child = _made.pop()._child
+        if child is not None:
+            child.wait()
+
+
+# Kept until the end of the test, for their children are reaped then.
+_made: list[EmbeddedTrainer] = []
+
+
+def _trainer(home: Home, mode: str = "ready", *more: str) -> EmbeddedTrainer:
+    """As each worker makes its own."""
+    trainer = EmbeddedTrainer(Settings(home=home.root), home, Clock())
+    _made.append(trainer)
+    trainer._command = [sys.executable, "-S", "-c", STUB, str(home.trainer), mode, *more]
+    return trainer
+
+
+def _pids(home: Home) -> list[int]:
+    """Running processes that were started for this home."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            if os.fsencode(home.trainer) in arguments:
+                found.append(int(folder.name))
+    return found
+
+
+async def test_the_first_look_starts_it_and_the_next_ones_find_it(home: Home) -> None:
+    trainer = _trainer(home)
+    endpoint = await trainer.find()
+    assert endpoint == await trainer.find()
+    assert endpoint.token
+    assert len(_pids(home)) == 1
+    await trainer.stop()
+    assert _pids(home) == []
+    assert not home.trainer.exists()
+
+
+async def test_the_next_worker_adopts_it(home: Home) -> None:
+    first = await _trainer(home).find()
+    before = _pids(home)
+    second = _trainer(home)
+    assert await second.find() == first  # the token too: it is the home's
+    assert _pids(home) == before
+    await second.stop()
+    assert _pids(home) == []
+
+
+async def test_one_of_another_configuration_is_replaced(home: Home) -> None:
+    await _trainer(home).find()
+    before = _pids(home)
+    await _trainer(home, "ready", "--another").find()
+    assert len(_pids(home)) == 1
+    assert _pids(home) != before
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_dead_one_is_replaced(home: Home, adopted: bool) -> None:
+    trainer = _trainer(home)
+    await trainer.find()
+    (before,) = _pids(home)
+    os.kill(before, 9)
+    if adopted:
+        trainer = _trainer(home)
+    await trainer.find()
+    (after,) = _pids(home)
+    assert after != before
+
+
+async def test_one_that_is_silent_is_given_time_and_then_replaced(home: Home) -> None:
+    trainer = _trainer(home, "silent")
+    await trainer.find()
+    before = _pids(home)
+    await trainer.find()
+    assert _pids(home) == before
+    for _ in range(2):
+        await trainer.find()
+    assert len(_pids(home)) == 1
+    assert _pids(home) != before
+
+
+async def test_one_that_does_not_listen_is_killed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOP_SECONDS", 0.2)
+    trainer = _trainer(home, "deaf")
+    await trainer.find()
+    await trainer.stop()
+    assert _pids(home) == []
+
+
+async def test_one_that_cannot_start_is_a_startup_error_with_its_last_words(home: Home) -> None:
+    with pytest.raises(StartupError, match=r"(?s)exit status 3.*trainer\.log.*no model here"):
+        await _trainer(home, "exit").find()
+
+
+async def test_one_that_never_says_that_it_runs_is_ended(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "START_SECONDS", 0.3)
+    with pytest.raises(StartupError, match="no answer"):
+        await _trainer(home, "quiet").find()
+    assert _pids(home) == []
+
+
+async def test_a_stop_while_it_starts_leaves_nothing_behind(home: Home) -> None:
+    trainer = _trainer(home, "quiet")
+    with trio.move_on_after(0.3):
+        await trainer.find()
+    assert len(_pids(home)) == 1
+    await trainer.stop()
+    assert _pids(home) == []
+
+
+@pytest.mark.parametrize("record", [b"", b"{", b"[]", b'{"pid": "x"}'])
+async def test_a_record_that_cannot_be_read_is_none(home: Home, record: bytes) -> None:
+    home.trainer.write_bytes(record)
+    await _trainer(home).find()
+    assert len(_pids(home)) == 1
+
+
+def _record(home: Home, pid: int, port: int) -> None:
+    home.trainer.write_bytes(msgspec.json.encode({"pid": pid, "port": port, "incarnation": "i1"}))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tink.trainer"], ["tink.trainer", "--ready-file", "/another/trainer.json"]]
+)
+@pytest.mark.parametrize("same", [True, False], ids=["our configuration", "another"])
+async def test_a_process_that_only_has_its_pid_is_never_touched(
+    home: Home, arguments: list[str], same: bool
+) -> None:
+    """After a reboot a pid is anyone's: even that of another home's trainer."""
+    with subprocess.Popen(  # noqa: ASYNC220  it returns at once
+        [sys.executable, "-S", "-c", "import sys; sys.stdin.read()", *arguments], stdin=subprocess.PIPE
+    ) as other:
+        trainer = _trainer(home)
+        if same:
+            home.trainer_command.write_text("\n".join(trainer._command))
+        _record(home, other.pid, 1)
+        await trainer.find()
+        assert other.poll() is None
+        assert len(_pids(home)) == 1
+        _record(home, other.pid, 1)
+        await trainer.stop()
+        assert other.poll() is None
+        assert _pids(home) == []
+        other.communicate()
+
+
+async def test_another_ones_server_on_its_port_is_not_adopted(home: Home, tmp_path: Path) -> None:
+    other_home = Home(tmp_path / "other")
+    other_home.make()
+    other = _trainer(other_home, "refuse")
+    endpoint = await other._start()
+    try:
+        trainer = _trainer(home)
+        home.trainer_command.write_text("\n".join(trainer._command))
+        _record(home, 2**22 + 1, int(endpoint.url.rpartition(":")[2]))
+        assert (await trainer.find()).url != endpoint.url
+        assert len(_pids(other_home)) == 1
+    finally:
+        await other.stop()
+
+
+async def test_its_session_is_its_own_and_it_does_not_hold_the_lock(home: Home) -> None:
+    """Ctrl-C in the worker's terminal is not for it; nor does it keep the next worker out."""
+    with home.lock():
+        await _trainer(home).find()
+    (pid,) = _pids(home)
+    assert os.getsid(pid) != os.getsid(0)
+    with home.lock():
+        pass
