@@ -8,6 +8,7 @@ from sqlalchemy import Connection, Select, bindparam, func, or_, select
 
 from tink.domain import rows
 from tink.domain.events import Record
+from tink.errors import StartupError
 from tink.journal import schema, store
 
 R = TypeVar("R", bound=rows.Row)
@@ -99,10 +100,13 @@ def job(connection: Connection, job_id: str) -> rows.Job | None:
 
 
 def events_of(connection: Connection, job_id: str) -> list[Record]:
-    """In order."""
+    """In order. StartupError if one is damaged."""
     table = schema.events
     query = select(table.c.seq).where(table.c.job_id == job_id).order_by(table.c.seq)
-    return [store.event_of(connection, seq) for seq in connection.execute(query).scalars().all()]
+    try:
+        return [store.event_of(connection, seq) for seq in connection.execute(query).scalars().all()]
+    except LookupError as error:
+        raise StartupError(f"{error}: 'tink db check' tells more") from error
 
 
 def bodies_named(connection: Connection) -> Select[Any]:

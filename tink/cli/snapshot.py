@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -37,7 +38,7 @@ def find_home(option: Path | None) -> Home:
 @contextlib.contextmanager
 def open_snapshot(path: Path) -> Iterator[Connection]:
     """A connection on which every read sees the same moment. StartupError, in one line, for a file that
-    cannot be read; what SQLAlchemy raises in the body becomes that too."""
+    cannot be read; what SQLAlchemy and msgspec raise in the body becomes that too."""
     engine = reader_engine(path)
     try:
         with engine.connect() as connection:
@@ -47,6 +48,10 @@ def open_snapshot(path: Path) -> Iterator[Connection]:
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         raise StartupError(f"{path} cannot be read: {cause}") from error
+    except msgspec.MsgspecError as error:
+        raise StartupError(
+            f"{path} holds what this Tink does not understand ({error}): 'tink db check' tells more"
+        ) from error
     finally:
         engine.dispose()
 

@@ -54,6 +54,17 @@ def test_a_file_that_is_no_journal_is_one_line_and_stays_as_it_is(home, tink, co
     assert home.journal.read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", ["kind = 'miracle'", "data = '{'", "data = '{}'"])
+def test_an_event_that_cannot_be_read_is_one_line(home, tink, damage):
+    with sqlite3.connect(home.journal) as connection:
+        connection.execute(f"UPDATE events SET {damage} WHERE job_id = '{TRAINED}'")
+    connection.close()
+    code, out, err = tink("jobs", "show", TRAINED, "--home", home.root)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "tink db check" in err
+    assert tink("db", "check", "--home", home.root)[0] == 1
+
+
 def test_the_home_comes_from_the_option_then_tink_home_then_the_users_folder(
     home, tink, tink_json, tmp_path, monkeypatch
 ):

@@ -21,6 +21,7 @@ from cli_home import (
 )
 
 from tink.cli import jobs
+from tink.journal import schema
 
 ALL = [SAMPLED, WAITING, REFUSED, TRAINED, MADE]
 
@@ -113,6 +114,22 @@ def test_one_job_is_shown_with_its_events_in_order(home, tink, tink_json):
     assert "queue 2.0 s, run 2.9 s, total 5.0 s" in out
     assert "1,234 in, 0 out" in out
     assert out.index("job_accepted") < out.index("job_started") < out.index("job_done")
+
+
+def test_the_keys_of_the_documents_are_these(home, tink_json):
+    listed = tink_json("jobs", "--home", home.root)[1]
+    assert list(listed) == ["jobs", "more"]
+    keys = (
+        "job_id tenant op state session_id model_id sampler_id seq_id op_no attempts submitted_at "
+        "started_at finished_at queue_seconds run_seconds total_seconds tokens_in tokens_out loss_sum "
+        "error_category error"
+    )
+    assert {tuple(job) for job in listed["jobs"]} == {tuple(keys.split())}
+    shown = tink_json("jobs", "show", TRAINED, "--home", home.root)[1]
+    assert list(shown) == ["job", "events"]
+    columns = [column.name for column in schema.jobs.columns]
+    assert set(shown["job"]) == {*columns, "queue_seconds", "run_seconds", "total_seconds"}
+    assert {frozenset(event) for event in shown["events"]} == {frozenset(schema.events.columns.keys())}
 
 
 def test_options_may_stand_before_show_too(home, tink_json):
