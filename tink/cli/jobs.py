@@ -187,7 +187,7 @@ def print_jobs(lines: list[JobLine], now: float, title: str | None = None) -> No
             printing.text(job.job_id),
             job.op,
             printing.state(job.state),
-            f"{printing.duration(now - job.submitted_at)} ago",
+            printing.ago(now - job.submitted_at),
             str(job.attempts),
             printing.duration(job.queue_seconds),
             printing.duration(job.run_seconds),
@@ -195,7 +195,7 @@ def print_jobs(lines: list[JobLine], now: float, title: str | None = None) -> No
             printing.number(job.loss_sum),
             "" if job.error is None else printing.text(f"{job.error_category}: {job.error}"),
         )
-    printing.console().print(table)
+    printing.console(printing.LIST_COLUMNS).print(table)
 
 
 # -- one job ----------------------------------------------------------------------------------------

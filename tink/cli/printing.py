@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
-import sys
 from typing import Any
 
 import msgspec
@@ -13,8 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# Wide enough for an id and the columns beside it, where the output goes into a file or a pipe.
+# Where the output goes into a file or a pipe.
 PIPE_COLUMNS = 200
+# What a list of jobs needs for an id and the columns beside it. On a narrower terminal its lines run over:
+# that can be read and copied from, and a column that is squeezed to nothing cannot.
+LIST_COLUMNS = 150
+
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def print_document(value: Any) -> None:
@@ -22,21 +26,21 @@ def print_document(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def console() -> Console:
+def console(least: int = 0) -> Console:
     """On standard output as it is now; colours only on a terminal that has not asked for none."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_COLUMNS
-    return Console(width=int(os.environ.get("COLUMNS") or width), emoji=False, highlight=False)
+    width = shutil.get_terminal_size((PIPE_COLUMNS, 24)).columns
+    return Console(width=max(width, least), emoji=False, highlight=False)
 
 
 def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
-    """Without lines, so that it can be cut and searched. The first column is what the row is called: it
-    is folded where there is no room, never shortened."""
+    """Without lines, so that it can be cut and searched. Where there is no room the last column is folded,
+    and no other."""
     made = Table(
         box=None, title=title, title_justify="left", title_style="bold", header_style="dim", pad_edge=False
     )
     for index, column in enumerate(columns):
         justify: Any = "right" if column in right else "left"
-        made.add_column(column, justify=justify, overflow="fold", no_wrap=0 < index < len(columns) - 1)
+        made.add_column(column, justify=justify, overflow="fold", no_wrap=index < len(columns) - 1)
     return made
 
 
@@ -82,6 +86,12 @@ def duration(seconds: float | None) -> str:
     if seconds < 86400:
         return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
     return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
+
+
+def ago(seconds: float) -> str:
+    """Roughly: one unit."""
+    unit, size = next((unit for unit in _UNITS if seconds >= unit[1]), _UNITS[-1])
+    return f"{max(0.0, seconds) // size:.0f} {unit} ago"
 
 
 def number(value: float | None) -> str:

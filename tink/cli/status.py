@@ -191,11 +191,11 @@ def _print_models(found: Status, now: float) -> None:
             printing.state(model.state),
             printing.number(model.rank),
             printing.number(model.op_no),
-            f"{printing.duration(now - model.last_request_at)} ago",
+            printing.ago(now - model.last_request_at),
             printing.text(model.tenant),
             printing.text(model.base_model),
         )
-    printing.console().print(table)
+    printing.console(printing.LIST_COLUMNS).print(table)
 
 
 def _print_sessions(found: Status, now: float) -> None:
@@ -207,9 +207,9 @@ def _print_sessions(found: Status, now: float) -> None:
         table.add_row(
             printing.text(session.session_id),
             session.state,
-            f"{printing.duration(now - session.created_at)} ago",
+            printing.ago(now - session.created_at),
             printing.text(session.tenant),
             printing.text(session.sdk_version),
             printing.text(", ".join(session.tags)),
         )
-    printing.console().print(table)
+    printing.console(printing.LIST_COLUMNS).print(table)

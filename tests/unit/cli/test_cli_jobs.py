@@ -152,6 +152,14 @@ def test_an_unknown_job_is_one_line_and_exits_2(home, tink):
     assert err == "tink jobs: there is no job 'nobody': 'tink jobs' lists them\n"
 
 
+def test_a_narrow_terminal_hides_no_column(home, tink, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = tink("jobs", "--home", home.root)[1].splitlines()
+    assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == ALL
+    assert "2 min ago" in lines[1]
+    assert any("[bold]" in line for line in lines)
+
+
 def test_no_body_is_ever_printed_and_nothing_is_changed(home, tink):
     before = files(home.root)
     out = "".join(
