@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +13,10 @@ import pytest
 
 from tests.live import LiveServer
 
-# The SDK's loaders must not look for a hub; and it must not tell a server of telemetry about our tests.
+# The SDK's loaders must not look for a hub, and the user's Hugging Face cache is not ours to fill.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tink-hf-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], True)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,28 @@ MAX_NAME = 128
 MAX_METADATA_BYTES = 16 * 1024
 MAX_STOPS = 64
 
+# -- reading requests -------------------------------------------------------------------------------
+
+# How much of a body that cannot be served is looked at for the ids of its job: they lead.
+PEEK_BYTES = 64 * 1024
+# How much of a body that nobody wants is still taken, so that its sender gets to read the answer: a
+# connection closed on a sender is reset, and the answer with it.
+DRAIN_BYTES = MAX_TRAINING_BODY
+DRAIN_SECONDS = 10.0
+# A sender that is silent for so long in the middle of a body is gone.
+STALL_SECONDS = 30.0
+# A body longer than this, or compressed, is unpacked in a thread: in the loop it would be felt.
+INLINE_BYTES = 256 * 1024
+# Before the 500 of a bug: clients ask again at once.
+BUG_PAUSE = 1.0
+MAX_PAGE = 1000
+MAX_SEARCH_PAGE = 200
+# Exceptions of one telemetry batch that are journaled.
+MAX_CLIENT_FAILURES = 8
+# A download link of an export.
+LINK_SECONDS = 3600
+LONGEST_TTL = 10 * 365 * 24 * 3600
+
 # -- promises ---------------------------------------------------------------------------------------
 
 # The SDK gives up on one poll after 45 s; below that, 408 makes it ask again at once.

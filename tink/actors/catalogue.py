@@ -28,6 +28,7 @@ from tink.domain.routing import Routes
 from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal.journal import Journal
+from tink.limits import LONGEST_TTL
 from tink.world import World
 
 R = TypeVar("R", bound=rows.Row)
@@ -66,6 +67,8 @@ class Catalogue:
             case messages.ListSessions():
                 return _newest_first(self._mine("sessions", rows.Session, ask.tenant))
             case messages.ReportClientFailure():
+                if ask.session_id is not None:
+                    self.session(ask.tenant, ask.session_id)
                 subject = Subject(tenant=ask.tenant, session_id=ask.session_id)
                 failed = ClientFailed(exception_type=ask.exception_type[:200])
                 return await self._journal.append((subject, failed))
@@ -85,6 +88,10 @@ class Catalogue:
                 return await self._change_checkpoint(ask)
             case messages.DeleteCheckpoint():
                 return await self._delete_checkpoint(ask)
+            case messages.GetHealth():
+                return messages.Health(
+                    mode=self._routes.mode, trainer="awaited" if self._link.present is None else "ready"
+                )
             case messages.GetCapabilities():
                 return await self._capabilities()
         raise TypeError(f"not a question for the catalogue: {ask}")
@@ -200,7 +207,7 @@ class Catalogue:
             trainable=self._routes.training is not None,
             sampleable=self._routes.sampling is not None,
         )
-        return messages.Capabilities(models=[model], mode=self._routes.mode)
+        return messages.Capabilities(models=[model])
 
     # -- checkpoints --------------------------------------------------------------------------------
 
@@ -237,8 +244,8 @@ class Catalogue:
         return messages.CheckpointView(row=row, model=model, files=files)
 
     async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:
-        if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= plans.LONGEST_TTL:
-            raise UserError(f"ttl_seconds {ask.ttl_seconds} cannot be used: 1 to {plans.LONGEST_TTL} can")
+        if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= LONGEST_TTL:
+            raise UserError(f"ttl_seconds {ask.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
         async with self._lock:
             checkpoint = self._own_checkpoint(ask.tenant, ask.address)
             expires_at = checkpoint.expires_at

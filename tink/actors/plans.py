@@ -13,12 +13,10 @@ from tink.domain import events, ids, requests, rows
 from tink.domain.events import AnyEvent, JobAccepted, Subject
 from tink.domain.projection import Ledger
 from tink.errors import UserError
-from tink.limits import MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
+from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
 from tink.trainer import protocol
 
 Entry = tuple[Subject, AnyEvent]
-
-LONGEST_TTL = 10 * 365 * 24 * 3600
 
 # What a redo applies again; the other operations change no state.
 MUTATING = frozenset({"create_model", "load_weights", "forward_backward", "optim_step"})

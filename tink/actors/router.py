@@ -135,7 +135,6 @@ class Router:
         except TinkError as error:
             question.reply.fail(error)
         except Exception as error:
-            log.exception("question failed")
             question.reply.fail(error)
         else:
             if work is not None:
@@ -160,8 +159,7 @@ class Router:
         except TinkError as error:
             reply.fail(error)
         except Exception as error:
-            # A bug in one answer is that caller's 500, and nobody else's.
-            log.exception("question failed")
+            # A bug in one answer is that caller's 500, and nobody else's; the caller logs it.
             reply.fail(error)
 
     # -- submitting ---------------------------------------------------------------------------------

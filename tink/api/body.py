@@ -15,19 +15,11 @@ from tink.errors import MalformedRequest, TooLarge
 
 Codec = Literal["identity", "zstd"]
 
-# How much of a body that cannot be served is looked at for the ids of its job: they lead.
-PEEK = 64 * 1024
-# How much of a body that nobody wants is still taken, so that its sender gets to read the answer: a
-# connection closed on a sender is reset, and the answer with it.
-DRAIN = limits.MAX_TRAINING_BODY
-DRAIN_SECONDS = 10.0
-# A sender that is silent for so long in the middle of a body is gone.
-STALL_SECONDS = 30.0
 _STEP = 1024 * 1024
 
 
 class Body(NamedTuple):
-    """What was sent, in its codec; only its first PEEK bytes when it was over the limit."""
+    """What was sent, in its codec; only its first limits.PEEK_BYTES bytes when it was over the limit."""
 
     data: bytes
     codec: Codec = "identity"
@@ -61,7 +53,7 @@ class Upload:
     async def read(self, limit: int) -> Body:
         """The body, if it has at most `limit` bytes, else its beginning."""
         codec = self.codec
-        keep = limit if self._declared <= limit else PEEK
+        keep = limit if self._declared <= limit else limits.PEEK_BYTES
         pieces, size = [], 0
         while not self.finished and size <= keep:
             piece = await self._next()
@@ -70,12 +62,12 @@ class Upload:
         data = b"".join(pieces)
         if size <= limit and self.finished:
             return Body(data, codec)
-        return Body(data[:PEEK], codec, whole=False)
+        return Body(data[: limits.PEEK_BYTES], codec, whole=False)
 
     async def drain(self, most: int) -> None:
         """Take what is left, within reason."""
         taken = 0
-        with trio.move_on_after(DRAIN_SECONDS):
+        with trio.move_on_after(limits.DRAIN_SECONDS):
             while not self.finished and taken < most:
                 taken += len(await self._next())
 
@@ -86,14 +78,14 @@ class Upload:
             pass
 
     async def _next(self) -> bytes:
-        with trio.move_on_after(STALL_SECONDS):
+        with trio.move_on_after(limits.STALL_SECONDS):
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             self.finished = not message.get("more_body", False)
             piece: bytes = message.get("body", b"")
             return piece
-        raise HTTPException(408, f"nothing more of the body came for {STALL_SECONDS:.0f} s")
+        raise HTTPException(408, f"nothing more of the body came for {limits.STALL_SECONDS:.0f} s")
 
 
 def expand(body: Body, limit: int) -> bytes:
@@ -120,17 +112,17 @@ def expand(body: Body, limit: int) -> bytes:
 
 
 def beginning(body: Body) -> bytes:
-    """As much of the first PEEK decompressed bytes as can be had."""
+    """As much of the first limits.PEEK_BYTES decompressed bytes as can be had."""
     if body.codec == "identity":
-        return body.data[:PEEK]
+        return body.data[: limits.PEEK_BYTES]
     data = b""
     try:
         reader = _decompressor().stream_reader(body.data)
-        while len(data) < PEEK and (piece := reader.read(4096)):
+        while len(data) < limits.PEEK_BYTES and (piece := reader.read(4096)):
             data += piece
     except zstandard.ZstdError:
         pass
-    return data[:PEEK]
+    return data[: limits.PEEK_BYTES]
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:

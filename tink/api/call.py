@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from tink import limits
 from tink.api.auth import Auth
-from tink.api.body import DRAIN, DRAIN_SECONDS, PEEK, Body, Upload, expand
+from tink.api.body import Body, Upload, expand
 from tink.api.downloads import Downloads
 from tink.api.refusals import JSON, internal_error, refusal
 from tink.domain import messages, requests
@@ -34,13 +34,8 @@ T = TypeVar("T")
 
 MEDIA_JSON = "application/json"
 MEDIA_PROTOBUF = "application/x-protobuf"
-MAX_PAGE = 1000
 # Every number of the API is stored as a signed 64-bit one.
 MAX_INT = 2**63 - 1
-# Longer or more compressed than this, a body is unpacked in a thread: in the loop it would be felt.
-_INLINE = 256 * 1024
-# Clients repeat what failed on our side, some of them at once: a bug must not become a hot loop.
-_BUG_PAUSE = 1.0
 # What Tink's ids are made of. Whatever else comes cannot be one, and need not be looked up.
 _ID = re.compile(r"[A-Za-z0-9:._-]{1,256}")
 
@@ -101,7 +96,7 @@ class Call:
 
     async def offload(self, body: Body, work: Callable[..., T], *args: Any) -> T:
         """`work(*args)`, off the event loop when `body` makes it long."""
-        if body.codec == "identity" and len(body.data) <= _INLINE:
+        if body.codec == "identity" and len(body.data) <= limits.INLINE_BYTES:
             return work(*args)
         return await self.service.world.run_sync(work, *args)
 
@@ -115,7 +110,7 @@ class Call:
 
     def page(self, default: int) -> Page:
         limit = self._number("limit", default)
-        return Page(min(limit, MAX_PAGE), self._number("offset", 0))
+        return Page(min(limit, limits.MAX_PAGE), self._number("offset", 0))
 
     def check_scope(self) -> None:
         """`accessible` would add what others share. Here a tenant shares checkpoints only, which are
@@ -173,7 +168,7 @@ class Endpoint:
         try:
             response = await self._respond(request, upload)
             if upload.abandoned:
-                await upload.drain(PEEK if response.status_code == 401 else DRAIN)
+                await upload.drain(limits.PEEK_BYTES if response.status_code == 401 else limits.DRAIN_BYTES)
         except ClientDisconnect:
             return
         if upload.abandoned:
@@ -193,7 +188,7 @@ class Endpoint:
         except Exception:
             request_id: str = request.scope["tink.request_id"]
             log.exception("internal error", request_id=request_id, route=route_of(request.scope))
-            await trio.sleep(_BUG_PAUSE)
+            await trio.sleep(limits.BUG_PAUSE)
             return internal_error(request_id)
         if isinstance(answer, Response):
             return answer
@@ -231,7 +226,7 @@ def _shown(request: Request) -> str:
 async def _answer_over(upload: Upload, answering: Awaitable[None]) -> None:
     """Answer a sender that has not stopped sending. The server closes the connection after that, and
     gets its reader back once everything is discarded."""
-    with trio.move_on_after(DRAIN_SECONDS):
+    with trio.move_on_after(limits.DRAIN_SECONDS):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(upload.discard)
             await answering

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
+from tink import limits
 from tink.domain import messages
 from tink.errors import NotFound, Unauthorized
 from tink.world import World
 
-SECONDS = 3600
 PATH = "/api/v1/downloads"
 
 
@@ -31,7 +31,7 @@ class Downloads:
         self._world = world
 
     def urls(self, base: str, checkpoint: messages.CheckpointView) -> Urls:
-        expires = int(self._world.now()) + SECONDS
+        expires = int(self._world.now()) + limits.LINK_SECONDS
         return Urls(
             {
                 name: self._url(base.rstrip("/"), f"{checkpoint.row.directory}/{name}", expires)

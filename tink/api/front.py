@@ -25,8 +25,8 @@ async def index(call: Call) -> dict[str, Any]:
 
 async def health(call: Call) -> dict[str, Any]:
     """Healthy is a worker that answers, not a server that listens."""
-    capabilities: messages.Capabilities = await call.ask(messages.GetCapabilities(tenant=call.tenant))
-    return {"status": "ok", "version": tink.__version__, "mode": capabilities.mode}
+    found: messages.Health = await call.ask(messages.GetHealth(tenant=call.tenant))
+    return {"status": "ok", "version": tink.__version__, "mode": found.mode, "trainer": found.trainer}
 
 
 async def download(call: Call) -> Response:

@@ -168,6 +168,10 @@ class DeleteCheckpoint(Ask, frozen=True, tag="delete_checkpoint"):
     address: str
 
 
+class GetHealth(Ask, frozen=True, tag="get_health"):
+    """-> Health, at once, whatever the trainer does. Concerns no tenant."""
+
+
 class GetCapabilities(Ask, frozen=True, tag="get_capabilities"):
     """-> Capabilities"""
 
@@ -192,6 +196,7 @@ Question = (
     | GetCheckpoint
     | ChangeCheckpoint
     | DeleteCheckpoint
+    | GetHealth
     | GetCapabilities
 )
 
@@ -257,4 +262,10 @@ class ServedModel(Answer, frozen=True):
 
 class Capabilities(Answer, frozen=True):
     models: list[ServedModel]
+
+
+class Health(Answer, frozen=True):
+    """`trainer`: whether one answers now; without it jobs are accepted, and wait."""
+
     mode: str
+    trainer: Literal["ready", "awaited"]

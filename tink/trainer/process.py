@@ -139,6 +139,8 @@ def _build(options: Options, incarnation: str) -> Engine:
 
     if options.model is None:
         directory, name = tiny.ensure(options.home), tiny.NAME
+        # It is on no hub, where clients would look for its tokenizer by its name.
+        tiny.publish_tokenizer(directory)
     else:
         directory, name = _find(options.model), options.model
     artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)

@@ -110,7 +110,9 @@ def _ordinary(q: messages.Question) -> Any:
             saved = checkpoint(address.kind, address.name)
             return messages.CheckpointView(saved, model().row, {"adapter_config.json": 3, "a b/c.bin": 5})
         case messages.GetCapabilities():
-            return messages.Capabilities([messages.ServedModel(BASE, 2048, True, True)], "hf")
+            return messages.Capabilities([messages.ServedModel(BASE, 2048, True, True)])
+        case messages.GetHealth():
+            return messages.Health("hf", "ready")
     return None
 
 

@@ -11,7 +11,6 @@ import zstandard
 from api_double import BODIES, RUN, SAMPLER, SESSION, protobuf
 
 from tink import limits
-from tink.api import body as body_module
 from tink.api.body import Body, beginning, expand
 from tink.domain import messages
 from tink.errors import MalformedRequest, TooLarge
@@ -253,7 +252,9 @@ def test_expand_gives_what_was_compressed_up_to_the_limit(size, compress):
 
 def test_the_beginning_of_a_broken_frame_is_what_could_be_read():
     frame = zstd(bytes(range(256)) * 4096)
-    assert beginning(Body(frame[: len(frame) - 1], "zstd")) == (bytes(range(256)) * 256)[: body_module.PEEK]
+    assert (
+        beginning(Body(frame[: len(frame) - 1], "zstd")) == (bytes(range(256)) * 256)[: limits.PEEK_BYTES]
+    )
     assert beginning(Body(b"junk", "zstd")) == b""
 
 
@@ -364,7 +365,7 @@ async def test_an_endless_upload_is_drained_for_a_while_and_answered(app, worker
     assert (status, worker.asked) == (413, [])
     assert "over the limit" in answer["detail"]
     # To the limit, then what is drained; what is discarded afterwards ends with the connection.
-    assert stream.taken >= limits.MAX_JSON_BODY + body_module.DRAIN
+    assert stream.taken >= limits.MAX_JSON_BODY + limits.DRAIN_BYTES
 
 
 def _limited(pieces, total):
@@ -379,7 +380,7 @@ async def test_a_sender_that_falls_silent_is_told_so(app, worker, autojump_clock
     stream = Stream(app, "/optim_step", [OPTIM])
     status, _ = await stream.run()
     assert (status, worker.asked) == (408, [])
-    assert trio.current_time() >= body_module.STALL_SECONDS
+    assert trio.current_time() >= limits.STALL_SECONDS
 
 
 @pytest.mark.parametrize("path", ["/optim_step", "/forward_backward", "/asample", "/retrieve_future"])

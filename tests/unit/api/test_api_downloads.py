@@ -12,7 +12,7 @@ from api_double import RUN, SESSION, WHEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tink.api import downloads
+from tink import limits
 from tink.api.downloads import Downloads, _find
 from tink.errors import NotFound, Unauthorized
 from tink.world import World
@@ -63,9 +63,9 @@ async def test_behind_a_path_prefix_the_urls_have_it(app, files):
 
 async def test_an_url_ends_when_it_said(client, files, world):
     url = (await client.get(ASK)).json()["urls"]["adapter_config.json"]
-    world.time = WHEN + downloads.SECONDS - 1
+    world.time = WHEN + limits.LINK_SECONDS - 1
     assert (await client.get(url)).is_success
-    world.time = WHEN + downloads.SECONDS + 1
+    world.time = WHEN + limits.LINK_SECONDS + 1
     assert (await client.get(url)).status_code == 401
 
 

@@ -341,7 +341,7 @@ async def test_weights_info(send):
 async def test_health_is_that_of_the_worker(client, worker, path):
     answer = (await client.get(path)).json()
     assert (answer["status"], answer["mode"]) == ("ok", "hf")
-    assert [type(question) for question in worker.asked] == [messages.GetCapabilities]
+    assert [type(question) for question in worker.asked] == [messages.GetHealth]
 
 
 async def test_the_front_page_says_what_this_is(client):

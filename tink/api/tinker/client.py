@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tink import limits
 from tink.api.call import Call, Table, identifier
 from tink.domain import messages
 from tink.domain.requests import Request
@@ -24,10 +25,6 @@ DYNAMIC_CONFIG = {
     "sample_cancel_enabled": True,
     "sample_cancel_max_batch_size": 64,
 }
-
-
-# A client dies once; a batch with more deaths than this tells nothing more.
-MAX_FAILURES = 8
 
 
 class ClientConfig(Request, frozen=True):
@@ -77,7 +74,7 @@ async def telemetry(call: Call) -> dict[str, Any]:
         # The SDK's name for "before there was one".
         session_id = None if session_id.startswith("sessionless-") else identifier(session_id)
     failures = [event.error_type for event in batch.events if event.event == "UNHANDLED_EXCEPTION"]
-    for exception_type in failures[:MAX_FAILURES]:
+    for exception_type in failures[: limits.MAX_CLIENT_FAILURES]:
         await call.ask(
             messages.ReportClientFailure(
                 tenant=call.tenant, exception_type=exception_type[:200], session_id=session_id

@@ -15,8 +15,6 @@ from tink.domain import messages, rows
 from tink.domain.requests import Request
 from tink.errors import TooLarge
 
-MAX_SEARCH_PAGE = 200
-
 
 class CreateSession(Request, frozen=True):
     tags: list[str] = msgspec.field(default_factory=list)
@@ -172,7 +170,7 @@ async def show(call: Call) -> dict[str, Any]:
 
 async def search(call: Call) -> dict[str, Any]:
     sent = await call.json(SearchSessions)
-    natural("limit", sent.limit, least=1, most=MAX_SEARCH_PAGE)
+    natural("limit", sent.limit, least=1, most=limits.MAX_SEARCH_PAGE)
     every: list[rows.Session] = await call.ask(messages.ListSessions(tenant=call.tenant))
     saved: list[rows.Checkpoint] = await call.ask(messages.ListCheckpoints(tenant=call.tenant))
     count = Counter(checkpoint.model_id.partition(":")[0] for checkpoint in saved)
