@@ -40,9 +40,11 @@ make_venv() {
         new_venv .venv
     fi
     echo "installing Tink and its requirements into .venv (the first time takes a few minutes)" >&2
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
-    "${pip[@]}" "$TORCH"
-    "${pip[@]}" --editable ".[$extras]" "$TORCH"
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install) log=.venv/install.log
+    if ! { "${pip[@]}" "$TORCH" && "${pip[@]}" --editable ".[$extras]" "$TORCH"; } >"$log" 2>&1; then
+        cat "$log" >&2
+        return 1
+    fi
     echo "$want" >"$stamp"
 }
 
