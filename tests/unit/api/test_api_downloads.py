@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tink import limits
+from tink.api import downloads
 from tink.api.downloads import Downloads, _find
 from tink.errors import NotFound, Unauthorized
 from tink.world import World
