@@ -37,6 +37,7 @@ class _State:
         self.adapters: list[Subject] = []
         self.samplers: list[str] = []
         self.checkpoints: list[tuple[Subject, str]] = []
+        self.snapshots: list[tuple[Subject, str]] = []
         self.numbers: dict[str, int] = {}
 
     def number(self, what: str) -> int:
@@ -53,13 +54,15 @@ def histories(draw: st.DrawFn, max_size: int = 25) -> list[Entry]:
         if state.sessions:
             steps += [_session_changed, _model, _base_sampler]
         if state.models:
-            steps += [_training_job, _training_job, _skipped, _model_made, _export, _save]
+            steps += [_training_job, _training_job, _skipped, _model_made, _export, _save, _snapshot]
         if state.samplers:
             steps += [_sample]
         if state.open:
             steps += [_job_goes_on] * 3
         if state.adapters:
             steps += [_placed, _adapter_sampler]
+        if state.snapshots:
+            steps += [_snapshot_dropped]
         if state.checkpoints:
             steps += [_checkpoint_changed, _checkpoint_deleted]
         found.append(draw(st.sampled_from(steps))(draw, state))
@@ -238,6 +241,21 @@ def _save(draw: st.DrawFn, state: _State) -> Entry:
         user_metadata=draw(strings),
         expires_at=draw(st.none() | floats),
     )
+
+
+def _snapshot(draw: st.DrawFn, state: _State) -> Entry:
+    model = draw(st.sampled_from(state.models))
+    snapshot = f"snapshot-{state.number('snapshot')}"
+    state.snapshots.append((model, snapshot))
+    return model, events.SnapshotTaken(
+        snapshot_id=snapshot, op_no=draw(counts), directory=draw(texts), size_bytes=draw(counts)
+    )
+
+
+def _snapshot_dropped(draw: st.DrawFn, state: _State) -> Entry:
+    subject, snapshot = draw(st.sampled_from(state.snapshots))
+    reason = draw(st.sampled_from(["pruned", "damaged"]))
+    return subject, events.SnapshotDropped(snapshot_id=snapshot, reason=reason)
 
 
 def _checkpoint_changed(draw: st.DrawFn, state: _State) -> Entry:
