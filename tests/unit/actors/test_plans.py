@@ -1,0 +1,364 @@
+"""Plans: what the trainer is asked for each request, what is refused and why, and that a redo asks the
+same again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from tink.actors import plans
+from tink.actors.plans import Context, Plan
+from tink.domain import events, ids, rows
+from tink.domain.events import JobAccepted, Record, Subject
+from tink.domain.projection import Ledger, fold, project
+from tink.errors import UserError
+from tink.limits import MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
+from tink.trainer import protocol
+
+MODEL = "s:train:0"
+SERVED = protocol.Info(
+    protocol.PROTOCOL, "i", "hf", {}, "org/model", "/models/m", "d", "x", 1, 10, 100, 64, [], []
+)
+WHO = Subject(tenant="t", session_id="s", model_id=MODEL)
+
+
+def _ledger(*more: tuple[Subject, events.AnyEvent]) -> Ledger:
+    """A session with a live model of rank 8 and a checkpoint of each kind."""
+    made = events.ModelCreated(
+        base_model="org/model",
+        rank=8,
+        alpha=16.0,
+        seed=5,
+        train_attn=True,
+        train_mlp=True,
+        train_unembed=False,
+    )
+    entries: list[tuple[Subject, events.AnyEvent]] = [
+        (Subject(tenant="t", session_id="s"), events.SessionCreated()),
+        (_who(f"{MODEL}:0"), JobAccepted(op="create_model", seq_id=0, model_seq_id=0)),
+        (_who(f"{MODEL}:0"), events.JobStarted(attempt=1, backend="trainer", op_no=1, seq_id=0)),
+        (WHO, made),
+        (_who(f"{MODEL}:0"), events.JobDone()),
+    ]
+    for number, kind in enumerate(ids.KINDS):
+        saved = events.CheckpointSaved(checkpoint_kind=kind, name="a", directory=f"d/{kind}", size_bytes=1)
+        entries.append((_who(f"saved-{number}"), saved))
+    return fold(Record(seq, 1.0, 1, *entry) for seq, entry in enumerate([*entries, *more], 1))
+
+
+def _who(job: str, **more: Any) -> Subject:
+    return Subject(**msgspec.structs.asdict(WHO) | {"job_id": job} | more)
+
+
+def _job(op: str, seq: int = 5, model: str = MODEL, **more: Any) -> rows.Job:
+    fields: dict[str, Any] = {
+        "job_id": f"{model}:{seq}",
+        "tenant": "t",
+        "op": op,
+        "session_id": "s",
+        "model_id": model,
+        "sampler_id": None,
+        "seq_id": seq,
+        "model_seq_id": None,
+        "accepted_seq": 1,
+        "submitted_at": 1.0,
+        "body_sha256": None,
+        "body_bytes": 0,
+        "codec": "identity",
+        "seed": None,
+        "num_samples": None,
+    }
+    return rows.Job(**fields | more)
+
+
+def _plan(op: str, seq: int = 5, ledger: Ledger | None = None, tenant: str = "t", **request: Any) -> Plan:
+    context = Context(ledger or _ledger(), SERVED, 16.0)
+    model = request.pop("model", MODEL)
+    if op != "load_weights":
+        request = {"model_id": model, "seq_id": seq, **request}
+    return plans.training(_job(op, seq, model, tenant=tenant), msgspec.json.encode(request), 7, context)
+
+
+def _create(**request: Any) -> Plan:
+    config = request.pop("lora_config", {"rank": 8})
+    fields = {"session_id": "s", "model_seq_id": 1, "base_model": "org/model", "lora_config": config}
+    return _plan("create_model", 0, model="s:train:1", **fields | request)
+
+
+# -- what is refused ----------------------------------------------------------------------------------
+
+LARGE = {"k": "x" * MAX_METADATA_BYTES}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "rank 0": (lambda: _create(lora_config={"rank": 0}), "rank 0 cannot be used: 1 to 64"),
+    "rank over the server's": (lambda: _create(lora_config={"rank": 65}), "1 to 64"),
+    "nothing to train": (
+        lambda: _create(
+            lora_config={"rank": 1, "train_attn": False, "train_mlp": False, "train_unembed": False}
+        ),
+        "nothing to train",
+    ),
+    "another base model": (lambda: _create(base_model="org/other"), "'org/model' is"),
+    "another optimizer": (lambda: _create(optimizer_config={"type": "muon"}), "'muon' is not supported"),
+    "large metadata": (lambda: _create(user_metadata=LARGE), "user_metadata is over"),
+    "optimizer_params": (lambda: _plan("optim_step", optimizer_params={"type": "sgd"}), "'sgd'"),
+    "a negative rate": (lambda: _plan("optim_step", adam_params={"learning_rate": -1}), "negative"),
+    "a negative decay": (lambda: _plan("optim_step", adam_params={"weight_decay": -0.1}), "negative"),
+    "a negative clip": (lambda: _plan("optim_step", adam_params={"grad_clip_norm": -1}), "negative"),
+    "beta1 1": (lambda: _plan("optim_step", adam_params={"beta1": 1.0}), "beta1 and beta2"),
+    "beta2 below 0": (lambda: _plan("optim_step", adam_params={"beta2": -0.1}), "beta1 and beta2"),
+    "eps 0": (lambda: _plan("optim_step", adam_params={"eps": 0}), "eps above 0"),
+    "ttl 0": (lambda: _plan("save_weights", path="b", ttl_seconds=0), "ttl_seconds 0"),
+    "ttl below 0": (lambda: _plan("save_weights_for_sampler", path="b", ttl_seconds=-5), "ttl_seconds -5"),
+    "ttl of ages": (
+        lambda: _plan("save_weights_external", path="b", ttl_seconds=plans.LONGEST_TTL + 1),
+        "ttl_seconds",
+    ),
+    "a name that is a path": (lambda: _plan("save_weights", path="../b"), "cannot be used"),
+    "a name that is taken": (lambda: _plan("save_weights", path="a"), "exists already"),
+    "large metadata of a checkpoint": (
+        lambda: _plan("save_weights", path="b", user_metadata=LARGE),
+        "over",
+    ),
+    "encrypted exports": (
+        lambda: _plan("save_weights_external", path="b", age_encryption_recipients=["age1"]),
+        "not supported",
+    ),
+    "ephemeral weights of no sampler": (
+        lambda: _plan("save_weights_for_sampler"),
+        "sampling_session_seq_id",
+    ),
+    "sampler weights to train on": (
+        lambda: _plan("load_weights", path=f"tinker://{MODEL}/sampler_weights/a"),
+        "cannot be trained on",
+    ),
+    "no such checkpoint": (
+        lambda: _plan("load_weights", path=f"tinker://{MODEL}/weights/none"),
+        "no check",
+    ),
+    "no address": (lambda: _plan("load_weights", path="weights/a"), "not a checkpoint address"),
+    "another tenant's checkpoint": (
+        lambda: _plan("load_weights", tenant="u", path=f"tinker://{MODEL}/weights/a"),
+        "no checkpoint",
+    ),
+    "a sample as training": (lambda: _plan("sample"), "not a training operation"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_request_that_cannot_be_served_says_why(what: str) -> None:
+    plan, reason = REFUSED[what]
+    with pytest.raises(UserError, match=reason) as caught:
+        plan()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "op", ["forward", "forward_backward", "optim_step", "save_weights", "load_weights"]
+)
+def test_a_model_that_was_never_made_serves_nothing(op: str) -> None:
+    other = Subject(tenant="t", session_id="s", model_id="s:train:9", job_id="s:train:9:0")
+    ledger = _ledger(
+        (other, JobAccepted(op="create_model", seq_id=0, model_seq_id=9)),
+        (other, events.JobFailed(category="user", error="x", seq_id=0)),
+    )
+    with pytest.raises(UserError, match="never made"):
+        _plan(op, ledger=ledger, model="s:train:9", path=f"tinker://{MODEL}/weights/a")
+
+
+# -- what is served -----------------------------------------------------------------------------------
+
+
+def test_a_model_is_made_as_asked_and_its_seed_is_the_same_in_every_life() -> None:
+    asked = _create(lora_config={"rank": 64, "seed": 3, "train_unembed": False}).op
+    assert asked == protocol.CreateModel(64, 16.0, 3, train_unembed=False)
+    unseeded = _create(base_model="/models/m").op
+    assert unseeded == _create().op
+    assert isinstance(unseeded, protocol.CreateModel)
+    assert 0 <= unseeded.seed < 2**63
+
+
+def test_an_optimizer_step_without_parameters_takes_the_sdks_defaults() -> None:
+    assert _plan("optim_step").op == protocol.OptimStep()
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        ("save_weights", protocol.SaveState),
+        ("save_weights_for_sampler", protocol.ExportAdapter),
+        ("save_weights_external", protocol.ExportAdapter),
+    ],
+)
+def test_a_save_goes_to_a_new_directory_that_the_server_names(op: str, kind: Any) -> None:
+    plan = _plan(op, path="b")
+    assert plan == Plan(kind(f"s/0/00000007-{op}"), f"s/0/00000007-{op}")
+
+
+def test_overwriting_changes_the_address_never_the_files() -> None:
+    assert (
+        _plan("save_weights", path="a", overwrite=True).directory
+        == _plan("save_weights", path="b").directory
+    )
+
+
+def test_a_public_checkpoint_may_be_loaded_by_others() -> None:
+    changed = events.CheckpointChanged(checkpoint_id="saved-0", public=True, expires_at=None)
+    plan = _plan(
+        "load_weights",
+        ledger=_ledger((WHO, changed)),
+        tenant="u",
+        path=f"tinker://{MODEL}/weights/a",
+        optimizer=True,
+    )
+    assert plan == Plan(protocol.LoadState("d/weights", True), "d/weights")
+
+
+def test_a_model_made_from_a_checkpoint_has_its_shape() -> None:
+    plan = _plan("load_weights", 0, model="s:train:1", path=f"tinker://{MODEL}/weights/a", optimizer=True)
+    assert plan.op == protocol.CreateModel(
+        8, 16.0, 5, train_unembed=False, source="d/weights", optimizer=True
+    )
+
+
+# -- a redo -------------------------------------------------------------------------------------------
+
+BODIES: dict[str, dict[str, Any]] = {
+    "create_model": {
+        "session_id": "s",
+        "model_seq_id": 0,
+        "base_model": "org/model",
+        "lora_config": {"rank": 8, "seed": 5, "train_unembed": False},
+    },
+    "forward": {},
+    "forward_backward": {},
+    "optim_step": {"model_id": MODEL, "seq_id": 5, "adam_params": {"learning_rate": 0.5}},
+    "load_weights": {"path": f"tinker://{MODEL}/weights/a", "optimizer": True},
+    "save_weights": {"model_id": MODEL, "seq_id": 5, "path": "b"},
+    "save_weights_for_sampler": {"model_id": MODEL, "seq_id": 5, "path": "b"},
+    "save_weights_external": {"model_id": MODEL, "seq_id": 5, "path": "b"},
+}
+
+
+@pytest.mark.parametrize("op", BODIES)
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: str, state: str) -> None:
+    ledger = _ledger()
+    body = msgspec.json.encode(BODIES[op])
+    seq = 0 if op == "create_model" else 5
+    first = plans.training(_job(op, seq), body, 7, Context(ledger, SERVED, 16.0))
+    # The checkpoint is deleted, its address used for another one; the server is configured differently.
+    for number, event in enumerate(
+        [
+            events.CheckpointDeleted(checkpoint_id="saved-0", reason="overwritten"),
+            events.CheckpointSaved(checkpoint_kind="weights", name="a", directory="other", size_bytes=1),
+        ]
+    ):
+        ledger.apply(project(Record(99 + number, 2.0, 2, _who(f"later-{number}"), event)))
+    served = msgspec.structs.replace(SERVED, base_model="org/renamed", base_path=None, max_rank=1)
+    job = _job(op, seq, state=state, op_no=7, directory=first.directory)
+    again = plans.again(job, body, Context(ledger, served, 99.0))
+    if state == "failed" or op not in plans.MUTATING:
+        assert again == protocol.Skip()
+    else:
+        assert again == first.op
+
+
+def test_what_a_redo_leaves_out_changes_no_state() -> None:
+    changing = {"create_model", "load_weights", "forward_backward", "optim_step"}
+    assert changing == plans.MUTATING
+    assert changing <= set(BODIES)
+
+
+# -- sampling -----------------------------------------------------------------------------------------
+
+
+def _sampling(**request: Any) -> protocol.SampleRequest:
+    created = events.SamplerCreated(sampler_id="s:sample:0", sampling_seq_id=0, base_model="org/model")
+    ledger = _ledger((Subject(tenant="t", session_id="s"), created))
+    job = _job("sample", 0, model_id=None, sampler_id="s:sample:0")
+    accepted = JobAccepted(op="sample", seq_id=0, sampler_id="s:sample:0", seed=77)
+    return plans.sampling(
+        job, accepted, msgspec.json.encode({"prompt": _text([1, 2, 3]), **request}), ledger
+    )
+
+
+def _text(*chunks: list[int]) -> dict[str, Any]:
+    return {"chunks": [{"type": "encoded_text", "tokens": tokens} for tokens in chunks]}
+
+
+STOPS = {
+    "none": (None, ([], [], False)),
+    "a string": ("end", (["end"], [], False)),
+    "strings": (["a", "b"], (["a", "b"], [], False)),
+    "tokens": ([3, 4], ([], [3, 4], False)),
+    "both": (["a", 3], (["a"], [3], False)),
+    "an empty list ignores the end of sequence": ([], ([], [], True)),
+}
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_stops(what: str) -> None:
+    stop, (strings, tokens, ignore) = STOPS[what]
+    request = _sampling(sampling_params={"stop": stop})
+    assert (request.stop_strings, request.stop_tokens, request.ignore_eos) == (strings, tokens, ignore)
+
+
+DENSE = {"data": [5, 6, -1, 7], "shape": [2, 2]}
+SPARSE = {
+    "data": [5, 6, 7],
+    "shape": [2, 2],
+    "sparse_crow_indices": [0, 2, 3],
+    "sparse_col_indices": [0, 1, 1],
+}
+
+
+@pytest.mark.parametrize("tensor", [DENSE, SPARSE, {**DENSE, "data": [5.0, 6.0, -1.0, 7.0]}])
+def test_targets_are_one_row_a_predicted_token(tensor: dict[str, Any]) -> None:
+    assert _sampling(target_prompt_logprobs=tensor).targets == [[5, 6], [-1, 7]]
+
+
+SAMPLES_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an image": ({"prompt": {"chunks": [{"type": "image", "data": "x"}]}}, "'image'.*text only"),
+    "a chunk of no tokens": ({"prompt": {"chunks": [{"type": "encoded_text"}]}}, "chunk 0"),
+    "an empty stop": ({"sampling_params": {"stop": ["a", ""]}}, "empty stop"),
+    "many stops": ({"sampling_params": {"stop": list(range(MAX_STOPS + 1))}}, "too many"),
+    "topk": ({"topk_prompt_logprobs": MAX_TOPK + 1}, "topk_prompt_logprobs"),
+    "topk below 0": ({"topk_sample_logprobs": -1}, "topk_sample_logprobs"),
+    "alternatives": ({"prompt_alt_tokens_k": MAX_TOPK + 1}, "prompt_alt_tokens_k"),
+    "stability": ({"record_stability_info": True}, "not supported"),
+    "targets of no shape": ({"target_prompt_logprobs": {"data": [1]}}, r"shape \[2, K\]"),
+    "targets of another length": (
+        {"target_prompt_logprobs": {**DENSE, "shape": [3, 2]}},
+        "must have the shape",
+    ),
+    "targets too few": ({"target_prompt_logprobs": {**DENSE, "data": [1, 2, 3]}}, "3 numbers"),
+    "targets too wide": ({"target_prompt_logprobs": {**DENSE, "shape": [2, MAX_TOPK + 1]}}, "K ="),
+    "targets of no width": ({"target_prompt_logprobs": {"data": [], "shape": [2, 0]}}, "K = 0"),
+    "half a token": ({"target_prompt_logprobs": {**DENSE, "data": [1, 2, 3, 4.5]}}, "token ids"),
+    "a row too many": (
+        {"target_prompt_logprobs": {**SPARSE, "sparse_crow_indices": [0, 1, 2, 3]}},
+        "not a valid CSR",
+    ),
+    "rows that go back": ({"target_prompt_logprobs": {**SPARSE, "sparse_crow_indices": [0, 4, 3]}}, "CSR"),
+    "a column outside": ({"target_prompt_logprobs": {**SPARSE, "sparse_col_indices": [0, 1, 2]}}, "CSR"),
+    "a column below 0": ({"target_prompt_logprobs": {**SPARSE, "sparse_col_indices": [0, 1, -1]}}, "CSR"),
+    "columns too few": ({"target_prompt_logprobs": {**SPARSE, "sparse_col_indices": [0, 1]}}, "CSR"),
+}
+
+
+@pytest.mark.parametrize("what", SAMPLES_REFUSED)
+def test_a_sample_that_cannot_be_served_says_why(what: str) -> None:
+    request, reason = SAMPLES_REFUSED[what]
+    with pytest.raises(UserError, match=reason):
+        _sampling(**request)
+
+
+def test_a_sample_takes_its_own_seed_or_that_of_its_acceptance() -> None:
+    assert _sampling().seed == 77
+    assert _sampling(sampling_params={"seed": 0}).seed == 0
+
+
+def test_chunks_are_one_prompt() -> None:
+    assert _sampling(prompt=_text([1, 2], [], [3])).prompt == [1, 2, 3]
