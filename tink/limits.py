@@ -44,6 +44,9 @@ MAX_CLIENT_FAILURES = 8
 LINK_SECONDS = 3600
 LONGEST_TTL = 10 * 365 * 24 * 3600
 
+# Connections that may wait to be accepted: a client opens hundreds at once.
+BACKLOG = 1024
+
 # -- promises ---------------------------------------------------------------------------------------
 
 # The SDK gives up on one poll after 45 s; below that, 408 makes it ask again at once.

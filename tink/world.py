@@ -7,7 +7,9 @@ World and has the whole worker in its hands.
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,6 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 import trio
+
+from tink.errors import StartupError
+from tink.limits import BACKLOG
 
 T = TypeVar("T")
 
@@ -49,6 +54,15 @@ class World:
         self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
     ) -> T:
         return await trio.to_thread.run_sync(fn, *args, abandon_on_cancel=False, limiter=limiter)
+
+    def listen(self, host: str, port: int) -> socket.socket:
+        """A listening TCP socket; port 0 takes a free one. Raises StartupError if it cannot be had."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise StartupError(f"cannot listen on {host}, port {port}: {reason}") from error
 
     def http_transport(self, origin: str, max_slots: int) -> httpx.AsyncBaseTransport:
         """A transport to one backend origin, with at most `max_slots` connections."""

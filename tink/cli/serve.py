@@ -24,17 +24,17 @@ from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
-from tink.cli.logs import configure_logs
 from tink.errors import StartupError
 from tink.journal.home import Home
 from tink.journal.journal import Journal
+from tink.limits import BACKLOG
+from tink.logs import configure_logs
 from tink.settings import Settings
+from tink.trainer.process import check_engine
 from tink.world import World
 
 # Requests in flight get this long to be answered after SIGTERM; polls are told to come again.
 DRAIN_SECONDS = 10.0
-# Connections that may wait to be accepted: a client opens hundreds at once.
-BACKLOG = 1024
 
 log = structlog.get_logger()
 
@@ -95,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
             "this version serves the embedded engine only: unset USE_MEGATRON and USE_VLLM "
             "(Megatron and vLLM backends are not there yet)"
         )
+    if "hf" in settings.routes:
+        check_engine()
     configure_logs(settings.log_level)
     _raise_file_limit()
     trio.run(_serve, settings, World())
@@ -105,7 +107,7 @@ async def _serve(settings: Settings, world: World) -> None:
     home = Home(settings.home)
     home.make()
     # The port first: if it is taken, nothing has been started that would have to be stopped.
-    with home.lock(), _listener(settings) as listener:
+    with home.lock(), world.listen(settings.host, settings.port) as listener:
         async with Journal.open(
             home, world, version=tink.__version__, settings_digest=settings.digest
         ) as journal:
@@ -123,17 +125,6 @@ async def _serve(settings: Settings, world: World) -> None:
     log.info("stopped")
 
 
-def _listener(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise StartupError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
-            "pass another --host or --port"
-        ) from error
-
-
 async def _listen(
     app: Starlette,
     listener: socket.socket,
@@ -143,8 +134,11 @@ async def _listen(
     trainer: EmbeddedTrainer,
 ) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    port = listener.getsockname()[1]
+    # On all interfaces: this machine dials itself, and others its name.
+    anywhere = settings.host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
+    local = "127.0.0.1" if anywhere else settings.host
+    public = socket.gethostname() if anywhere else settings.host
     config = hypercorn.config.Config()
     # hypercorn owns the socket from here, and closes it first when it stops.
     config.bind = [f"fd://{listener.detach()}"]
@@ -160,9 +154,9 @@ async def _listen(
         async with trio.open_nursery() as serving:
             serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
             await serving.start(serve)
-            record = WorkerRecord(os.getpid(), url, tink.__version__, settings.routes.mode)
+            record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
             home.worker.write_bytes(msgspec.json.encode(record))
-            print(_banner(settings, url, trainer), flush=True)
+            print(_banner(settings, _url(public, port), trainer), flush=True)
             try:
                 await stop.wait()
             finally:
@@ -207,6 +201,10 @@ def _banner(settings: Settings, url: str, trainer: EmbeddedTrainer) -> str:
         ("connect", f"export TINKER_BASE_URL={url} TINKER_API_KEY={key}"),
     ]
     return "\n".join([f"tink {tink.__version__}", *(f"  {name:<10}{value}" for name, value in rows)])
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _raise_file_limit() -> None:

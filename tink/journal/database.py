@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from sqlalchemy import Engine, create_engine, event
@@ -54,7 +55,7 @@ def writer_engine(path: Path) -> Engine:
 def reader_engine(path: Path) -> Engine:
     """Read-only connections beside the writer's; they never block it."""
     engine = create_engine(
-        f"sqlite:///file:{path}?mode=ro&uri=true",
+        f"sqlite:///file:{quote(str(path))}?mode=ro&uri=true",
         hide_parameters=True,
         pool_size=READ_CONNECTIONS,
         max_overflow=0,

@@ -13,12 +13,13 @@ import argparse
 import ipaddress
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import hypercorn.config
 import hypercorn.trio
@@ -28,6 +29,7 @@ import trio
 
 from tink.errors import StartupError
 from tink.limits import TRAINER_GRACE
+from tink.logs import configure_logs
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Engine
 from tink.trainer.server import Trainer, application
@@ -36,6 +38,10 @@ from tink.world import World
 log = structlog.get_logger("tink.trainer")
 
 KEEP_ALIVE = 3600.0
+
+
+# Of the extra `hf`, by the name that is imported.
+NEEDED = ("torch", "transformers", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,23 @@ class Ready(msgspec.Struct, frozen=True):
 
 def run(options: Options, world: World | None = None) -> int:
     """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
+    check_engine()
     _check(options)
+    configure_logs("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    trio.run(_serve, options, world or World())
+    world = world or World()
+    with world.listen(options.host, options.port) as listener:
+        trio.run(_serve, options, listener, world)
     return 0
+
+
+def check_engine() -> None:
+    """Raises StartupError if what the engine needs is not installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise StartupError(
+            f"the engine 'hf' needs {', '.join(missing)}, not installed here: pip install 'tink[hf]'"
+        )
 
 
 def _check(options: Options) -> None:
@@ -92,15 +111,15 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _serve(options: Options, world: World) -> None:
+async def _serve(options: Options, listener: socket.socket, world: World) -> None:
+    port = listener.getsockname()[1]
     stop, close = trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
         trainer = Trainer(world, options.slots, nursery)
         async with trio.open_nursery() as listening:
             app = application(trainer, options.token)
-            serve = partial(hypercorn.trio.serve, app, _config(options), shutdown_trigger=close.wait)
-            binds = await listening.start(serve)
-            port = urlsplit(binds[0]).port
+            serve = partial(hypercorn.trio.serve, app, _config(listener), shutdown_trigger=close.wait)
+            await listening.start(serve)
             if options.ready_file is not None:
                 _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
             log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
@@ -120,10 +139,10 @@ async def _serve(options: Options, world: World) -> None:
     log.info("stopped")
 
 
-def _config(options: Options) -> hypercorn.config.Config:
+def _config(listener: socket.socket) -> hypercorn.config.Config:
     config = hypercorn.config.Config()
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    config.bind = [f"{host}:{options.port}"]
+    # hypercorn owns the socket from here, and closes it first when it stops.
+    config.bind = [f"fd://{listener.detach()}"]
     config.errorlog = None
     # A worker keeps its connections; closing an idle one would race with its next call.
     config.keep_alive_timeout = KEEP_ALIVE
@@ -181,38 +200,43 @@ async def _await_silence(trainer: Trainer, seconds: float, world: World, stop: t
     stop.set()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(
-                key_order=["timestamp", "level", "event"], bool_as_flag=False
-            ),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    home = Path(os.environ.get("TINK_HOME") or Path.home() / ".tink")
+    shown = "default: %(default)s"
+    parser.add_argument("--engine", choices=["hf"], default="hf", help=f"the engine ({shown})")
+    parser.add_argument("--home", type=Path, default=home, help=shown)
+    parser.add_argument("--host", default="127.0.0.1", help=shown)
+    parser.add_argument("--port", type=int, default=0, help="0 (default): any free one")
+    parser.add_argument("--artifacts", type=Path, help="default: artifacts under the home")
+    parser.add_argument("--model", help="directory or hub name; default: the built-in tiny one")
+    parser.add_argument("--model-name", help="the name it is served under; default: MODEL")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of the frozen base ({shown})"
     )
+    parser.add_argument("--slots", type=int, default=4, help=f"models that compute at once ({shown})")
+    parser.add_argument("--threads", type=int, default=1, help=f"of torch, for each of them ({shown})")
+    parser.add_argument("--ready-file", type=Path, help="written once the port is bound: pid, port")
+    parser.add_argument(
+        "--orphan-seconds",
+        type=float,
+        default=0.0,
+        help="end when no worker has called for so long; 0 (default): never",
+    )
+
+
+def options(arguments: argparse.Namespace) -> Options:
+    """What `add_arguments` parsed. The token comes by the environment: everyone can see an option."""
+    given = {
+        field.name: getattr(arguments, field.name) for field in fields(Options) if field.name != "token"
+    }
+    return Options(**given, token=os.environ.get("TINK_TRAINER_TOKEN") or None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tink trainer", description="Tink's training server.")
+    add_arguments(parser)
     try:
-        return run(parse(arguments))
+        return run(options(parser.parse_args(arguments)))
     except StartupError as error:
         print(f"tink trainer: {error}", file=sys.stderr)
         return 2
-
-
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    home = Path(os.environ.get("TINK_HOME") or Path.home() / ".tink")
-    parser = argparse.ArgumentParser(prog="tink trainer", description="Tink's training server.")
-    parser.add_argument("--home", type=Path, default=home, help="default: %(default)s")
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--port", type=int, default=0, help="0 (default): any free one")
-    parser.add_argument("--artifacts", type=Path, help="default: HOME/artifacts")
-    parser.add_argument("--model", help="directory or hub name; default: the built-in tiny one")
-    parser.add_argument("--model-name", help="the name it is served under; default: MODEL")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--slots", type=int, default=4, help="models that compute at once")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for each of them")
-    parser.add_argument("--ready-file", type=Path, help="written once the port is bound")
-    parser.add_argument("--orphan-seconds", type=float, default=0.0, help="0 (default): never")
-    token = os.environ.get("TINK_TRAINER_TOKEN") or None
-    return Options(**vars(parser.parse_args(arguments)), token=token)

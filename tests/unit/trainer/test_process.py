@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -119,8 +120,12 @@ def test_an_orphan_exits_by_itself(tmp_path: Path, model_dir: Path) -> None:
 
 
 def test_options() -> None:
-    options = process.parse(["--home", "/h", "--port", "7", "--slots", "2", "--orphan-seconds", "3"])
-    assert options == Options(home=Path("/h"), port=7, slots=2, orphan_seconds=3.0, token=None)
+    parser = argparse.ArgumentParser()
+    process.add_arguments(parser)
+    given = ["--home", "/h", "--port", "7", "--slots", "2", "--orphan-seconds", "3"]
+    assert process.options(parser.parse_args(given)) == Options(
+        home=Path("/h"), port=7, slots=2, orphan_seconds=3.0, token=None
+    )
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com"])

@@ -1,0 +1,34 @@
+"""Random programs under random faults: the promises hold for every seed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.simulation import chaos
+
+REGRESSIONS = Path(__file__).with_name("regressions.txt")
+
+
+def test_the_same_seed_gives_the_same_trace(tmp_path: Path) -> None:
+    what = chaos.program(5)
+    first = chaos.simulate(tmp_path / "a", 5, what, disturbed=True)
+    second = chaos.simulate(tmp_path / "b", 5, what, disturbed=True)
+    assert first == second
+    other = chaos.simulate(tmp_path / "c", 6, what, disturbed=True)
+    assert other.trace != first.trace
+
+
+@pytest.mark.parametrize("seed", [int(line) for line in REGRESSIONS.read_text().split()])
+def test_what_once_failed_does_not_fail_again(seed: int) -> None:
+    assert chaos.check(seed) is None
+
+
+@pytest.mark.slow
+def test_no_fault_changes_what_a_client_gets() -> None:
+    """tools/simulate runs more of them."""
+    with ProcessPoolExecutor(2) as pool:
+        wrong = dict(zip(range(200), pool.map(chaos.check, range(200)), strict=True))
+    assert {seed: found for seed, found in wrong.items() if found is not None} == {}
