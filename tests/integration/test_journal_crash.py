@@ -114,7 +114,7 @@ def test_a_kill_during_the_very_first_start_leaves_a_home_that_starts(tmp_path: 
         "from tink.journal.journal import prepare; print('go', flush=True)\n"
         "prepare(Home(Path(sys.argv[1])))"
     )
-    for number in range(6):
+    for number in range(4):
         home = new_home(tmp_path / str(number), empty=True)
         with subprocess.Popen(
             [sys.executable, "-c", script, str(home.root)], stdout=subprocess.PIPE

@@ -139,6 +139,7 @@ async def test_a_dead_one_is_replaced(home: Home, adopted: bool) -> None:
     await trainer.find()
     (before,) = _pids(home)
     os.kill(before, 9)
+    await trainer._wait_for_death(before)
     if adopted:
         trainer = _trainer(home)
     await trainer.find()
