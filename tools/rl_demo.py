@@ -21,6 +21,7 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -259,9 +260,21 @@ def serving(home: Path, model: Path) -> Iterator[str]:
             stderr=output,
             start_new_session=True,
         )
+    stopping = threading.Event()
+
+    def watch() -> None:
+        # The SDK would wait for a server that is gone, since servers come back: this one does not.
+        server.wait()
+        if not stopping.is_set():
+            print(f"demo: tink serve ended by itself, see {log}", file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     try:
-        yield await_address(home, server, log)
+        url = await_address(home, server, log)
+        threading.Thread(target=watch, daemon=True).start()
+        yield url
     finally:
+        stopping.set()
         # Not to be interrupted: whoever presses Ctrl-C twice wants nothing left behind either.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
