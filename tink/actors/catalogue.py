@@ -73,9 +73,10 @@ class Catalogue:
                 failed = ClientFailed(exception_type=ask.exception_type[:200])
                 return await self._journal.append((subject, failed))
             case messages.GetModel():
-                return await self._model_view(self._live_model(ask.tenant, ask.model_id))
+                model = self._live_model(ask.tenant, ask.model_id)
+                return (await self._model_views(ask.tenant, [model]))[0]
             case messages.ListModels():
-                return await self._list_models(ask)
+                return await self._model_views(ask.tenant, self._live_models(ask))
             case messages.CreateSampler():
                 return await self._create_sampler(ask)
             case messages.GetSampler():
@@ -147,26 +148,29 @@ class Catalogue:
             raise NotFound(f"there is no model {model_id}")
         return model
 
-    async def _model_view(self, model: rows.Model) -> messages.ModelView:
+    async def _model_views(self, tenant: str, models: list[rows.Model]) -> list[messages.ModelView]:
         served = (await self._link.life()).info
-        saved = _newest_first(
-            c for c in self._live_checkpoints(model.tenant) if c.model_id == model.model_id
-        )
-        return messages.ModelView(
-            row=model,
-            arch=served.arch,
-            tokenizer=served.base_path,
-            last_checkpoint=next((c for c in saved if c.kind == "weights"), None),
-            last_sampler_checkpoint=next((c for c in saved if c.kind == "sampler_weights"), None),
-        )
+        newest: dict[tuple[str, str], rows.Checkpoint] = {}
+        for checkpoint in _newest_first(self._live_checkpoints(tenant)):
+            newest.setdefault((checkpoint.model_id, checkpoint.kind), checkpoint)
+        return [
+            messages.ModelView(
+                row=model,
+                arch=served.arch,
+                tokenizer=served.base_path,
+                last_checkpoint=newest.get((model.model_id, "weights")),
+                last_sampler_checkpoint=newest.get((model.model_id, "sampler_weights")),
+            )
+            for model in models
+        ]
 
-    async def _list_models(self, ask: messages.ListModels) -> list[messages.ModelView]:
-        models = _newest_first(m for m in self._mine("models", rows.Model, ask.tenant) if m.state == "live")
+    def _live_models(self, ask: messages.ListModels) -> list[rows.Model]:
+        models = [m for m in self._mine("models", rows.Model, ask.tenant) if m.state == "live"]
         if ask.project_id is not None:
             models = [
                 m for m in models if self.session(ask.tenant, m.session_id).project_id == ask.project_id
             ]
-        return [await self._model_view(model) for model in models]
+        return _newest_first(models)
 
     async def _create_sampler(self, ask: messages.CreateSampler) -> messages.Created:
         served = (await self._link.life()).info
@@ -228,9 +232,9 @@ class Catalogue:
 
     def _own_checkpoint(self, tenant: str, text: str) -> rows.Checkpoint:
         address = ids.Address.parse(text)
-        for checkpoint in self._live_checkpoints(tenant):
-            if (checkpoint.model_id, checkpoint.kind, checkpoint.name) == tuple(address):
-                return checkpoint
+        checkpoint = self._journal.ledger.checkpoint_at(*address)
+        if checkpoint is not None and checkpoint.tenant == tenant:
+            return checkpoint
         raise NotFound(f"there is no checkpoint {address}")
 
     def _checkpoint_view(self, ask: messages.GetCheckpoint) -> messages.CheckpointView:

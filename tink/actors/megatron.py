@@ -84,8 +84,8 @@ class MegatronActor:
             body = await request_of(self._journal, job)
             op_no = job.op_no or self._model(job).op_no + 1
             plan = plans.training(job, body, op_no, context)
-        except UserError as error:
-            return [self._failed(job, "user", str(error))]
+        except (UserError, BackendError) as error:
+            return [self._failed(job, error.category, str(error))]
         if job.attempts == 0:
             await self._start(job, op_no, plan, attempt=1)
         try:

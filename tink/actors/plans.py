@@ -118,13 +118,9 @@ def check_base_model(name: str, served: protocol.Info) -> None:
 
 def find_checkpoint(ledger: Ledger, address: ids.Address, tenant: str) -> rows.Checkpoint:
     """The live checkpoint at `address` if `tenant` may read it, else UserError."""
-    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
-        if (
-            checkpoint.state == "live"
-            and (checkpoint.model_id, checkpoint.kind, checkpoint.name) == tuple(address)
-            and (checkpoint.tenant == tenant or checkpoint.public)
-        ):
-            return checkpoint
+    checkpoint = ledger.checkpoint_at(*address)
+    if checkpoint is not None and (checkpoint.tenant == tenant or checkpoint.public):
+        return checkpoint
     raise UserError(f"there is no checkpoint {address}")
 
 
@@ -173,8 +169,9 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
     address = ids.Address.parse(request.path)
     if address.kind != "weights":
         raise UserError(f"{address} cannot be trained on: only a state that save_state wrote can")
-    checkpoint = find_checkpoint(context.ledger, address, job.tenant)
-    source = context.ledger.table("models", rows.Model)[(checkpoint.model_id,)]
+    # A job that was begun goes on with what it began with, whatever has become of the checkpoint.
+    directory = job.directory or find_checkpoint(context.ledger, address, job.tenant).directory
+    source = context.ledger.table("models", rows.Model)[(address.model_id,)]
     if request.base_model is not None:
         check_base_model(request.base_model, context.served)
     if job.seq_id != 0:
@@ -183,7 +180,7 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
             mine, theirs = getattr(target, part), getattr(source, part)
             if mine != theirs:
                 raise UserError(f"{address} has {part} {theirs}, this model {mine}: they must be equal")
-        return Plan(protocol.LoadState(checkpoint.directory, request.optimizer), checkpoint.directory)
+        return Plan(protocol.LoadState(directory, request.optimizer), directory)
     if request.optimizer_config is not None and request.optimizer_config.type != "adamw":
         raise UserError(f"the optimizer {request.optimizer_config.type!r} is not supported: 'adamw' is")
     _check_metadata(request.user_metadata)
@@ -197,10 +194,10 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
         train_attn=bool(source.train_attn),
         train_mlp=bool(source.train_mlp),
         train_unembed=bool(source.train_unembed),
-        source=checkpoint.directory,
+        source=directory,
         optimizer=request.optimizer,
     )
-    return Plan(create, checkpoint.directory)
+    return Plan(create, directory)
 
 
 Save = requests.SaveWeights | requests.SaveWeightsForSampler | requests.SaveWeightsExternal
@@ -212,7 +209,7 @@ def _check_save(job: rows.Job, kind: ids.CheckpointKind, request: Save, ledger: 
     _check_metadata(getattr(request, "user_metadata", None))
     name = _save_name(job, kind, request)
     if name is not None and not getattr(request, "overwrite", False):
-        taken = _live(ledger, _model_id(job), kind, name)
+        taken = ledger.checkpoint_at(_model_id(job), kind, name)
         if taken is not None and taken.checkpoint_id != job.job_id:
             raise UserError(f"{taken.address} exists already: choose another name, or pass overwrite=True")
 
@@ -235,17 +232,6 @@ def _save_name(job: rows.Job, kind: ids.CheckpointKind, request: Save) -> str | 
     if request.path is not None:
         return ids.check_name(request.path)
     return None if kind == "sampler_weights" else f"seq-{job.seq_id:06d}"
-
-
-def _live(ledger: Ledger, model_id: str, kind: str, name: str) -> rows.Checkpoint | None:
-    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
-        if checkpoint.state == "live" and (checkpoint.model_id, checkpoint.kind, checkpoint.name) == (
-            model_id,
-            kind,
-            name,
-        ):
-            return checkpoint
-    return None
 
 
 # -- the end of a training job ----------------------------------------------------------------------
@@ -314,14 +300,7 @@ def _saved(
     who = subject(job)
     answer: dict[str, Any] = {"path": None}
     if kind == "sampler_weights":
-        version = 1 + max(
-            (
-                a.version
-                for a in context.ledger.table("adapters", rows.Adapter).values()
-                if a.model_id == model_id
-            ),
-            default=0,
-        )
+        version = 1 + context.ledger.table("models", rows.Model)[(model_id,)].versions
         who = subject(job, adapter_id=ids.adapter_id(model_id, version))
         files = {file.name: file.sha256 for file in result.files}
         exported = events.AdapterExported(
@@ -342,7 +321,7 @@ def _saved(
         )
         answer["sampling_session_id"] = sampler
         return answer, [*entries, (who, made)]
-    taken = _live(context.ledger, model_id, kind, name)
+    taken = context.ledger.checkpoint_at(model_id, kind, name)
     if taken is not None:
         entries.append(
             (who, events.CheckpointDeleted(checkpoint_id=taken.checkpoint_id, reason="overwritten"))

@@ -324,8 +324,8 @@ class Router:
         if job.result_sha256 is not None:
             try:
                 body = await self._journal.bodies.get(job.result_sha256)
-            except LookupError:
-                raise NotFound(f"the result of {job.job_id} has been pruned by retention") from None
+            except LookupError as error:
+                raise NotFound(f"the result of {job.job_id} is lost: {error}") from None
         return messages.Outcome(
             op=job.op,
             state=job.state,

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import zstandard
 
 from tink.domain import rows
-from tink.errors import UserError
+from tink.errors import BackendError, UserError
 from tink.journal.journal import Journal
 from tink.limits import MAX_ZSTD_WINDOW
 
@@ -21,14 +21,18 @@ Release = Callable[[str], Awaitable[None]]
 
 
 async def request_of(journal: Journal, job: rows.Job) -> bytes:
-    """The request of a job as its client sent it, decompressed. UserError if it was not a valid one."""
+    """The request of a job as its client sent it, decompressed. UserError if it was not a valid one,
+    BackendError if it is lost."""
     accepted = await journal.acceptance(job)
     if accepted.invalid is not None:
         raise UserError(accepted.invalid)
     if accepted.request is not None:
         return accepted.request.encode()
     assert accepted.body_sha256 is not None, "a data op has a body"
-    body = await journal.bodies.get(accepted.body_sha256)
+    try:
+        body = await journal.bodies.get(accepted.body_sha256)
+    except LookupError as error:
+        raise BackendError(f"{error}: this job cannot be run") from error
     if accepted.codec == "identity":
         return body
     # What it decompresses to was counted before it was accepted.

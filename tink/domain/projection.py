@@ -248,6 +248,7 @@ def _(event: events.AdapterExported, record: Record) -> Iterator[Change]:
             created_at=record.at,
         ),
     )
+    yield Update("models", (record.subject.model_id,), {"versions": event.version})
 
 
 @_changes.register
@@ -307,13 +308,24 @@ class Ledger:
 
     def __init__(self) -> None:
         self.tables: dict[str, dict[Key, rows.Row]] = {name: {} for name in rows.TABLES}
+        # (model, kind, name) -> the checkpoint that lives there, or lived there last.
+        self._addresses: dict[Key, rows.Checkpoint] = {}
 
     def table(self, name: str, kind: type[R]) -> dict[Key, R]:
         """One table, typed: `ledger.table("jobs", rows.Job)`."""
         return cast("dict[Key, R]", self.tables[name])
 
+    def checkpoint_at(self, model_id: str, kind: str, name: str) -> rows.Checkpoint | None:
+        """The live checkpoint of that address."""
+        found = self._addresses.get((model_id, kind, name))
+        return found if found is not None and found.state == "live" else None
+
     def put(self, table: str, row: rows.Row) -> None:
         self.tables[table][_key(table, row)] = row
+        if isinstance(row, rows.Checkpoint):
+            address = (row.model_id, row.kind, row.name)
+            if row.state == "live" or address not in self._addresses:
+                self._addresses[address] = row
 
     def apply(self, changes: Iterable[Change]) -> None:
         for change in changes:

@@ -42,7 +42,8 @@ class Session(Row, kw_only=True):
 
 
 class Model(Row, kw_only=True):
-    """`op_no`: the last one given. `next_seq`: the sequence number that the lane waits for."""
+    """`op_no`: the last one given. `next_seq`: the sequence number that the lane waits for. `versions`:
+    how many of its adapter were exported."""
 
     model_id: str
     tenant: str
@@ -60,6 +61,7 @@ class Model(Row, kw_only=True):
     source: str | None = None
     op_no: int = 0
     next_seq: int = 0
+    versions: int = 0
     created_at: float
     last_request_at: float
 

@@ -10,7 +10,6 @@ import trio
 from sqlalchemy import select
 from sqlalchemy.dialects.sqlite import insert
 
-from tink.errors import JournalUnavailable
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
 from tink.journal.database import database_errors, reader_engine, writer_engine
@@ -42,8 +41,8 @@ class BodyStore:
         return digest
 
     async def get(self, digest: str) -> bytes:
-        """The content of that name. LookupError if retention has pruned it, JournalUnavailable if what
-        is on disk is not what was put."""
+        """The content of that name. LookupError if it is not stored any more, or if what is
+        on disk is not what was put."""
 
         if digest in self._recent:
             self._recent.move_to_end(digest)
@@ -60,7 +59,7 @@ class BodyStore:
         if content is None:
             raise LookupError(f"the body {digest} is not stored any more")
         if hashlib.sha256(content).hexdigest() != digest:
-            raise JournalUnavailable(f"the body {digest} is damaged on disk")
+            raise LookupError(f"the body {digest} is damaged on disk")
         return content
 
     def _remember(self, digest: str, content: bytes) -> None:
@@ -81,4 +80,9 @@ class BodyStore:
 
     def _commit(self, rows: list[dict[str, object]]) -> None:
         with database_errors("the body store could not commit"), self._connection.begin():
-            self._connection.execute(insert(schema.bodies).on_conflict_do_nothing(), rows)
+            put = insert(schema.bodies)
+            # A copy that is there already may be damaged: this one is not.
+            whole = put.on_conflict_do_update(
+                index_elements=["sha256"], set_={"content": put.excluded.content}
+            )
+            self._connection.execute(whole, rows)

@@ -110,6 +110,7 @@ models = Table(
     Column("source", Text),
     Column("op_no", BigInteger, nullable=False),
     Column("next_seq", BigInteger, nullable=False),
+    Column("versions", BigInteger, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("last_request_at", Double, nullable=False),
     Index(None, "session_id", "model_seq_id", unique=True),

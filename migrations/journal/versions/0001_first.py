@@ -97,6 +97,7 @@ def upgrade() -> None:
         sa.Column("source", sa.Text(), nullable=True),
         sa.Column("op_no", sa.BigInteger(), nullable=False),
         sa.Column("next_seq", sa.BigInteger(), nullable=False),
+        sa.Column("versions", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("last_request_at", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(["session_id"], ["sessions.session_id"], name=op.f("fk_models_session_id")),

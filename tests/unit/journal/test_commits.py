@@ -214,12 +214,13 @@ async def test_a_submit_that_is_cancelled_anywhere_is_whole_or_nothing_and_the_w
         writer = disk.writer(world, max_items=2)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
-            # Fills the batch, so that the submit waits for room as well.
-            nursery.start_soon(writer.submit, ["x", "y"], 1)
-            nursery.start_soon(writer.submit, ["z", "w"], 1)
-            await trio.lowlevel.checkpoint()
-            cancelled = await cancel_at(step, lambda w=writer: w.submit(["a", "b"], 1))
             with trio.fail_after(10):
+                async with trio.open_nursery() as clients:
+                    # Fills the batch, so that the submit waits for room as well.
+                    clients.start_soon(writer.submit, ["x", "y"], 1)
+                    clients.start_soon(writer.submit, ["z", "w"], 1)
+                    await trio.lowlevel.checkpoint()
+                    cancelled = await cancel_at(step, lambda w=writer: w.submit(["a", "b"], 1))
                 await writer.submit(["after"], 1)
             nursery.cancel_scope.cancel()
         assert [i for i in disk.items if i in "ab"] in ([], ["a", "b"])
