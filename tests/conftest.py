@@ -19,6 +19,12 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tink-hf-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The acceptance tests last: the SDK, in this process, leaves threads and sockets behind, which
+    would be taken for those of whatever test comes next."""
+    items.sort(key=lambda item: "acceptance" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One `tink serve` that many tests share: none of them may kill it."""

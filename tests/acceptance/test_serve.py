@@ -19,7 +19,6 @@ from tinker import types
 
 from tests.live import LiveServer
 
-# The SDK in this process leaves sockets to the garbage collector when its server dies under it.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
