@@ -19,10 +19,7 @@ from tinker import types
 
 from tests.live import LiveServer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.slow
 
 
 def _refusal(*arguments: str, **environment: str) -> str:
