@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.live import LiveServer
 
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The acceptance tests last: the SDK, in this process, leaves threads and sockets behind, which
     would be taken for those of whatever test comes next."""
     items.sort(key=lambda item: "acceptance" in item.path.parts)
+
+
+@pytest.fixture(autouse=True)
+def _logs_restored() -> Iterator[None]:
+    """A command configures the logs for its process; here the next test is in it too."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

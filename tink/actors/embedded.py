@@ -23,7 +23,7 @@ import trio
 from tink.actors.trainer_link import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.journal.home import Home, TrainerRecord
 from tink.settings import Settings
 from tink.world import World
 
@@ -35,14 +35,6 @@ STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
 
 log = structlog.get_logger()
-
-
-class _Record(msgspec.Struct):
-    """trainer.json: `pid`, `port` and `incarnation` as the child wrote them."""
-
-    pid: int
-    port: int
-    incarnation: str
 
 
 class EmbeddedTrainer:
@@ -85,12 +77,12 @@ class EmbeddedTrainer:
 
     # -- the present one ----------------------------------------------------------------------------
 
-    def _record(self) -> _Record | None:
+    def _record(self) -> TrainerRecord | None:
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode(self._home.trainer.read_bytes(), type=_Record)
+            return msgspec.json.decode(self._home.trainer.read_bytes(), type=TrainerRecord)
         return None
 
-    async def _answers(self, endpoint: Endpoint, record: _Record) -> bool:
+    async def _answers(self, endpoint: Endpoint, record: TrainerRecord) -> bool:
         try:
             async with TrainerClient.connect(
                 endpoint.url, self._world, slots=1, token=endpoint.token

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Connection, select
 
 from tink.cli import queries
-from tink.cli.snapshot import open_snapshot
+from tink.cli.homes import open_snapshot
 from tink.errors import StartupError
 from tink.journal import migrations, schema, store
 from tink.journal.home import Home

@@ -9,7 +9,7 @@ from typing import Any
 
 from tink.cli import printing
 from tink.cli.checks import Check, check
-from tink.cli.snapshot import find_home, open_snapshot
+from tink.cli.homes import find_home, open_snapshot
 from tink.errors import StartupError
 from tink.journal import migrations
 from tink.journal.home import Home

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 
 from tink.cli import printing, queries
-from tink.cli.snapshot import find_home, open_journal
+from tink.cli.homes import find_home, open_journal
 from tink.domain import rows
 from tink.domain.events import Record
 from tink.domain.requests import OpName

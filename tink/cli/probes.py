@@ -13,7 +13,7 @@ import trio
 
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
-from tink.journal.home import Home
+from tink.journal.home import Home, TrainerRecord, WorkerRecord
 from tink.trainer import protocol
 from tink.world import World
 
@@ -21,18 +21,6 @@ from tink.world import World
 ANSWER_SECONDS = 3.0
 
 T = TypeVar("T")
-
-
-class _WorkerRecord(msgspec.Struct):
-    pid: int
-    url: str
-    version: str
-    mode: str
-
-
-class _TrainerRecord(msgspec.Struct):
-    pid: int
-    port: int
 
 
 class WorkerStatus(msgspec.Struct, kw_only=True):
@@ -86,7 +74,7 @@ def _worker(home: Home, last: rows.Incarnation | None, world: World) -> WorkerSt
             started_at=last.started_at,
             stopped_at=last.stopped_at,
         )
-    record = _read(home.worker, _WorkerRecord)
+    record = _read(home.worker, WorkerRecord)
     if record is not None and alive(record.pid, "tink"):
         status.state = "silent"
         status.pid, status.url, status.version, status.mode = (
@@ -103,7 +91,7 @@ def _worker(home: Home, last: rows.Incarnation | None, world: World) -> WorkerSt
 
 
 def _trainer(home: Home) -> TrainerStatus:
-    record = _read(home.trainer, _TrainerRecord)
+    record = _read(home.trainer, TrainerRecord)
     if record is None or not alive(record.pid, "tink"):
         return TrainerStatus(state="stopped")
     return TrainerStatus(state="silent", pid=record.pid, url=f"http://127.0.0.1:{record.port}")

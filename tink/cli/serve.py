@@ -25,7 +25,7 @@ from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.journal.home import Home, WorkerRecord
 from tink.journal.journal import Journal
 from tink.limits import BACKLOG
 from tink.logs import configure_logs
@@ -37,15 +37,6 @@ from tink.world import World
 DRAIN_SECONDS = 10.0
 
 log = structlog.get_logger()
-
-
-class WorkerRecord(msgspec.Struct):
-    """worker.json: how to reach the running worker, for `tink status`."""
-
-    pid: int
-    url: str
-    version: str
-    mode: str
 
 
 HELP = "run the worker"

@@ -9,9 +9,9 @@ import msgspec
 
 import tink
 from tink.cli import printing, queries
+from tink.cli.homes import find_home, open_journal
 from tink.cli.jobs import JobLine, job_line, print_jobs
 from tink.cli.probes import TrainerStatus, WorkerStatus, probe
-from tink.cli.snapshot import find_home, open_journal
 from tink.domain import rows
 from tink.world import World
 

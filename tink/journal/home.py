@@ -9,7 +9,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from tink.errors import StartupError
+
+
+class WorkerRecord(msgspec.Struct):
+    """worker.json: how to reach the running worker."""
+
+    pid: int
+    url: str
+    version: str
+    mode: str
+
+
+class TrainerRecord(msgspec.Struct):
+    """trainer.json, as the embedded trainer wrote it."""
+
+    pid: int
+    port: int
+    incarnation: str
 
 
 @dataclass(frozen=True)

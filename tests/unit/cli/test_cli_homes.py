@@ -10,7 +10,7 @@ from cli_home import TRAINED
 from sqlalchemy import select
 
 from tink.cli import queries
-from tink.cli.snapshot import open_journal
+from tink.cli.homes import open_journal
 from tink.journal import schema
 from tink.journal.database import writer_engine
 

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-import structlog
 from trainer_kit import body, logprobs, sampled, supervised
 
 from tink.errors import StartupError
@@ -134,13 +133,6 @@ def test_other_machines_need_a_token(tmp_path: Path, host: str) -> None:
         process.run(Options(home=tmp_path, host=host))
 
 
-@pytest.fixture
-def logs_restored() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()
-
-
-@pytest.mark.usefixtures("logs_restored")
 def test_a_bad_option_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert process.main(["--home", str(tmp_path), "--slots", "0"]) == 2
     assert capsys.readouterr().err == "tink trainer: --slots and --threads must be 1 or more\n"
