@@ -1,0 +1,69 @@
+"""tools/crashloop, without its virtual environment: real processes, real kills, the real SDK."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = 6
+LAST_LINE = (
+    rf"kills={KILLS} lost=0 doubled=0 client_errors=0 max_abs_diff=0\.0 "
+    r"recovery_p50=\d+\.\ds recovery_max=\d+\.\ds"
+)
+
+pytestmark = pytest.mark.slow
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.crash.loop", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines that name the folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+def test_nothing_is_lost_doubled_or_different_after_kills(tmp_path: Path) -> None:
+    out, err = start(tmp_path, "--kills", str(KILLS), "--seed", "2").communicate(timeout=200)
+    lines = out.splitlines()
+    assert lines, err
+    assert re.fullmatch(LAST_LINE, lines[-1]), f"{out}\n{err}"
+    assert not processes_of(tmp_path)
+    assert not list(tmp_path.glob("tink-crashloop-*")), "a run that went well leaves nothing behind"
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    loop = start(tmp_path, "--kills", str(KILLS), "--seed", "2")
+    assert loop.stderr is not None
+    for line in loop.stderr:
+        if line.startswith("kill "):
+            break
+    loop.send_signal(signal.SIGINT)
+    out, err = loop.communicate(timeout=100)
+    assert loop.returncode == 130, err
+    assert out == ""
+    assert "crashloop: interrupted, and everything stopped" in err
+    assert not processes_of(tmp_path)
+    assert not list(tmp_path.glob("tink-crashloop-*"))
