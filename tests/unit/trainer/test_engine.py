@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_training_is_what_peft_and_adamw_do(
             loss.backward()
             assert result.loss == pytest.approx(loss.item(), abs=1e-4)
             for ours, theirs in zip(logprobs(result.body), plain, strict=True):
-                np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
+                np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=5e-5)
         hyper = OptimStep(
             learning_rate=0.01 * (step + 1),
             eps=STEP.eps,
@@ -104,7 +105,7 @@ def test_training_is_what_peft_and_adamw_do(
     }
     assert trained.keys() == theirs.keys()
     for name, value in trained.items():
-        torch.testing.assert_close(value, theirs[name].detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(value, theirs[name].detach(), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -293,6 +294,15 @@ def test_the_same_seed_starts_the_same_whatever_else_exists(frozen: Frozen, arti
     a = part.split(part.values)["model.layers.1.mlp.up_proj.lora_A"]
     assert a.abs().max() <= 32**-0.5
     assert a.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.2)
+
+
+def test_another_seed_starts_otherwise(engine: HFEngine) -> None:
+    for seed in (7, 8, 7 + 2**32):
+        engine.create(f"m{seed}", msgspec.structs.replace(CREATE, seed=seed))
+    first, *others = (trained.adapter.values for trained in engine._models.values())
+    drawn = first != 0  # the rest is B
+    for other in others:
+        assert (first[drawn] == other[drawn]).float().mean() < 0.01
 
 
 # -- saved states ---------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ the same layout, and their arithmetic is a handful of operations whatever the nu
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ import torch
 
 from tink.errors import BackendError, UserError
 from tink.limits import MAX_RANK
+from tink.trainer.engines import drawing
 from tink.trainer.protocol import ModelInfo
 
 Tensor = Any
@@ -96,9 +96,9 @@ def fresh(info: ModelInfo, sites: Sites) -> Adapter:
     for name, part in adapter.split(adapter.values).items():
         layer, _, kind = name.rpartition(".")
         if kind == "lora_A":
-            start = (info.seed << 32) ^ zlib.crc32(layer.encode())
-            generator = torch.Generator().manual_seed(start & (2**63 - 1))
-            uniform = torch.rand(part.shape, generator=generator) * 2 - 1
+            # Of a seed torch uses the lower 32 bits alone: this one is a digest of both.
+            stream = drawing.generator(info.seed, layer)
+            uniform = torch.rand(part.shape, generator=stream) * 2 - 1
             part.copy_(uniform / math.sqrt(part.shape[1]))
     return adapter
 
