@@ -65,9 +65,10 @@ class SessionFinished(UserError):
 
 
 class Overloaded(TinkError):
-    """A bounded queue is full. Nothing was accepted: send the same request again later."""
+    """A bounded queue is full, or the worker is stopping. Nothing was accepted: send the same request
+    again later. (429: to a 503 the SDK's samples come again as new ones.)"""
 
-    status = 503
+    status = 429
 
 
 class BackendError(TinkError):

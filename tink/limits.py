@@ -9,6 +9,8 @@ from __future__ import annotations
 MAX_TRAINING_BODY = 64 * 1024 * 1024
 # A JSON prompt of 128k tokens is below 1 MB.
 MAX_JSON_BODY = 8 * 1024 * 1024
+# A training command (all but forward and forward_backward) is kept in its event for ever.
+MAX_COMMAND_BODY = 256 * 1024
 # A zstd frame may claim any size: what it really yields is counted against MAX_TRAINING_BODY, and the
 # window it may ask memory for against this.
 MAX_ZSTD_WINDOW = 16 * 1024 * 1024
@@ -51,13 +53,13 @@ BACKLOG = 1024
 
 # The SDK gives up on one poll after 45 s; below that, 408 makes it ask again at once.
 POLL_HOLD = 20.0
-# Model 8B's fp32 logits for 64 such jobs are what a laptop can queue; beyond it the SDK retries.
+# Rows and futures in memory, about 2 kB each; beyond it the SDK waits and sends again.
 MAX_OPEN_JOBS = 20_000
 # Ended jobs kept in memory for the poll that is about to come; older ones come from the database.
 RECENT_JOBS = 4096
-# How long a model's lane waits for a seq_id that never came while later ones are there: the SDK has
-# retried for at most 30 s at a time, once the worker is up.
-SEQ_GAP_SECONDS = 60.0
+# How long a model's lane waits for a seq_id that never came while later ones are there: a client that is
+# cut off sends again for five minutes.
+SEQ_GAP_SECONDS = 330.0
 
 # -- queues -----------------------------------------------------------------------------------------
 

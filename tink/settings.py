@@ -130,20 +130,33 @@ class Settings:
         """With absolute paths, and checked: raises StartupError for values that cannot work."""
         if not 0 <= self.port < 65536:
             raise StartupError(f"TINK_PORT: {self.port} is not a port (0 to 65535)")
-        if self.max_workers < 1:
-            raise StartupError(f"MAX_WORKERS: {self.max_workers} must be at least 1")
+        least = {
+            "MAX_WORKERS": (self.max_workers, 1),
+            "TINK_MAX_ATTEMPTS": (self.max_attempts, 1),
+            "TINK_TRAINER_THREADS": (self.trainer_threads, 1),
+            "TINK_TRAINER_ORPHAN_SECONDS": (self.trainer_orphan_seconds, 0),
+            "TINK_SNAPSHOT_SECONDS": (self.snapshot_seconds, 0.0),
+        }
+        for name, (value, bound) in least.items():
+            if not value >= bound:
+                raise StartupError(f"{name}: {value} must be at least {bound}")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise StartupError(f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0")
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise StartupError(f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error")
-        if self.hf_model.startswith(("/", ".", "~")) and not Path(self.hf_model).expanduser().is_dir():
-            raise StartupError(f"TINK_HF_MODEL: there is no directory {self.hf_model}")
+        hf_model = self.hf_model
+        if hf_model.startswith(("/", ".", "~")) or (Path(hf_model).is_dir() and hf_model):
+            hf_model = str(Path(hf_model).expanduser().absolute())
+            if not Path(hf_model).is_dir():
+                raise StartupError(f"TINK_HF_MODEL: there is no directory {hf_model}")
         _ = self.tenants
-        paths = {"home": self.home.expanduser().absolute()}
+        paths: dict[str, Any] = {"home": self.home.expanduser().absolute(), "hf_model": hf_model}
         if self.artifacts is not None:
             paths["artifacts"] = self.artifacts.expanduser().absolute()
         return Settings(**{f.name: getattr(self, f.name) for f in fields(self)} | paths)
 
 
-# Read by other parts: the trainer's own token, and crash points of the crash tests.
+# Read by the trainer itself.
 OTHERS = frozenset({"TINK_TRAINER_TOKEN"})
 
 

@@ -45,8 +45,6 @@ class Catalogue:
     ) -> None:
         self._journal, self._link, self._routes = journal, link, routes
         self._artifacts, self._world = artifacts, world
-        # One change at a time: what is decided from the ledger is true when it is committed.
-        self._lock = trio.Lock()
 
     async def answer(self, ask: messages.Question) -> Any:
         match ask:
@@ -103,7 +101,7 @@ class Catalogue:
         return self._owned("sessions", rows.Session, tenant, session_id, "session")
 
     async def _create_session(self, ask: messages.CreateSession) -> messages.Created:
-        async with self._lock:
+        async with self._journal.naming:
             if ask.idempotency_key is not None:
                 for session in self._mine("sessions", rows.Session, ask.tenant):
                     if session.idempotency_key == ask.idempotency_key:
@@ -121,7 +119,7 @@ class Catalogue:
             return messages.Created(session_id)
 
     async def _finish_session(self, ask: messages.FinishSession) -> None:
-        async with self._lock:
+        async with self._journal.naming:
             if self.session(ask.tenant, ask.session_id).state == "open":
                 subject = Subject(tenant=ask.tenant, session_id=ask.session_id)
                 finished = SessionFinished(reason=ask.reason, detail=ask.detail)
@@ -149,7 +147,7 @@ class Catalogue:
         return model
 
     async def _model_views(self, tenant: str, models: list[rows.Model]) -> list[messages.ModelView]:
-        served = (await self._link.life()).info
+        served = await self._link.served()
         newest: dict[tuple[str, str], rows.Checkpoint] = {}
         for checkpoint in _newest_first(self._live_checkpoints(tenant)):
             newest.setdefault((checkpoint.model_id, checkpoint.kind), checkpoint)
@@ -173,8 +171,8 @@ class Catalogue:
         return _newest_first(models)
 
     async def _create_sampler(self, ask: messages.CreateSampler) -> messages.Created:
-        served = (await self._link.life()).info
-        async with self._lock:
+        served = await self._link.served()
+        async with self._journal.naming:
             self.session(ask.tenant, ask.session_id)
             sampler_id = ids.sampler_id(ask.session_id, ask.sampling_seq_id)
             if (sampler_id,) in self._journal.ledger.tables["samplers"]:
@@ -204,7 +202,7 @@ class Catalogue:
             return messages.Created(sampler_id)
 
     async def _capabilities(self) -> messages.Capabilities:
-        served = (await self._link.life()).info
+        served = await self._link.served()
         model = messages.ServedModel(
             name=served.base_model,
             max_context=served.max_context,
@@ -250,7 +248,7 @@ class Catalogue:
     async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:
         if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= LONGEST_TTL:
             raise UserError(f"ttl_seconds {ask.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
-        async with self._lock:
+        async with self._journal.naming:
             checkpoint = self._own_checkpoint(ask.tenant, ask.address)
             expires_at = checkpoint.expires_at
             if ask.set_ttl:
@@ -263,14 +261,14 @@ class Catalogue:
             await self._journal.append((_subject(checkpoint), changed))
 
     async def _delete_checkpoint(self, ask: messages.DeleteCheckpoint) -> None:
-        async with self._lock:
+        async with self._journal.naming:
             await self._drop([self._own_checkpoint(ask.tenant, ask.address)], "deleted")
 
     async def expire_for_ever(self) -> None:
         """Deletes checkpoints whose time is up, as long as it runs."""
         while True:
             now = self._world.now()
-            async with self._lock:
+            async with self._journal.naming:
                 await self._drop(
                     [
                         c

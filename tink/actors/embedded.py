@@ -14,12 +14,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import structlog
 import trio
 
+import tink
 from tink.actors.trainer_link import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
@@ -46,6 +48,12 @@ class EmbeddedTrainer:
         self._command = _command(settings, home)
         self._child: subprocess.Popen[bytes] | None = None
         self._silent_since: float | None = None
+        self._silent_last = 0.0
+
+    @property
+    def _signature(self) -> str:
+        """What a trainer must have been started with to be adopted: these options, by this Tink."""
+        return "\n".join([*self._command, tink.__version__])
 
     @property
     def log_file(self) -> Path:
@@ -93,8 +101,10 @@ class EmbeddedTrainer:
 
     def _stuck(self) -> bool:
         now = self._world.monotonic()
-        if self._silent_since is None:
+        # Two silences with a long time between them are two, and not one long one.
+        if self._silent_since is None or now - self._silent_last > STUCK_SECONDS:
             self._silent_since = now
+        self._silent_last = now
         return now - self._silent_since > STUCK_SECONDS
 
     def _alive(self, pid: int) -> bool:
@@ -110,7 +120,7 @@ class EmbeddedTrainer:
     def _of_this_configuration(self) -> bool:
         """Whether the trainer that a former worker left was started as this one would start it."""
         with contextlib.suppress(OSError):
-            return self._home.trainer_command.read_text() == "\n".join(self._command)
+            return self._home.trainer_command.read_text() == self._signature
         return False
 
     async def _end(self, pid: int) -> None:
@@ -144,7 +154,7 @@ class EmbeddedTrainer:
 
     async def _start(self) -> Endpoint:
         self._home.trainer.unlink(missing_ok=True)
-        self._home.trainer_command.write_text("\n".join(self._command))
+        self._home.trainer_command.write_text(self._signature)
         self._child = await self._world.run_sync(self._spawn)
         log.info("starting trainer", pid=self._child.pid, log=str(self.log_file))
         with trio.move_on_after(START_SECONDS):
@@ -157,6 +167,8 @@ class EmbeddedTrainer:
         status = self._child.poll()
         if status is None:
             await self._end(self._child.pid)
+        if status is not None and status < 0:
+            raise TrainerGone(f"the trainer was killed by signal {-status} while it started")
         raise StartupError(
             f"the trainer did not start ({'no answer' if status is None else f'exit status {status}'}); "
             f"the end of {self.log_file}:\n{self._last_lines()}"
@@ -169,7 +181,7 @@ class EmbeddedTrainer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "TINK_TRAINER_TOKEN": self._token},
+                env={**_without_keys(os.environ), "TINK_TRAINER_TOKEN": self._token},
                 # A session of its own: Ctrl-C and the death of the worker are not its own.
                 start_new_session=True,
             )
@@ -182,6 +194,11 @@ class EmbeddedTrainer:
 def _signal(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
         os.kill(pid, number)
+
+
+def _without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """The clients' keys are none of the trainer's business."""
+    return {name: value for name, value in environment.items() if name != "TINK_API_KEYS"}
 
 
 def _command(settings: Settings, home: Home) -> list[str]:

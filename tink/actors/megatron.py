@@ -11,6 +11,7 @@ model's journaled operations since are applied again, in order, and compared wit
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import structlog
 import trio
@@ -23,7 +24,7 @@ from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
 from tink.domain.events import Diverged, JobDone, JobFailed, JobStarted
-from tink.errors import BackendError, UserError
+from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
 from tink.limits import MAX_OPEN_JOBS
 from tink.trainer import protocol
@@ -64,20 +65,47 @@ class MegatronActor:
     async def _run_one(self, job_id: str, token: object) -> None:
         try:
             job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
-            entries = await self._outcome(job)
-            # A crash of another job's task cancels this one: whoever takes the job up again must know
-            # whether it has ended.
-            with trio.CancelScope(shield=True):
-                await self._journal.append(*entries)
+            try:
+                await self._run_to_its_end(job)
+            except (JournalUnavailable, StartupError):
+                raise
+            except Exception:
+                # A bug that this job met: it fails, and the others go on.
+                log.exception("job crashed", job=job_id)
+                await self._append(self._crashed(job))
             await self._settle(job_id)
-            if isinstance(entries[0][1], JobDone) and job.op in plans.MUTATING:
+            if job.state == "done" and job.op in plans.MUTATING:
                 await self._snapshots.consider(self._link.present, job)
         finally:
             self._slots.release_on_behalf_of(token)
         await self._release(job_id)
 
-    async def _outcome(self, job: rows.Job) -> list[Entry]:
-        """Runs the job to its end; the events that record it, the terminal one first."""
+    async def _run_to_its_end(self, job: rows.Job) -> None:
+        # Two who want one sampler number: whoever commits first has it.
+        names = job.op == "save_weights_for_sampler"
+        end = await self._outcome(job)
+        async with self._journal.naming if names else trio.CapacityLimiter(1):
+            try:
+                entries = end()
+            except UserError as error:
+                entries = [self._failed(job, error.category, str(error))]
+            await self._append(entries)
+
+    async def _append(self, entries: list[Entry]) -> None:
+        """Shielded: whoever takes the job up again must know whether it has ended."""
+        with trio.CancelScope(shield=True):
+            await self._journal.append(*entries)
+
+    def _crashed(self, job: rows.Job) -> list[Entry]:
+        entries = [self._failed(job, "server", "internal error in the worker: its log has it")]
+        if job.op_no is not None:
+            detail = "the worker failed while the job ran: whether it was applied is not known"
+            entries.append((plans.subject(job), Diverged(op_no=job.op_no, detail=detail)))
+        return entries
+
+    async def _outcome(self, job: rows.Job) -> Callable[[], list[Entry]]:
+        """Runs the job. The call that it returns gives the events that end it, the terminal one first;
+        or raises UserError."""
         life = await self._link.life()
         context = plans.Context(self._journal.ledger, life.info, self._alpha)
         try:
@@ -85,33 +113,50 @@ class MegatronActor:
             op_no = job.op_no or self._model(job).op_no + 1
             plan = plans.training(job, body, op_no, context)
         except (UserError, BackendError) as error:
-            return [self._failed(job, error.category, str(error))]
-        if job.attempts == 0:
-            await self._start(job, op_no, plan, attempt=1)
+            failed = [self._failed(job, error.category, str(error))]
+            return lambda: failed
         try:
+            if job.attempts == 0 or self._link.is_new(life):
+                await self._begin_attempt(job, op_no, plan)
             reply = await self._send(life, job, op_no, plan)
         except BackendError as error:
-            return [self._failed(job, "server", str(error))]
+            failed = [self._failed(job, "server", str(error))]
+            return lambda: failed
         if reply.failure is not None:
-            return [self._failed(job, reply.failure.category, reply.failure.message)]
+            failed = [self._failed(job, reply.failure.category, reply.failure.message)]
+            return lambda: failed
         result = reply.result
         assert result is not None, "a done op has a result"
-        answer, more = plans.conclusion(job, body, plan, result, context, self._world.now())
-        digest = await self._journal.bodies.put(result.body) if answer is None else None
-        done = JobDone(
-            result=answer,
-            result_sha256=digest,
-            result_bytes=len(result.body),
-            tokens_in=result.tokens,
-            loss_sum=result.loss,
-            metrics=result.metrics,
-            run_ms=result.run_ms,
-        )
-        return [(plans.subject(job), done), *more]
+        digest = await self._journal.bodies.put(result.body) if result.body else None
 
-    async def _start(self, job: rows.Job, op_no: int, plan: plans.Plan, attempt: int) -> None:
+        def end() -> list[Entry]:
+            answer, more = plans.conclusion(job, body, plan, result, context, self._world.now())
+            done = JobDone(
+                result=answer,
+                result_sha256=digest,
+                result_bytes=len(result.body),
+                tokens_in=result.tokens,
+                loss_sum=result.loss,
+                metrics=result.metrics,
+                run_ms=result.run_ms,
+            )
+            return [(plans.subject(job), done), *more]
+
+        return end
+
+    async def _begin_attempt(self, job: rows.Job, op_no: int, plan: plans.Plan) -> None:
+        """Raises BackendError if the trainer has died of this job often enough."""
+        if job.attempts >= self._max_attempts:
+            raise BackendError(
+                f"the trainer died {job.attempts} times while it ran this job; given up after "
+                f"TINK_MAX_ATTEMPTS={self._max_attempts}"
+            )
         started = JobStarted(
-            attempt=attempt, backend="trainer", op_no=op_no, seq_id=job.seq_id, directory=plan.directory
+            attempt=job.attempts + 1,
+            backend="trainer",
+            op_no=op_no,
+            seq_id=job.seq_id,
+            directory=plan.directory,
         )
         await self._journal.append((plans.subject(job), started))
 
@@ -133,8 +178,10 @@ class MegatronActor:
         model_id = str(job.model_id)
         while True:
             try:
-                await self._bring_up(life, model_id, op_no - 1)
-                reply = await life.client.op(self._request(life, job, op_no, plan.op))
+                # A job that was running when a server died runs alone: only its own death counts.
+                async with self._link.exposure(alone=job.attempts > 1):
+                    await self._bring_up(life, model_id, op_no - 1)
+                    reply = await life.client.op(self._request(life, job, op_no, plan.op))
             except TrainerGone as error:
                 log.warning("training call lost", job=job.job_id, reason=str(error))
             except Refused as error:
@@ -160,12 +207,7 @@ class MegatronActor:
             self._link.lost(life)
             next_life = await self._link.life()
             if next_life.incarnation != life.incarnation:
-                if job.attempts >= self._max_attempts:
-                    raise BackendError(
-                        f"the trainer died {job.attempts} times while it ran this job; given up after "
-                        f"TINK_MAX_ATTEMPTS={self._max_attempts}"
-                    )
-                await self._start(job, op_no, plan, attempt=job.attempts + 1)
+                await self._begin_attempt(job, op_no, plan)
             life = next_life
 
     def _request(self, life: Life, job: rows.Job, op_no: int, op: protocol.Op) -> protocol.OpRequest:

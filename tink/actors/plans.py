@@ -110,7 +110,7 @@ def again(job: rows.Job, body: bytes, context: Context) -> protocol.Op:
     )
 
 
-def check_base_model(name: str, served: protocol.Info) -> None:
+def check_base_model(name: str, served: protocol.Info | events.TrainerStarted) -> None:
     """Raises UserError unless `name` is the model that is served, by its name or its path."""
     if name not in (served.base_model, served.base_path):
         raise UserError(f"the base model {name[:200]!r} is not served here: {served.base_model!r} is")
@@ -313,6 +313,7 @@ def _saved(
     if name is None:
         assert isinstance(request, requests.SaveWeightsForSampler)
         assert request.sampling_session_seq_id is not None, "the plan has checked it"
+        _check_ephemeral(job, request, context.ledger)  # the number may have been taken meanwhile
         sampler = ids.sampler_id(str(job.session_id), request.sampling_session_seq_id)
         made = events.SamplerCreated(
             sampler_id=sampler,

@@ -27,7 +27,7 @@ from tink.domain.requests import DATA_OPS
 from tink.domain.routing import NO_SAMPLING, NO_TRAINING
 from tink.errors import NotFound, Overloaded, TinkError, UserError
 from tink.journal.journal import Journal
-from tink.limits import MAILBOX, MAX_OPEN_JOBS, SEQ_GAP_SECONDS
+from tink.limits import MAILBOX, MAX_COMMAND_BODY, MAX_OPEN_JOBS, SEQ_GAP_SECONDS
 from tink.world import World
 
 log = structlog.get_logger()
@@ -62,10 +62,11 @@ class _Released:
 
 
 class _Restarted:
-    """An actor begins (again) with an empty mailbox."""
+    """An actor begins (again)."""
 
-    def __init__(self, actor: Actor) -> None:
-        self.actor = actor
+    def __init__(self, actor: Actor, clear: Callable[[], None]) -> None:
+        self.actor, self.clear = actor, clear
+        self.reply: Reply[None] = Reply()
 
 
 class Router:
@@ -100,9 +101,12 @@ class Router:
     async def release(self, job_id: str) -> None:
         await self._mailbox.send(_Released(job_id))
 
-    async def restarted(self, actor: Actor) -> None:
-        """An actor begins with an empty mailbox: the open jobs that are its own are sent to it."""
-        await self._mailbox.send(_Restarted(actor))
+    async def restarted(self, actor: Actor, clear: Callable[[], None]) -> None:
+        """An actor begins: its mailbox is emptied by `clear` and filled with the open jobs that are its
+        own, in one step, so that none is there twice. Returns when that is done."""
+        message = _Restarted(actor, clear)
+        await self._mailbox.send(message)
+        await message.reply.wait()
 
     def release_waiters(self) -> None:
         """The worker is stopping: whoever waits for a result is told to ask again, of the next one."""
@@ -123,7 +127,9 @@ class Router:
                     case _Released():
                         self._released(message.job_id)
                     case _Restarted():
+                        message.clear()
                         self._send_open_jobs(message.actor)
+                        message.reply.set(None)
                     case _Question():
                         self._decide(message)
 
@@ -132,9 +138,8 @@ class Router:
     def _decide(self, question: _Question) -> None:
         try:
             work = self._work_for(question.ask, question.reply)
-        except TinkError as error:
-            question.reply.fail(error)
         except Exception as error:
+            # A bug in one answer is that caller's 500, and nobody else's; the caller logs it.
             question.reply.fail(error)
         else:
             if work is not None:
@@ -156,10 +161,7 @@ class Router:
     async def _finish(self, work: Awaitable[Any], reply: Reply[Any]) -> None:
         try:
             reply.set(await work)
-        except TinkError as error:
-            reply.fail(error)
         except Exception as error:
-            # A bug in one answer is that caller's 500, and nobody else's; the caller logs it.
             reply.fail(error)
 
     # -- submitting ---------------------------------------------------------------------------------
@@ -170,13 +172,17 @@ class Router:
         promise = messages.Promise(job_id, model_id=ask.model_id)
         if self._is_known(job_id):
             return self._when_accepted(promise)
-        model = self._journal.ledger.table("models", rows.Model).get((ask.model_id,))
-        makes_it = ask.model_seq_id is not None
-        if model is None and not makes_it and ids.job_id(ask.model_id, 0) not in self._accepting:
-            raise NotFound(f"there is no model {ask.model_id}")
+        making = None
+        if ask.model_seq_id is None:
+            making = self._accepting.get(ids.job_id(ask.model_id, 0))
+            if making is None:
+                self._model(ask.tenant, ask.model_id)
         if self._train is None:
             raise UserError(NO_TRAINING)
-        inline = ask.op not in DATA_OPS and ask.invalid is None
+        invalid = ask.invalid
+        if ask.op not in DATA_OPS and len(ask.body) > MAX_COMMAND_BODY:
+            invalid = f"the body of {ask.op} is over the limit of {MAX_COMMAND_BODY} bytes"
+        inline = ask.op not in DATA_OPS and invalid is None
         accepted = JobAccepted(
             op=ask.op,
             seq_id=ask.seq_id,
@@ -184,21 +190,40 @@ class Router:
             request=ask.body.decode() if inline else None,
             body_bytes=len(ask.body),
             codec=ask.codec,
-            invalid=ask.invalid,
+            invalid=invalid,
         )
         subject = Subject(
             tenant=ask.tenant, session_id=ask.session_id, model_id=ask.model_id, job_id=job_id
         )
-        self._reserve(job_id)
-        return self._accept_training(subject, accepted, ask.body, promise)
+        # What a lane waits for is let in whatever else is open: without it the rest cannot end.
+        self._reserve(job_id, awaited=ask.seq_id == self._lane(ask.model_id).next_seq)
+        return self._accept_training(subject, accepted, ask.body, promise, making)
+
+    def _model(self, tenant: str, model_id: str) -> rows.Model:
+        model = self._journal.ledger.table("models", rows.Model).get((model_id,))
+        if model is None or model.tenant != tenant:
+            raise NotFound(f"there is no model {model_id}")
+        return model
 
     async def _accept_training(
-        self, subject: Subject, accepted: JobAccepted, body: bytes, promise: messages.Promise
+        self,
+        subject: Subject,
+        accepted: JobAccepted,
+        body: bytes,
+        promise: messages.Promise,
+        making: trio.Event | None,
     ) -> messages.Promise:
+        """`making`: the acceptance of the job that makes the model, which must be durable first."""
         model_id, job_id = str(subject.model_id), str(subject.job_id)
         with self._reservation(job_id):
-            if accepted.seq_id < self._lane(model_id).next_seq and await self._journal.job(job_id):
-                return promise  # it has run before
+            lane = self._lane(model_id)
+            # Its number was consumed, or it has ended and its lane is not released yet.
+            repeated = accepted.seq_id < lane.next_seq or lane.running == job_id
+            if repeated and await self._journal.job(job_id) is not None:
+                return promise
+            if making is not None:
+                await making.wait()
+                self._model(str(subject.tenant), model_id)
             await self._accept(subject, accepted, body)
             in_time = self._lane(model_id).arrive(accepted.seq_id, job_id)
         if in_time:
@@ -265,9 +290,9 @@ class Router:
             raise Overloaded("the first submission of this job failed: send it again")
         return promise
 
-    def _reserve(self, job_id: str) -> None:
+    def _reserve(self, job_id: str, *, awaited: bool = False) -> None:
         open_jobs = len(self._journal.ledger.tables["jobs"]) + len(self._accepting)
-        if open_jobs >= MAX_OPEN_JOBS:
+        if open_jobs >= MAX_OPEN_JOBS and not awaited:
             raise Overloaded(f"{open_jobs} jobs are open: send it again when some have ended")
         self._accepting[job_id] = trio.Event()
 

@@ -12,7 +12,7 @@ from tink.actors.trainer_link import TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
 from tink.domain.events import JobDone, JobFailed, JobStarted
-from tink.errors import BackendError, UserError
+from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
 from tink.limits import MAX_OPEN_JOBS, SAMPLE_SLOTS
 from tink.trainer import protocol
@@ -56,9 +56,16 @@ class SamplerActor:
                 return
             self._begun.add(job_id)
             job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
-            entry = await self._outcome(job)
-            # A crash of another job's task cancels this one: whoever takes the job up again must know
-            # whether it has ended.
+            try:
+                entry = await self._outcome(job)
+            except (JournalUnavailable, StartupError):
+                raise
+            except Exception:
+                # A bug that this job met: it fails, and the others go on.
+                log.exception("job crashed", job=job_id)
+                internal = "internal error in the worker: its log has it"
+                entry = plans.subject(job), JobFailed(category="server", error=internal)
+            # Shielded: whoever takes the job up again must know whether it has ended.
             with trio.CancelScope(shield=True):
                 await self._journal.append(entry)
         finally:
@@ -96,8 +103,10 @@ class SamplerActor:
         incarnation: str | None = None
         while True:
             life = await self._link.life()
+            if incarnation is None and job.attempts and not self._link.is_new(life):
+                incarnation = life.incarnation  # only the worker has changed: the same attempt goes on
             if life.incarnation != incarnation:
-                if incarnation is not None and job.attempts >= self._max_attempts:
+                if job.attempts >= self._max_attempts:
                     raise BackendError(
                         f"the trainer died {job.attempts} times while it ran this sample; given up after "
                         f"TINK_MAX_ATTEMPTS={self._max_attempts}"
@@ -106,7 +115,9 @@ class SamplerActor:
                 started = JobStarted(attempt=job.attempts + 1, backend="trainer")
                 await self._journal.append((plans.subject(job), started))
             try:
-                return await life.client.sample(request)
+                # A job that was running when a server died runs alone: only its own death counts.
+                async with self._link.exposure(alone=job.attempts > 1):
+                    return await life.client.sample(request)
             except TrainerGone as error:
                 log.warning("sampling call lost", job=job.job_id, reason=str(error))
                 self._link.lost(life)

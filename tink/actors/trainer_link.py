@@ -6,13 +6,15 @@ server answers again, as the same incarnation or as a new one.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
 import trio
 
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
+from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
 from tink.errors import StartupError
 from tink.journal.journal import Journal
@@ -61,13 +63,47 @@ class TrainerLink:
         self._arrived = trio.Event()
         self._arrived_once = False
         self._look = trio.Event()
+        # What the journal says of the last server, if models of its are there: they bind the home to it.
+        self._served = journal.last_trainer
+        self._exposures = trio.Condition()
+        self._exposed, self._alone = 0, False
 
     async def life(self) -> Life:
         """The server's present life; waits for one as long as it takes."""
+        await trio.lowlevel.checkpoint()
         while self._life is None:
             await self._arrived.wait()
-        await trio.lowlevel.checkpoint()
         return self._life
+
+    async def served(self) -> TrainerStarted:
+        """What the server serves, as far as is known: a server that is away for a while comes back with
+        the same. Waits only if there never was one."""
+        await trio.lowlevel.checkpoint()
+        while self._served is None:
+            await self.life()
+        return self._served
+
+    def is_new(self, life: Life) -> bool:
+        """Whether it began after this worker: what a former one was running did not survive in it."""
+        before = self._journal.last_trainer
+        return before is None or before.incarnation != life.incarnation
+
+    @asynccontextmanager
+    async def exposure(self, *, alone: bool) -> AsyncIterator[None]:
+        """Around a call that may be the server's death. `alone`: no other call is out meanwhile."""
+        async with self._exposures:
+            while self._alone or (alone and self._exposed):
+                await self._exposures.wait()
+            self._alone = alone
+            self._exposed += 1
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                async with self._exposures:
+                    self._exposed -= 1
+                    self._alone = False
+                    self._exposures.notify_all()
 
     def lost(self, life: Life) -> None:
         """A call of this life failed: no more of it until the server has answered again."""
@@ -130,6 +166,7 @@ class TrainerLink:
             info, state = await client.info(), await client.state()
         except Refused as error:
             raise TrainerGone(str(error)) from error
+        self._check_base(info)
         life = Life(
             client=client,
             info=info,
@@ -141,8 +178,13 @@ class TrainerLink:
             engine=info.engine,
             base_model=info.base_model,
             base_digest=info.base_digest,
+            arch=info.arch,
+            max_context=info.max_context,
+            base_path=info.base_path,
         )
-        await self._journal.append((Subject(replica="trainer"), started))
+        if started != self._served:
+            await self._journal.append((Subject(replica="trainer"), started))
+            self._served = started
         log.info(
             "trainer ready",
             url=client.url,
@@ -151,3 +193,15 @@ class TrainerLink:
             holds=len(state.models),
         )
         return life
+
+    def _check_base(self, info: protocol.Info) -> None:
+        """A home's models live on one base: their redo on another one would be another run."""
+        before = self._served
+        models = self._journal.ledger.table("models", rows.Model).values()
+        if before is None or before.base_digest == info.base_digest or not any(m.rank for m in models):
+            return
+        raise StartupError(
+            f"the models of this home were made on {before.base_model} ({before.base_digest[:12]}), and "
+            f"the trainer serves {info.base_model} ({info.base_digest[:12]}): serve the former, or use "
+            "another --home"
+        )

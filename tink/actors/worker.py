@@ -50,13 +50,11 @@ async def open_worker(
     )
 
     async def train() -> None:
-        megatron.mailbox.clear()
-        await router.restarted("train")
+        await router.restarted("train", megatron.mailbox.clear)
         await megatron.run()
 
     async def sample() -> None:
-        sampler.mailbox.clear()
-        await router.restarted("sample")
+        await router.restarted("sample", sampler.mailbox.clear)
         await sampler.run()
 
     async with trio.open_nursery() as nursery:

@@ -25,7 +25,7 @@ def refusal(error: TinkError | HTTPException) -> Response:
     if isinstance(error, HTTPException):
         return JSON({"detail": error.detail}, error.status_code, error.headers)
     headers = None
-    if error.status == 503:
+    if error.status in (429, 503):
         headers = RETRY_AFTER
     elif isinstance(error, Unauthorized):
         headers = {"WWW-Authenticate": "Bearer"}

@@ -35,13 +35,16 @@ class IncarnationStopped(Event, frozen=True, kw_only=True, tag="incarnation_stop
 
 
 class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
-    """A training server that this worker had not seen before answered: it holds no state, or that of
-    another life, and models are brought up to date in it as they are used."""
+    """Another training server than before answered: it holds no state, or that of another life, and
+    models are brought up to date in it as they are used."""
 
     incarnation: str
     engine: str
     base_model: str
     base_digest: str
+    arch: str = ""
+    max_context: int = 0
+    base_path: str | None = None
 
 
 # -- sessions ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ waits, which is the back-pressure of everything above it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -46,6 +47,7 @@ class GroupCommit(Generic[Item]):
         self._open: _Batch[Item] = _Batch()
         self._work = trio.Event()
         self._room = trio.Event()
+        self._line: deque[object] = deque()
         self._thread = trio.CapacityLimiter(1)
         self._failed: JournalUnavailable | None = None
 
@@ -59,8 +61,9 @@ class GroupCommit(Generic[Item]):
         if not items:
             await trio.lowlevel.checkpoint()
             return
-        while self._failed is None and self._open.items and self._full(len(items), size):
-            await self._room.wait()
+        # First come, first committed: what is submitted later may build on what was submitted before.
+        if self._line or self._full(len(items), size):
+            await self._wait_for_room(len(items), size)
         if self._failed is not None:
             raise self._failed
         batch = self._open
@@ -71,7 +74,27 @@ class GroupCommit(Generic[Item]):
         if batch.error is not None:
             raise batch.error
 
+    async def _wait_for_room(self, items: int, size: int) -> None:
+        """Returns, without another checkpoint, when it is this one's turn and there is room; or when the
+        writer has failed."""
+        me = object()
+        self._line.append(me)
+        try:
+            while self._failed is None and (self._line[0] is not me or self._full(items, size)):
+                await self._room.wait()
+        finally:
+            self._line.remove(me)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Those who wait look again."""
+        self._room.set()
+        self._room = trio.Event()
+
     def _full(self, items: int, size: int) -> bool:
+        """A batch with nothing in it takes anything: what is larger than a batch goes alone."""
+        if not self._open.items:
+            return False
         return len(self._open.items) + items > self._max_items or self._open.size + size > self._max_bytes
 
     async def run(self) -> None:
@@ -90,8 +113,7 @@ class GroupCommit(Generic[Item]):
     async def _commit_open(self) -> None:
         batch, self._open = self._open, _Batch()
         self._work = trio.Event()
-        self._room.set()
-        self._room = trio.Event()
+        self._make_room()
         try:
             # Shielded as a whole: a batch that was taken is committed, or its waiters hear of an error.
             with trio.CancelScope(shield=True):

@@ -27,6 +27,7 @@ from tink.domain.events import (
     JobAccepted,
     Record,
     Subject,
+    TrainerStarted,
 )
 from tink.domain.projection import Ledger, project
 from tink.errors import JournalUnavailable, StartupError
@@ -58,8 +59,12 @@ class Journal:
         self._commits: GroupCommit[Entry] = GroupCommit(
             self._commit, world, max_bytes=BATCH_BYTES, then=self._apply
         )
+        # Held by whoever decides from the ledger that a name is free, until he has committed it: sampler
+        # numbers come from several places.
+        self.naming = trio.Lock()
         self.bodies = BodyStore(home.bodies, world)
         self.ledger = Ledger()
+        self.last_trainer: TrainerStarted | None = None
         self.incarnation = 0
 
     @classmethod
@@ -195,6 +200,7 @@ class Journal:
     def _load(self) -> Ledger:
         with database_errors("reading the journal"), self._connection.begin():
             self._seq = store.last_seq(self._connection)
+            self.last_trainer = store.last_trainer(self._connection)
             stored = Ledger()
             try:
                 stored = store.read_tables(self._connection, closed_jobs=True)

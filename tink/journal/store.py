@@ -11,18 +11,26 @@ from sqlalchemy import Connection, bindparam, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tink.domain import rows
-from tink.domain.events import AnyEvent, Record, Subject
+from tink.domain.events import AnyEvent, Record, Subject, TrainerStarted
 from tink.domain.projection import Change, Insert, Ledger, Update, fold, project
 from tink.journal import schema
 
 
 def write(connection: Connection, records: list[Record]) -> None:
     """Inserts the records and their projections, in the connection's transaction."""
+    for record in records:
+        _check_readable(record.event)
     connection.execute(insert(schema.events), [event_row(record) for record in records])
     changes = [change for record in records for change in project(record)]
     # Runs of changes of one shape become one executemany; their order is kept.
     for _, group in groupby(changes, key=_shape):
         _execute(connection, list(group))
+
+
+def _check_readable(event: AnyEvent) -> None:
+    """What could not be read back at the next boot must not become durable now."""
+    if msgspec.json.decode(msgspec.json.encode(event), type=AnyEvent) != event:
+        raise ValueError(f"a {type(event).__name__} event does not survive being stored")
 
 
 def event_row(record: Record) -> dict[str, Any]:
@@ -49,6 +57,15 @@ def read_events(connection: Connection, after: int = 0) -> Iterator[Record]:
 def event_of(connection: Connection, seq: int) -> Record:
     table = schema.events
     return _record(connection.execute(select(table).where(table.c.seq == seq)).mappings().one())
+
+
+def last_trainer(connection: Connection) -> TrainerStarted | None:
+    """The training server that answered last."""
+    table = schema.events
+    query = select(table).where(table.c.kind == "trainer_started").order_by(table.c.seq.desc()).limit(1)
+    row = connection.execute(query).mappings().one_or_none()
+    event = None if row is None else _record(row).event
+    return event if isinstance(event, TrainerStarted) else None
 
 
 def last_seq(connection: Connection) -> int:
@@ -108,7 +125,9 @@ def _execute(connection: Connection, changes: list[Change]) -> None:
         parameters = [
             msgspec.structs.asdict(change.row) for change in changes if not isinstance(change, Update)
         ]
-    connection.execute(statement, parameters)
+    done = connection.execute(statement, parameters)
+    if isinstance(first, Update) and done.rowcount != len(parameters):
+        raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")  # type: ignore[union-attr]
 
 
 def check(connection: Connection, stored: Ledger | None = None) -> list[str]:
