@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 import trio
 
 from tink.actors import plans
+from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
 from tink.actors.settling import BUSY_SECONDS, Release, Settle, request_of
 from tink.actors.snapshots import Snapshots
@@ -116,9 +118,7 @@ class MegatronActor:
             failed = [self._failed(job, error.category, str(error))]
             return lambda: failed
         try:
-            if job.attempts == 0 or self._link.is_new(life):
-                await self._begin_attempt(job, op_no, plan)
-            reply = await self._send(life, job, op_no, plan)
+            reply = await self._send(job, op_no, plan)
         except BackendError as error:
             failed = [self._failed(job, "server", str(error))]
             return lambda: failed
@@ -145,12 +145,6 @@ class MegatronActor:
         return end
 
     async def _begin_attempt(self, job: rows.Job, op_no: int, plan: plans.Plan) -> None:
-        """Raises BackendError if the trainer has died of this job often enough."""
-        if job.attempts >= self._max_attempts:
-            raise BackendError(
-                f"the trainer died {job.attempts} times while it ran this job; given up after "
-                f"TINK_MAX_ATTEMPTS={self._max_attempts}"
-            )
         started = JobStarted(
             attempt=job.attempts + 1,
             backend="trainer",
@@ -171,44 +165,38 @@ class MegatronActor:
 
     # -- talking to the server ----------------------------------------------------------------------
 
-    async def _send(self, life: Life, job: rows.Job, op_no: int, plan: plans.Plan) -> protocol.OpReply:
+    async def _send(self, job: rows.Job, op_no: int, plan: plans.Plan) -> protocol.OpReply:
         """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
-        a server that came back without its state is brought up to date first. Raises BackendError after
-        the job has been running in `max_attempts` lives of the server that ended."""
+        a server that came back without its state is brought up to date first. Raises BackendError when
+        the job's attempts are used up."""
         model_id = str(job.model_id)
+        begin = partial(self._begin_attempt, job, op_no, plan)
+        attempts = Attempts(self._link, job, begin, most=self._max_attempts)
         while True:
             try:
-                # A job that was running when a server died runs alone: only its own death counts.
-                async with self._link.exposure(alone=job.attempts > 1):
+                async with attempts.call() as life:
                     await self._bring_up(life, model_id, op_no - 1)
                     reply = await life.client.op(self._request(life, job, op_no, plan.op))
+                    life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
+                    return reply
             except TrainerGone as error:
                 log.warning("training call lost", job=job.job_id, reason=str(error))
+                self._link.lost(life)
             except Refused as error:
+                log.warning("training call refused", job=job.job_id, reason=str(error))
                 if error.refusal.applied is not None:
                     life.applied[model_id] = error.refusal.applied
-                log.warning("training call refused", job=job.job_id, reason=str(error))
                 match error.refusal.error:
                     case "busy":
                         await trio.sleep(BUSY_SECONDS)
-                        continue
-                    case "gap":  # `applied` now says what it lacks
-                        continue
+                    case "gap":
+                        pass  # `applied` now says what it lacks
                     case "no_model":
                         life.applied.pop(model_id, None)
-                        continue
                     case "stale_incarnation":
-                        pass
+                        self._link.lost(life)
                     case _:
                         raise
-            else:
-                life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
-                return reply
-            self._link.lost(life)
-            next_life = await self._link.life()
-            if next_life.incarnation != life.incarnation:
-                await self._begin_attempt(job, op_no, plan)
-            life = next_life
 
     def _request(self, life: Life, job: rows.Job, op_no: int, op: protocol.Op) -> protocol.OpRequest:
         return protocol.OpRequest(

@@ -6,6 +6,7 @@ import structlog
 import trio
 
 from tink.actors import plans
+from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
 from tink.actors.settling import BUSY_SECONDS, Settle, request_of
 from tink.actors.trainer_link import TrainerLink
@@ -98,25 +99,16 @@ class SamplerActor:
         return plans.subject(job), done
 
     async def _send(self, job: rows.Job, request: protocol.SampleRequest) -> protocol.SampleReply:
-        """Raises BackendError after the job has been running in `max_attempts` lives of the server that
-        ended."""
-        incarnation: str | None = None
+        """Raises BackendError when the job's attempts are used up."""
+
+        async def begin() -> None:
+            started = JobStarted(attempt=job.attempts + 1, backend="trainer")
+            await self._journal.append((plans.subject(job), started))
+
+        attempts = Attempts(self._link, job, begin, most=self._max_attempts)
         while True:
-            life = await self._link.life()
-            if incarnation is None and job.attempts and not self._link.is_new(life):
-                incarnation = life.incarnation  # only the worker has changed: the same attempt goes on
-            if life.incarnation != incarnation:
-                if job.attempts >= self._max_attempts:
-                    raise BackendError(
-                        f"the trainer died {job.attempts} times while it ran this sample; given up after "
-                        f"TINK_MAX_ATTEMPTS={self._max_attempts}"
-                    )
-                incarnation = life.incarnation
-                started = JobStarted(attempt=job.attempts + 1, backend="trainer")
-                await self._journal.append((plans.subject(job), started))
             try:
-                # A job that was running when a server died runs alone: only its own death counts.
-                async with self._link.exposure(alone=job.attempts > 1):
+                async with attempts.call() as life:
                     return await life.client.sample(request)
             except TrainerGone as error:
                 log.warning("sampling call lost", job=job.job_id, reason=str(error))
