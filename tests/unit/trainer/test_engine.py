@@ -86,9 +86,9 @@ def test_training_is_what_peft_and_adamw_do(
             loss.backward()
             assert result.loss == pytest.approx(loss.item(), abs=1e-4)
             for ours, theirs in zip(logprobs(result.body), plain, strict=True):
-                np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=5e-5)
+                np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
         hyper = OptimStep(
-            learning_rate=0.01 * (step + 1),
+            learning_rate=0.003 * (step + 1),
             eps=STEP.eps,
             weight_decay=0.1 * step,
             grad_clip_norm=2.0 * step,
@@ -105,7 +105,7 @@ def test_training_is_what_peft_and_adamw_do(
     }
     assert trained.keys() == theirs.keys()
     for name, value in trained.items():
-        torch.testing.assert_close(value, theirs[name].detach(), rtol=0, atol=5e-5)
+        torch.testing.assert_close(value, theirs[name].detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
