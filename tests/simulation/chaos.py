@@ -73,7 +73,9 @@ async def run(folder: Path, seed: int, what: Program, *, disturbed: bool) -> Res
     """Runs the program in a fresh cluster."""
     loss = what.loss if disturbed else 0.0
     outcomes: list[list[Any]] = [[] for _ in what.models]
-    async with Cluster.running(folder, seed, loss=loss, snapshot_seconds=what.snapshot_seconds) as cluster:
+    # No job is deadly here: whatever kills the trainer, it must not be counted against one.
+    settings = {"snapshot_seconds": what.snapshot_seconds, "max_attempts": 100}
+    async with Cluster.running(folder, seed, loss=loss, **settings) as cluster:
         with trio.fail_after(LIVENESS_SECONDS):
             async with trio.open_nursery() as nursery:
                 if disturbed:

@@ -29,10 +29,8 @@ RETRY_SECONDS = 0.5
 
 
 class Cluster:
-    def __init__(
-        self, folder: Path, seed: int, *, loss: float = 0.0, snapshot_seconds: float = 30.0
-    ) -> None:
-        self.snapshot_seconds = snapshot_seconds
+    def __init__(self, folder: Path, seed: int, *, loss: float = 0.0, **settings: Any) -> None:
+        self._settings = Settings(home=folder, **settings)
         self.rng = random.Random(seed)
         self.home = Home(folder)
         self.home.make()
@@ -48,9 +46,9 @@ class Cluster:
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, folder: Path, seed: int = 0, *, loss: float = 0.0, snapshot_seconds: float = 30.0
+        cls, folder: Path, seed: int = 0, *, loss: float = 0.0, **settings: Any
     ) -> AsyncIterator[Cluster]:
-        cluster = cls(folder, seed, loss=loss, snapshot_seconds=snapshot_seconds)
+        cluster = cls(folder, seed, loss=loss, **settings)
         async with trio.open_nursery() as nursery:
             cluster._nursery = nursery
             await cluster.start_trainer()
@@ -71,12 +69,11 @@ class Cluster:
     async def _run_worker(self, task_status: trio.TaskStatus[None]) -> None:
         self.lives += 1
         world = self._world = SimulatedWorld(self.rng, self.network)
-        settings = Settings(home=self.home.root, snapshot_seconds=self.snapshot_seconds)
         try:
             with trio.CancelScope() as self._scope:
                 async with (
                     Journal.open(self.home, world, version="sim", settings_digest="sim") as journal,
-                    open_worker(journal, self.trainer.find, settings, world) as router,
+                    open_worker(journal, self.trainer.find, self._settings, world) as router,
                 ):
                     self.router, self.journal = router, journal
                     self._started.set()
