@@ -31,9 +31,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def start(home: Path) -> subprocess.Popen[str]:
+def start(home: Path, steps: int = STEPS) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, ROOT / "tools/rl_demo.py", "--home", home, "--steps", str(STEPS)],
+        [sys.executable, ROOT / "tools/rl_demo.py", "--home", home, "--steps", str(steps)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -71,7 +71,7 @@ def test_demo_raises_the_reward_and_journals_every_job(home: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing_behind(home: Path) -> None:
-    demo = start(home)
+    demo = start(home, steps=1000)
     assert demo.stdout is not None
     for line in demo.stdout:
         if line.startswith("  1/"):
