@@ -71,13 +71,16 @@ def test_demo_raises_the_reward_and_journals_every_job(home: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing_behind(home: Path) -> None:
-    demo = start(home, steps=1000)
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if line.startswith("  1/"):
-            break
-    demo.send_signal(signal.SIGINT)
-    _, err = demo.communicate(timeout=100)
+    with start(home, steps=1000) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("  1/"):
+                break
+        demo.send_signal(signal.SIGINT)
+        try:
+            _, err = demo.communicate(timeout=100)
+        finally:
+            demo.kill()
     assert demo.returncode == 130, err
     assert err == "demo: interrupted, and everything stopped\n"
     deadline = time.monotonic() + 5
