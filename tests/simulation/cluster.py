@@ -35,7 +35,7 @@ class Cluster:
         self.home = Home(folder)
         self.home.make()
         self.network = Network(self.rng, loss=loss)
-        self.trainer = SimulatedTrainer(self.rng, self.network)
+        self.trainer = SimulatedTrainer(self.rng, self.network, self._settings.artifact_root)
         self.router: Router | None = None
         self.journal: Journal | None = None
         self._world: SimulatedWorld | None = None

@@ -1,8 +1,8 @@
 """The simulated world. Real: Router, actors, lanes, journal, SQLite, projections, the training server's
-HTTP routes, its ledger and its lanes. Doubles: the clock (Trio's MockClock), ids and randomness (seeded),
-threads (inline, with seeded delays), the network (in memory, with seeded faults), and the engine, which
-hashes instead of training: its state is a chain over every operation, so that one which is lost, doubled
-or out of order changes all that follows.
+HTTP routes, its ledger, its lanes and its artifact folder. Doubles: the clock (Trio's MockClock), ids and
+randomness (seeded), threads (inline, with seeded delays), the network (in memory, with seeded faults), and
+the engine, which hashes instead of training: its state is a chain over every operation, so that one which
+is lost, doubled or out of order changes all that follows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -19,6 +20,7 @@ import trio
 from tink.actors.trainer_link import Endpoint
 from tink.errors import BackendError, UserError
 from tink.trainer import protocol
+from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.server import Trainer, application
 from tink.world import World
@@ -114,11 +116,10 @@ class Network(httpx.AsyncBaseTransport):
 
 
 class SimulatedTrainer:
-    """A training server that can be killed and started again; its disk survives."""
+    """A training server that can be killed and started again; what it published under `artifacts` stays."""
 
-    def __init__(self, rng: random.Random, network: Network) -> None:
-        self._rng, self._network = rng, network
-        self.disk: dict[str, bytes] = {}
+    def __init__(self, rng: random.Random, network: Network, artifacts: Path) -> None:
+        self._rng, self._network, self.artifacts = rng, network, artifacts
         self.connections: set[trio.CancelScope] = set()
         self.app: Any = None
         self.lives = 0
@@ -169,7 +170,8 @@ class HashEngine:
     """A double of an engine: every result depends on the whole history of its model."""
 
     def __init__(self, trainer: SimulatedTrainer) -> None:
-        self._trainer, self._disk, self._models = trainer, trainer.disk, dict[str, _State]()
+        self._trainer, self._models = trainer, dict[str, _State]()
+        self._artifacts = Artifacts(trainer.artifacts, f"life-{trainer.lives}")
 
     @property
     def facts(self) -> Facts:
@@ -180,8 +182,7 @@ class HashEngine:
     def create(self, model_id: str, op: protocol.CreateModel) -> protocol.ModelInfo:
         state = _State(_hash("new", op.seed, op.rank))
         if op.source is not None:
-            saved = msgspec.json.decode(self._disk[op.source], type=_State)
-            state = _State(saved.chain, step=saved.step if op.optimizer else 0)
+            state = self._saved(op.source, op.optimizer)
         self._models[model_id] = state
         return protocol.ModelInfo(op.rank, op.alpha, op.seed, op.train_attn, op.train_mlp, op.train_unembed)
 
@@ -203,42 +204,49 @@ class HashEngine:
         return {"step": state.step, "weights": int(state.chain[:12], 16)}
 
     def save_state(self, model_id: str, op: protocol.SaveState, origin: str) -> list[protocol.File]:
-        return self._write(op.path, msgspec.json.encode(self._models[model_id]))
+        return self._publish(op.path, origin, state=msgspec.json.encode(self._models[model_id]))
 
     def load_state(self, model_id: str, op: protocol.LoadState) -> None:
-        saved = msgspec.json.decode(self._disk[op.path], type=_State)
-        self._models[model_id] = _State(saved.chain, step=saved.step if op.optimizer else 0)
+        self._models[model_id] = self._saved(op.path, op.optimizer)
 
     def export_adapter(self, model_id: str, op: protocol.ExportAdapter, origin: str) -> list[protocol.File]:
-        return self._write(op.path, self._models[model_id].chain.encode())
+        return self._publish(op.path, origin, adapter=self._models[model_id].chain.encode())
 
     def remove(self, model_id: str) -> None:
         del self._models[model_id]
 
     def snapshot(self, model_id: str, path: str, book: bytes, origin: str) -> list[protocol.File]:
-        return self._write(path, msgspec.msgpack.encode((self._models[model_id], book)))
+        state = msgspec.json.encode(self._models[model_id])
+        return self._publish(path, origin, state=state, book=book)
 
     def read_book(self, path: str) -> bytes:
-        try:
-            return msgspec.msgpack.decode(self._disk[path], type=tuple[_State, bytes])[1]
-        except msgspec.DecodeError as error:
-            raise BackendError(f"{path} is damaged: it is not what was published") from error
+        return self._read(path, "book")
 
     def restore(self, model_id: str, path: str) -> None:
-        self._models[model_id] = msgspec.msgpack.decode(self._disk[path], type=tuple[_State, bytes])[0]
+        self._models[model_id] = msgspec.json.decode(self._read(path, "state"), type=_State)
 
     def sample(self, request: protocol.SampleRequest) -> Sampled:
-        weights = self._disk[request.adapter].decode() if request.adapter else "base"
+        weights = self._read(request.adapter, "adapter").decode() if request.adapter else "base"
         body = _hash(weights, request.prompt, request.seed).encode()
         return Sampled(body, len(request.prompt), request.num_samples)
 
-    def _write(self, path: str, content: bytes) -> list[protocol.File]:
+    def _saved(self, path: str, optimizer: bool) -> _State:
+        saved = msgspec.json.decode(self._read(path, "state"), type=_State)
+        return _State(saved.chain, step=saved.step if optimizer else 0)
+
+    def _publish(self, path: str, origin: str, **files: bytes) -> list[protocol.File]:
         if self._trainer.disk_full:
             raise BackendError("no space left on device")
-        if path in self._disk:
-            assert self._disk[path] == content, f"{path} was published with other content"
-        self._disk[path] = content
-        return [protocol.File("state", len(content), hashlib.sha256(content).hexdigest())]
+
+        def fill(directory: Path) -> None:
+            for name, content in files.items():
+                (directory / name).write_bytes(content)
+
+        return self._artifacts.publish(path, origin, {}, fill)
+
+    def _read(self, path: str, name: str) -> bytes:
+        directory, _ = self._artifacts.open(path)
+        return (directory / name).read_bytes()
 
     def _result(self, value: str) -> protocol.OpResult:
         return protocol.OpResult(body=value.encode(), loss=int(value[:8], 16) / 1000, tokens=1)

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 
-import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
+from tests.simulation.scenario import answers, batch, events, json, long_run, step, train
 from tink.domain import ids, messages, rows
 from tink.errors import NotFound, Overloaded
 from tink.limits import SEQ_GAP_SECONDS
 
 
-def _json(**fields: object) -> bytes:
-    return msgspec.json.encode(fields)
-
-
-async def _train(cluster: Cluster, model: str, first: int, steps: int) -> list[str]:
-    """forward_backward + optim_step, `steps` times; the ids of the jobs."""
-    jobs = []
-    for seq in range(first, first + 2 * steps, 2):
-        jobs.append(
-            (await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())).request_id
-        )
-        step = _json(model_id=model, seq_id=seq + 1, adam_params={"learning_rate": seq / 1000})
-        jobs.append((await cluster.submit(model, seq + 1, "optim_step", step)).request_id)
-    return jobs
-
-
-async def _results(cluster: Cluster, jobs: list[str]) -> list[object]:
-    outcomes = [await cluster.outcome(job) for job in jobs]
-    return [outcome.body or outcome.result or outcome.error for outcome in outcomes]
-
-
 async def _undisturbed(folder: Path, steps: int) -> list[object]:
     async with Cluster.running(folder / "undisturbed") as cluster:
         model = await cluster.create(await cluster.session())
-        return await _results(cluster, await _train(cluster, model, 1, steps))
+        return await answers(cluster, await train(cluster, model, 1, steps))
 
 
 async def test_jobs_run_in_the_order_of_their_numbers_whatever_the_order_of_arrival(
@@ -50,13 +28,9 @@ async def test_jobs_run_in_the_order_of_their_numbers_whatever_the_order_of_arri
     async with Cluster.running(tmp_path / "shuffled") as cluster:
         model = await cluster.create(await cluster.session())
         for seq in (3, 4, 2):
-            if seq % 2:
-                await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())
-            else:
-                step = _json(model_id=model, seq_id=seq, adam_params={"learning_rate": (seq - 1) / 1000})
-                await cluster.submit(model, seq, "optim_step", step)
-        await cluster.submit(model, 1, "forward_backward", b"batch 1")
-        assert await _results(cluster, [ids.job_id(model, seq) for seq in (1, 2, 3, 4)]) == expected
+            await (batch if seq % 2 else step)(cluster, model, seq)
+        await batch(cluster, model, 1)
+        assert await answers(cluster, [ids.job_id(model, seq) for seq in (1, 2, 3, 4)]) == expected
 
 
 async def test_a_repeat_finds_the_first_job_whatever_its_body(
@@ -175,7 +149,7 @@ async def test_a_crash_changes_no_result(autojump_clock: MockClock, tmp_path: Pa
     expected = await _undisturbed(tmp_path, 6)
     async with Cluster.running(tmp_path / "crashed") as cluster:
         model = await cluster.create(await cluster.session())
-        jobs = await _train(cluster, model, 1, 3)
+        jobs = await train(cluster, model, 1, 3)
         await cluster.outcome(jobs[2])
         if victim in ("trainer", "both"):
             cluster.trainer.kill()
@@ -184,8 +158,8 @@ async def test_a_crash_changes_no_result(autojump_clock: MockClock, tmp_path: Pa
             await cluster.start_worker()
         if victim in ("trainer", "both"):
             await cluster.start_trainer()
-        jobs += await _train(cluster, model, 7, 3)
-        assert await _results(cluster, jobs) == expected
+        jobs += await train(cluster, model, 7, 3)
+        assert await answers(cluster, jobs) == expected
         cluster.check_journal()
 
 
@@ -193,7 +167,7 @@ async def test_lost_calls_and_answers_change_no_result(autojump_clock: MockClock
     expected = await _undisturbed(tmp_path, 10)
     async with Cluster.running(tmp_path / "lossy", loss=0.2) as cluster:
         model = await cluster.create(await cluster.session())
-        assert await _results(cluster, await _train(cluster, model, 1, 10)) == expected
+        assert await answers(cluster, await train(cluster, model, 1, 10)) == expected
 
 
 async def test_a_job_that_kills_the_trainer_is_given_up_and_the_lane_goes_on(
@@ -221,7 +195,7 @@ async def test_a_sample_in_flight_at_a_crash_is_run_again_as_the_same_request(
     async with Cluster.running(tmp_path) as cluster:
         session = await cluster.session()
         sampler = (await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))).id
-        body = _json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]})
+        body = json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]})
         promise = await cluster.ask(messages.SubmitSample(TENANT, sampler, 0, body, num_samples=2))
         assert promise.sample_sequence_ids == [f"{sampler}:0:0", f"{sampler}:0:1"]
         cluster.crash_worker()
@@ -239,7 +213,7 @@ async def test_an_unsent_sample_can_be_withdrawn_and_ends_once(
     async with Cluster.running(tmp_path) as cluster:
         session = await cluster.session()
         sampler = (await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))).id
-        body = _json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]})
+        body = json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]})
         cluster.trainer.kill()
         jobs = [
             (await cluster.ask(messages.SubmitSample(TENANT, sampler, seq, body))).request_id
@@ -275,13 +249,13 @@ async def test_a_checkpoint_can_be_loaded_overwritten_published_and_expires(
     async with Cluster.running(tmp_path) as cluster:
         session = await cluster.session()
         model = await cluster.create(session)
-        jobs = await _train(cluster, model, 1, 1)
-        save = _json(model_id=model, seq_id=3, path="one", ttl_seconds=3600)
+        jobs = await train(cluster, model, 1, 1)
+        save = json(model_id=model, seq_id=3, path="one", ttl_seconds=3600)
         await cluster.submit(model, 3, "save_weights", save)
         path = f"tinker://{model}/weights/one"
         assert (await cluster.outcome(f"{model}:3")).result == {"path": path}
 
-        await cluster.submit(model, 4, "save_weights", _json(model_id=model, seq_id=4, path="one"))
+        await cluster.submit(model, 4, "save_weights", json(model_id=model, seq_id=4, path="one"))
         taken = await cluster.outcome(f"{model}:4")
         assert (taken.category, "exists already" in str(taken.error)) == ("user", True)
 
@@ -292,7 +266,7 @@ async def test_a_checkpoint_can_be_loaded_overwritten_published_and_expires(
             model_id=ids.model_id(session, 1),
             seq_id=0,
             model_seq_id=1,
-            body=_json(path=path, optimizer=True),
+            body=json(path=path, optimizer=True),
         )
         await cluster.ask(load)
         assert (await cluster.outcome(f"{session}:train:1:0")).result == {
@@ -300,7 +274,7 @@ async def test_a_checkpoint_can_be_loaded_overwritten_published_and_expires(
             "model_id": f"{session}:train:1",
         }
         # It goes on exactly where the other one was.
-        mine = _json(model_id="", seq_id=0, adam_params={"learning_rate": 1.0})
+        mine = json(model_id="", seq_id=0, adam_params={"learning_rate": 1.0})
         await cluster.submit(model, 5, "optim_step", mine)
         await cluster.submit(f"{session}:train:1", 1, "optim_step", mine)
         assert (await cluster.outcome(f"{model}:5")).result == (
@@ -316,45 +290,27 @@ async def test_a_checkpoint_can_be_loaded_overwritten_published_and_expires(
         cluster.check_journal()
 
 
-async def _long_run(cluster: Cluster, model: str, steps: int) -> list[object]:
-    results = []
-    for seq in range(1, 2 * steps, 2):
-        batch = (await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())).request_id
-        step = _json(model_id=model, seq_id=seq + 1, adam_params={"learning_rate": seq / 1000})
-        job = (await cluster.submit(model, seq + 1, "optim_step", step)).request_id
-        results += await _results(cluster, [batch, job])
-    return results
-
-
-def _events(cluster: Cluster, kind: str) -> list[dict[str, object]]:
-    with sqlite3.connect(cluster.home.journal) as journal:
-        found = journal.execute("SELECT data FROM events WHERE kind = ? ORDER BY seq", (kind,))
-        return [msgspec.json.decode(data) for (data,) in found]
-
-
 async def test_a_lost_trainer_is_brought_up_from_the_newest_snapshot_and_not_from_the_start(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     async with Cluster.running(tmp_path / "undisturbed") as cluster:
         model = await cluster.create(await cluster.session())
-        expected = await _long_run(cluster, model, 20)
+        expected = await long_run(cluster, model, 20)
     async with Cluster.running(tmp_path / "crashed", snapshot_seconds=0.05) as cluster:
         model = await cluster.create(await cluster.session())
-        results = await _long_run(cluster, model, 15)
-        taken = _events(cluster, "snapshot_taken")
+        results = await long_run(cluster, model, 15)
+        taken = events(cluster, "snapshot_taken")
         assert len(taken) > 3
-        assert len(_events(cluster, "snapshot_dropped")) == len(taken) - 2, "two are kept"
+        assert len(events(cluster, "snapshot_dropped")) == len(taken) - 2, "two are kept"
         cluster.trainer.kill()
         await cluster.start_trainer()
         sent = cluster.network.calls
-        await cluster.submit(model, 31, "forward_backward", b"batch 31")
-        await cluster.outcome(f"{model}:31")
+        await cluster.outcome(await batch(cluster, model, 31))
         assert cluster.network.calls - sent < 20, "the redo is short"
-        step = _json(model_id=model, seq_id=32, adam_params={"learning_rate": 31 / 1000})
-        await cluster.submit(model, 32, "optim_step", step)
-        results += await _results(cluster, [f"{model}:31", f"{model}:32"])
+        await step(cluster, model, 32)
+        results += await answers(cluster, [f"{model}:31", f"{model}:32"])
         assert results == expected[: len(results)]
-        assert _events(cluster, "diverged") == []
+        assert events(cluster, "diverged") == []
         cluster.check_journal()
 
 
@@ -363,16 +319,15 @@ async def test_a_damaged_snapshot_is_found_and_the_one_before_it_is_used(
 ) -> None:
     async with Cluster.running(tmp_path, snapshot_seconds=0.05) as cluster:
         model = await cluster.create(await cluster.session())
-        await _long_run(cluster, model, 15)
-        newest = _events(cluster, "snapshot_taken")[-1]
-        cluster.trainer.disk[str(newest["directory"])] = b"damaged"
+        await long_run(cluster, model, 15)
+        newest = events(cluster, "snapshot_taken")[-1]
+        (cluster.trainer.artifacts / newest["directory"] / "state").write_bytes(b"damaged")
         cluster.trainer.kill()
         await cluster.start_trainer()
-        await cluster.submit(model, 31, "forward_backward", b"batch 31")
-        assert (await cluster.outcome(f"{model}:31")).state == "done"
-        dropped = _events(cluster, "snapshot_dropped")
+        assert (await cluster.outcome(await batch(cluster, model, 31))).state == "done"
+        dropped = events(cluster, "snapshot_dropped")
         assert {"snapshot_id": newest["snapshot_id"], "reason": "damaged"} in dropped
-        assert _events(cluster, "diverged") == []
+        assert events(cluster, "diverged") == []
         cluster.check_journal()
 
 
@@ -382,12 +337,10 @@ async def test_a_snapshot_that_cannot_be_written_delays_nothing_and_is_tried_aga
     async with Cluster.running(tmp_path, snapshot_seconds=0.05) as cluster:
         model = await cluster.create(await cluster.session())
         cluster.trainer.disk_full = True
-        await _long_run(cluster, model, 6)
-        assert _events(cluster, "snapshot_taken") == []
+        await long_run(cluster, model, 6)
+        assert events(cluster, "snapshot_taken") == []
         cluster.trainer.disk_full = False
-        await cluster.submit(model, 13, "forward_backward", b"batch")
-        await cluster.submit(model, 14, "optim_step", _json(model_id=model, seq_id=14))
-        await cluster.outcome(f"{model}:14")
-        await cluster.submit(model, 15, "forward_backward", b"batch")
-        await cluster.outcome(f"{model}:15")
-        assert len(_events(cluster, "snapshot_taken")) == 1
+        await batch(cluster, model, 13)
+        await cluster.outcome(await step(cluster, model, 14))
+        await cluster.outcome(await batch(cluster, model, 15))
+        assert len(events(cluster, "snapshot_taken")) == 1

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
-from tests.simulation.doubles import SimulatedWorld
+from tests.simulation.scenario import json, slow
 from tink.domain import ids, messages
 from tink.domain.events import JobAccepted, JobDone, JobStarted, SessionCreated, Subject
 from tink.errors import JournalUnavailable
@@ -21,35 +19,18 @@ from tink.journal.journal import Journal
 from tink.world import World
 
 
-def _json(**fields: object) -> bytes:
-    return msgspec.json.encode(fields)
-
-
-def _slow(monkeypatch: pytest.MonkeyPatch, seconds: float, slow: Callable[[str], bool]) -> None:
-    """Work in threads that `slow(repr of its arguments)` takes this much longer."""
-    run_sync = SimulatedWorld.run_sync
-
-    async def slowly(self: SimulatedWorld, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        if slow(repr(args)):
-            with trio.CancelScope(shield=True):
-                await trio.sleep(seconds)
-        return await run_sync(self, fn, *args, **kwargs)
-
-    monkeypatch.setattr(SimulatedWorld, "run_sync", slowly)
-
-
 async def test_a_repeat_while_its_ended_job_still_holds_the_lane_is_the_same_job(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _slow(monkeypatch, 5.0, lambda arguments: "-snapshot" in arguments)
+    slow(monkeypatch, 5.0, lambda arguments: "-snapshot" in arguments)
     async with Cluster.running(tmp_path, snapshot_seconds=0.0) as cluster:
         model = await cluster.create(await cluster.session())
-        step = _json(model_id=model, seq_id=1)
+        step = json(model_id=model, seq_id=1)
         first = await cluster.submit(model, 1, "optim_step", step)
         await cluster.outcome(first.request_id)
         # Its snapshot is being written.
         assert await cluster.submit(model, 1, "optim_step", step) == first
-        await cluster.submit(model, 2, "optim_step", _json(model_id=model, seq_id=2))
+        await cluster.submit(model, 2, "optim_step", json(model_id=model, seq_id=2))
         assert (await cluster.outcome(f"{model}:2")).state == "done"
         cluster.check_journal()
 
@@ -58,13 +39,13 @@ async def test_a_repeat_while_its_ended_job_still_holds_the_lane_is_the_same_job
 async def test_a_sampler_number_that_two_want_is_had_by_one(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rival: str
 ) -> None:
-    _slow(monkeypatch, 2.0, lambda arguments: "ExportAdapter" in arguments)
+    slow(monkeypatch, 2.0, lambda arguments: "ExportAdapter" in arguments)
     async with Cluster.running(tmp_path) as cluster:
         session = await cluster.session()
         models = [await cluster.create(session, number) for number in range(2)]
         for model in models:
             await cluster.outcome(f"{model}:0")
-        save = _json(model_id="", seq_id=1, sampling_session_seq_id=5)
+        save = json(model_id="", seq_id=1, sampling_session_seq_id=5)
         await cluster.submit(models[0], 1, "save_weights_for_sampler", save)
         await trio.sleep(1.0)
         if rival == "sampler":
@@ -87,7 +68,7 @@ async def test_what_is_submitted_to_a_model_in_the_making_comes_after_it_in_the_
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cluster.create, session)
             await trio.lowlevel.checkpoint()
-            nursery.start_soon(cluster.submit, model, 1, "optim_step", _json(model_id=model, seq_id=1))
+            nursery.start_soon(cluster.submit, model, 1, "optim_step", json(model_id=model, seq_id=1))
         assert (await cluster.outcome(f"{model}:1")).state == "done"
         cluster.check_journal()
 
@@ -141,7 +122,7 @@ async def test_a_bug_that_one_job_meets_is_that_jobs_failure_only(
 async def test_a_job_that_kills_the_trainer_takes_no_neighbour_with_it(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _slow(monkeypatch, 1.0, lambda arguments: "neighbour" in arguments)
+    slow(monkeypatch, 1.0, lambda arguments: "neighbour" in arguments)
     async with Cluster.running(tmp_path) as cluster:
         session = await cluster.session()
         models = [await cluster.create(session, number) for number in range(3)]
