@@ -41,10 +41,13 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logs_restored() -> Iterator[None]:
-    """A command configures the logs for its process; here the next test is in it too."""
+def _process_restored() -> Iterator[None]:
+    """A command configures the logs and signals of its process; here the next test is in it too, and
+    what that one starts would ignore Ctrl-C as well."""
+    handler = signal.getsignal(signal.SIGINT)
     yield
     structlog.reset_defaults()
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(scope="session")

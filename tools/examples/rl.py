@@ -70,7 +70,7 @@ for step in range(STEPS):
 
     # 3. One update.
     update = training.forward_backward(data, "importance_sampling")
-    optim = training.optim_step(types.AdamParams(learning_rate=2e-2))
+    optim = training.optim_step(types.AdamParams(learning_rate=1e-2))
     update.result()
     optim.result()
 
