@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tink import crash
 from tink.domain.routing import Routes, routes
 from tink.errors import StartupError
 
@@ -62,6 +63,9 @@ class Settings:
     )
     max_attempts: int = _setting(
         3, "TINK_MAX_ATTEMPTS", "how often a job is sent to a backend that dies of it before it fails"
+    )
+    crash_at: str = _setting(
+        "", "TINK_CRASH_AT", "for tests: NAME[:N], the process kills itself the N-th time at that point"
     )
 
     @property
@@ -150,6 +154,8 @@ class Settings:
             if not Path(hf_model).is_dir():
                 raise StartupError(f"TINK_HF_MODEL: there is no directory {hf_model}")
         _ = self.tenants
+        if self.crash_at:
+            crash.parse(self.crash_at)
         paths: dict[str, Any] = {"home": self.home.expanduser().absolute(), "hf_model": hf_model}
         if self.artifacts is not None:
             paths["artifacts"] = self.artifacts.expanduser().absolute()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import processes_of
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 LAST_LINE = r"demo: reward (0\.\d{3}) -> (0\.\d{3}) in (\d+) steps, (\d+) jobs journaled, 0 client errors"
@@ -39,19 +41,6 @@ def start(home: Path, steps: int = STEPS) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def processes_of(home: Path) -> list[str]:
-    """Command lines that name the home."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(home) in command:
-            found.append(command)
-    return found
 
 
 def test_demo_raises_the_reward_and_journals_every_job(home: Path) -> None:

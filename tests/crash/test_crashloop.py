@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import processes_of
+
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 6
 LAST_LINE = (
@@ -30,19 +32,6 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Command lines that name the folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in command:
-            found.append(command)
-    return found
 
 
 def test_nothing_is_lost_doubled_or_different_after_kills(tmp_path: Path) -> None:

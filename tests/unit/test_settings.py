@@ -55,7 +55,7 @@ def test_an_argument_wins_over_tink_port_over_port_over_the_default(arguments, e
 def test_every_setting_is_read_from_its_variable():
     samples = {"str": "text", "int": "7", "float": "0.5", "bool": "true", "Switch": "true"}
     samples |= {"Path": "/a/folder", "Path | None": "/a/folder"}
-    special = {"api_keys": "key=tenant", "log_level": "debug"}
+    special = {"api_keys": "key=tenant", "log_level": "debug", "crash_at": "worker.body:2"}
     for field in fields(Settings):
         name = field.metadata["names"][0]
         default = getattr(load(), field.name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from tink import crash
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.domain import rows
 from tink.errors import BackendError
@@ -40,6 +41,7 @@ class Attempts:
                             f"after TINK_MAX_ATTEMPTS={self._most}"
                         )
                     await self._begin()
+                    crash.point("worker.started")
                     self._begun_in = life.incarnation
                 yield life
                 return

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,6 +21,7 @@ import structlog
 import trio
 
 import tink
+from tink import crash
 from tink.actors.trainer_link import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
@@ -35,6 +35,9 @@ STUCK_SECONDS = 30.0
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
+# Of the worker's environment, what its trainer must not inherit.
+WITHHELD = frozenset({"TINK_API_KEYS", "TINK_CRASH_AT"})
+PROC = Path("/proc")
 
 log = structlog.get_logger()
 
@@ -46,6 +49,8 @@ class EmbeddedTrainer:
         self._home, self._world = home, world
         self._token = hmac.new(home.load_secret(), b"trainer", hashlib.sha256).hexdigest()
         self._command = _command(settings, home)
+        # For the first trainer alone: else none could live.
+        self._crash_at = settings.crash_at if settings.crash_at.startswith("trainer.") else ""
         self._child: subprocess.Popen[bytes] | None = None
         self._silent_since: float | None = None
         self._silent_last = 0.0
@@ -76,12 +81,9 @@ class EmbeddedTrainer:
         return await self._start()
 
     async def stop(self) -> None:
-        """Ends the server. The journal has all it knew."""
-        record = self._record()
-        if record is not None:
-            await self._end(record.pid)
-        if self._child is not None and (record is None or record.pid != self._child.pid):
-            await self._end(self._child.pid)  # it has not said yet that it runs
+        """Ends the server, even one that has not said yet that it runs. The journal has all it knew."""
+        for pid in self._trainers():
+            await self._end(pid)
 
     # -- the present one ----------------------------------------------------------------------------
 
@@ -123,6 +125,13 @@ class EmbeddedTrainer:
             return self._home.trainer_command.read_text() == self._signature
         return False
 
+    def _trainers(self) -> list[int]:
+        """All of this home that run, with a record or without."""
+        record, child = self._record(), self._child
+        pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()} if PROC.is_dir() else set()
+        pids |= {one.pid for one in (record, child) if one is not None}
+        return [pid for pid in pids if self._alive(pid) and self._is_trainer(pid)]
+
     async def _end(self, pid: int) -> None:
         """SIGTERM, and SIGKILL for one that does not listen. Only a process that is our trainer."""
         self._silent_since = None
@@ -153,9 +162,12 @@ class EmbeddedTrainer:
     # -- a new one ----------------------------------------------------------------------------------
 
     async def _start(self) -> Endpoint:
+        # One that was just started when its worker was killed is on no record, and would stay beside this.
+        await self.stop()
         self._home.trainer.unlink(missing_ok=True)
         self._home.trainer_command.write_text(self._signature)
         self._child = await self._world.run_sync(self._spawn)
+        crash.point("worker.spawned")
         log.info("starting trainer", pid=self._child.pid, log=str(self.log_file))
         with trio.move_on_after(START_SECONDS):
             while self._child.poll() is None:
@@ -181,10 +193,17 @@ class EmbeddedTrainer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**_without_keys(os.environ), "TINK_TRAINER_TOKEN": self._token},
+                env=self._environment(),
                 # A session of its own: Ctrl-C and the death of the worker are not its own.
                 start_new_session=True,
             )
+
+    def _environment(self) -> dict[str, str]:
+        """The clients' keys are none of the trainer's business."""
+        inherited = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+        crash_at, self._crash_at = self._crash_at, ""
+        more = {"TINK_CRASH_AT": crash_at} if crash_at else {}
+        return {**inherited, "TINK_TRAINER_TOKEN": self._token, **more}
 
     def _last_lines(self, count: int = 5) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()[-count:]
@@ -194,11 +213,6 @@ class EmbeddedTrainer:
 def _signal(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
         os.kill(pid, number)
-
-
-def _without_keys(environment: Mapping[str, str]) -> dict[str, str]:
-    """The clients' keys are none of the trainer's business."""
-    return {name: value for name, value in environment.items() if name != "TINK_API_KEYS"}
 
 
 def _command(settings: Settings, home: Home) -> list[str]:

@@ -17,6 +17,7 @@ from functools import partial
 import structlog
 import trio
 
+from tink import crash
 from tink.actors import plans
 from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
@@ -75,6 +76,7 @@ class MegatronActor:
                 # A bug that this job met: it fails, and the others go on.
                 log.exception("job crashed", job=job_id)
                 await self._append(self._crashed(job))
+            crash.point("worker.ended")
             await self._settle(job_id)
             if job.state == "done" and job.op in plans.MUTATING:
                 await self._snapshots.consider(self._link.present, job)
@@ -122,12 +124,16 @@ class MegatronActor:
         except BackendError as error:
             failed = [self._failed(job, "server", str(error))]
             return lambda: failed
+        crash.point("worker.answered")
         if reply.failure is not None:
             failed = [self._failed(job, reply.failure.category, reply.failure.message)]
             return lambda: failed
         result = reply.result
         assert result is not None, "a done op has a result"
+        if result.files:
+            crash.point("worker.published")
         digest = await self._journal.bodies.put(result.body) if result.body else None
+        crash.point("worker.result")
 
         def end() -> list[Entry]:
             answer, more = plans.conclusion(job, body, plan, result, context, self._world.now())
@@ -238,6 +244,7 @@ class MegatronActor:
             life.applied[model_id] = op_no
             if mutates:
                 await self._compare(job, reply)
+            crash.point("worker.redone")
 
     async def _compare(self, job: rows.Job, reply: protocol.OpReply) -> None:
         """A redo must give what the job gave. If it does not, the run goes on, and the journal says so."""

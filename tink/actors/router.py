@@ -17,6 +17,7 @@ import msgspec
 import structlog
 import trio
 
+from tink import crash
 from tink.actors import plans
 from tink.actors.catalogue import Catalogue
 from tink.actors.mailbox import Mailbox, Reply
@@ -275,8 +276,10 @@ class Router:
         """Body first, then the event: when it returns, the client may be told."""
         if accepted.request is None and accepted.invalid is None:
             digest = await self._journal.bodies.put(body)
+            crash.point("worker.body")
             accepted = msgspec.structs.replace(accepted, body_sha256=digest)
         await self._journal.append((subject, accepted))
+        crash.point("worker.accepted")
 
     def _is_known(self, job_id: str) -> bool:
         return job_id in self._accepting or (job_id,) in self._journal.ledger.tables["jobs"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import structlog
 import trio
 
+from tink import crash
 from tink.actors import plans
 from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
@@ -72,6 +73,7 @@ class SamplerActor:
         finally:
             self._begun.discard(job_id)
             self._slots.release_on_behalf_of(token)
+        crash.point("worker.ended")
         await self._settle(job_id)
 
     async def _outcome(self, job: rows.Job) -> Entry:
@@ -88,7 +90,9 @@ class SamplerActor:
             return plans.subject(job), JobFailed(
                 category=reply.failure.category, error=reply.failure.message
             )
+        crash.point("worker.answered")
         digest = await self._journal.bodies.put(reply.body)
+        crash.point("worker.result")
         done = JobDone(
             result_sha256=digest,
             result_bytes=len(reply.body),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from tink import crash
 from tink.actors.trainer_link import Life
 from tink.backends.trainer import Refused
 from tink.domain import ids, rows
@@ -74,6 +75,7 @@ class Snapshots:
                 continue
             life.applied[model_id] = applied
             log.info("restored", model=model_id, op_no=applied)
+            crash.point("worker.restored")
             break
         return applied
 
@@ -83,6 +85,7 @@ class Snapshots:
         directory = ids.directory(model_id, job.op_no, "snapshot")
         request = SnapshotRequest(life.incarnation, life.lease, model_id, directory)
         reply = await life.client.snapshot(request)
+        crash.point("worker.snapshot-published")
         taken = SnapshotTaken(
             snapshot_id=f"{model_id}#{reply.applied}",
             op_no=reply.applied,
@@ -91,6 +94,7 @@ class Snapshots:
         )
         await self._journal.append((Subject(tenant=job.tenant, model_id=model_id), taken))
         log.info("snapshot", model=model_id, op_no=reply.applied, bytes=taken.size_bytes)
+        crash.point("worker.snapshot-journaled")
         for old in self._live(model_id)[KEPT:]:
             await self._drop(old, "pruned")
 
@@ -99,6 +103,7 @@ class Snapshots:
             snapshot_id=snapshot.snapshot_id, reason="pruned" if reason == "pruned" else "damaged"
         )
         await self._journal.append((Subject(tenant=snapshot.tenant, model_id=snapshot.model_id), dropped))
+        crash.point("worker.snapshot-dropped")
         if reason == "pruned":  # a damaged one is left for whoever wants to know how
             await self._world.run_sync(shutil.rmtree, self._artifacts / snapshot.directory, True)
 

@@ -19,6 +19,7 @@ import trio
 from starlette.applications import Starlette
 
 import tink
+from tink import crash
 from tink.actors.embedded import EmbeddedTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if "hf" in settings.routes:
         check_engine()
+    crash.arm(settings.crash_at)
     configure_logs(settings.log_level)
     _raise_file_limit()
     trio.run(_serve, settings, World())

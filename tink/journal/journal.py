@@ -19,6 +19,7 @@ import trio
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
+from tink import crash
 from tink.domain import rows
 from tink.domain.events import (
     AnyEvent,
@@ -92,6 +93,7 @@ class Journal:
                     settings_digest=settings_digest,
                 )
                 await journal.append((Subject(), opened))
+                crash.point("worker.opened")
                 yield journal
                 stopped = IncarnationStopped(number=journal.incarnation, reason="stopped")
                 await journal.append((Subject(), stopped))

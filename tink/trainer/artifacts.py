@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from tink import crash
 from tink.errors import BackendError, NotFound, UserError
 from tink.trainer.protocol import File
 
@@ -76,8 +77,10 @@ class Artifacts:
                 _sync(file)
             _sync(scratch)
             _make_parents(target.parent)
+            crash.point("trainer.synced")
             scratch.rename(target)
             _sync(target.parent)
+            crash.point("trainer.renamed")
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise

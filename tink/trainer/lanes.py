@@ -16,6 +16,7 @@ import msgspec
 import structlog
 import trio
 
+from tink import crash
 from tink.errors import TinkError
 from tink.limits import MAX_OP_WAIT
 from tink.trainer.engines.base import Engine
@@ -150,7 +151,9 @@ class Lanes:
                 if self._finishing:
                     return
                 outcome = await self._perform(request)
+                crash.point("trainer.applied")
                 self._ledger.finish(model_id, outcome)
+                crash.point("trainer.kept")
             self._ended.pop((model_id, request.op_no)).set()
         self._moving.remove(model_id)
 
@@ -184,6 +187,7 @@ class Lanes:
 
 def apply(engine: Engine, request: OpRequest) -> OpResult:
     """Does the operation. Raises what the engine raises."""
+    crash.point("trainer.taken")
     model_id, op = request.model_id, request.op
     origin = f"{model_id}:{request.op_no}:{request.job_id}"
     match op:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypercorn.config
 import hypercorn.trio
@@ -27,6 +28,7 @@ import msgspec
 import structlog
 import trio
 
+from tink import crash
 from tink.errors import StartupError
 from tink.limits import TRAINER_GRACE
 from tink.logs import configure_logs
@@ -48,7 +50,7 @@ NEEDED = ("torch", "transformers", "safetensors", "tokenizers")
 class Options:
     """`model` None: the built-in tiny one, made under `home`. `artifacts` None: `home`/artifacts.
     `orphan_seconds`: exit when no worker has called for so long; 0 is never. `token`: what callers
-    must carry, needed to listen on anything but loopback."""
+    must carry, needed to listen on anything but loopback. `crash_at`: TINK_CRASH_AT."""
 
     home: Path
     host: str = "127.0.0.1"
@@ -62,6 +64,7 @@ class Options:
     ready_file: Path | None = None
     orphan_seconds: float = 0.0
     token: str | None = None
+    crash_at: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -74,6 +77,7 @@ class Ready(msgspec.Struct, frozen=True):
 
 def run(options: Options, world: World | None = None) -> int:
     """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
+    crash.arm(options.crash_at)
     check_engine()
     _check(options)
     configure_logs("info")
@@ -120,6 +124,7 @@ async def _serve(options: Options, listener: socket.socket, world: World) -> Non
             app = application(trainer, options.token)
             serve = partial(hypercorn.trio.serve, app, _config(listener), shutdown_trigger=close.wait)
             await listening.start(serve)
+            crash.point("trainer.bound")
             if options.ready_file is not None:
                 _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
             log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
@@ -156,6 +161,7 @@ def _build(options: Options, incarnation: str) -> Engine:
     from tink.trainer import tiny
     from tink.trainer.engines import frozen, hf
 
+    crash.point("trainer.loading")
     if options.model is None:
         directory, name = tiny.ensure(options.home), tiny.NAME
         # It is on no hub, where clients would look for its tokenizer by its name.
@@ -226,10 +232,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options(arguments: argparse.Namespace) -> Options:
     """What `add_arguments` parsed. The token comes by the environment: everyone can see an option."""
-    given = {
-        field.name: getattr(arguments, field.name) for field in fields(Options) if field.name != "token"
+    environment: dict[str, Any] = {
+        "token": os.environ.get("TINK_TRAINER_TOKEN") or None,
+        "crash_at": os.environ.get("TINK_CRASH_AT", ""),
     }
-    return Options(**given, token=os.environ.get("TINK_TRAINER_TOKEN") or None)
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in fields(Options)
+        if field.name not in environment
+    }
+    return Options(**given, **environment)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 import trio
 
+from tink import crash
 from tink.errors import TinkError
 from tink.limits import (
     MAX_OP_WAIT,
@@ -121,6 +122,7 @@ class Samples:
             tokens_out=entry.reply.tokens_out,
             failure=entry.reply.failure.message if entry.reply.failure else None,
         )
+        crash.point("trainer.sampled")
         entry.ended_at = self._world.monotonic()
         self._kept[request.sample_id] = entry
         self._kept_bytes += len(entry.reply.body)

@@ -3,7 +3,6 @@ process is ever touched. A stub in a real process stands for the trainer."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import msgspec
 import pytest
 import trio
 
+from tests.processes import kill, trainers_of
 from tink.actors import embedded
 from tink.actors.embedded import EmbeddedTrainer
 from tink.errors import StartupError
@@ -73,8 +73,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
     home.make()
     yield home
     for pid in _pids(home):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
+        kill(pid)
     while _made:
         child = _made.pop()._child
         if child is not None:
@@ -94,14 +93,7 @@ def _trainer(home: Home, mode: str = "ready", *more: str) -> EmbeddedTrainer:
 
 
 def _pids(home: Home) -> list[int]:
-    """Running processes that were started for this home."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            if os.fsencode(home.trainer) in arguments:
-                found.append(int(folder.name))
-    return found
+    return trainers_of(home.root)
 
 
 async def test_the_first_look_starts_it_and_the_next_ones_find_it(home: Home) -> None:
@@ -188,6 +180,31 @@ async def test_a_stop_while_it_starts_leaves_nothing_behind(home: Home) -> None:
     assert len(_pids(home)) == 1
     await trainer.stop()
     assert _pids(home) == []
+
+
+async def test_one_that_a_killed_worker_was_just_starting_does_not_stay(home: Home) -> None:
+    """It is on no record yet; the next worker, which cannot call it, ends it before it starts its own."""
+    with trio.move_on_after(0.3):
+        await _trainer(home, "quiet").find()
+    (before,) = _pids(home)
+    await _trainer(home).find()
+    (after,) = _pids(home)
+    assert after != before
+
+
+async def test_the_first_trainer_alone_is_told_where_to_crash(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINK_CRASH_AT", "trainer.kept")
+    monkeypatch.setenv("TINK_API_KEYS", "tml-secret=alice")
+    trainer = EmbeddedTrainer(Settings(home=home.root, crash_at="trainer.kept"), home, Clock())
+    first, second = trainer._environment(), trainer._environment()
+    assert first["TINK_CRASH_AT"] == "trainer.kept"
+    assert "TINK_CRASH_AT" not in second
+    assert "TINK_API_KEYS" not in first
+    # A point of the worker is its own affair.
+    of_the_worker = EmbeddedTrainer(Settings(home=home.root, crash_at="worker.body"), home, Clock())
+    assert "TINK_CRASH_AT" not in of_the_worker._environment()
 
 
 @pytest.mark.parametrize("record", [b"", b"{", b"[]", b'{"pid": "x"}'])

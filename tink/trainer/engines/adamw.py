@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tink import crash
 from tink.errors import UserError
 from tink.trainer.protocol import OptimStep
 
@@ -54,6 +55,7 @@ def step(p: Tensor, g: Tensor, moments: Moments, op: OptimStep) -> tuple[Tensor,
     t = moments.step + 1
     m = moments.m * op.beta1 + g * (1 - op.beta1)
     v = moments.v * op.beta2 + g * g * (1 - op.beta2)
+    crash.point("trainer.moments")
     denominator = (v / (1 - op.beta2**t)).sqrt_().add_(op.eps)
     update = (m / (1 - op.beta1**t)).div_(denominator)
     # 0/0 where nothing was ever accumulated and eps is 0: no gradient, no update.

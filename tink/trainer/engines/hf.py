@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tink import crash
 from tink.errors import BackendError, NotFound, UserError
 from tink.limits import ADAPTER_CACHE, MAX_RANK
 from tink.trainer import batch as batches
@@ -196,6 +197,7 @@ class HFEngine:
 
     def restore(self, model_id: str, path: str) -> None:
         trained = self._read(path, optimizer=True)
+        crash.point("trainer.restoring")
         directory, manifest = self._artifacts.open(path)
         if any(file.name == GRADIENT for file in manifest.files):
             gradient = trained.adapter.join(load_file(directory / GRADIENT))
@@ -226,12 +228,15 @@ class HFEngine:
         total = 0.0
         with lora.using(adapter):
             for group in batches.micro_batches(batch.data):
+                if logprobs:
+                    crash.point("trainer.micro-batch")
                 each, pieces = self._micro_batch(batch, group)
                 for value, piece in zip(each.tolist(), pieces, strict=True):
                     _check_finite(len(logprobs), value, piece)
                     logprobs.append(piece.detach())
                     total += value
                 if backward:
+                    crash.point("trainer.forward")
                     gradient += adapter.gradient(each.sum())
         metrics = {"loss:sum": total, "tokens:sum": float(batch.tokens)}
         body = batches.encode(logprobs, metrics)
@@ -376,3 +381,4 @@ def _write_peft(directory: Path, adapter: Adapter, frozen: Frozen) -> None:
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     # Views of one flat vector share its storage, which safetensors refuses.
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    crash.point("trainer.file")
