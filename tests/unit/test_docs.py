@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 
 import tink
+from tink import crash
 from tink.api.tinker import TABLE as ROUTES
 from tink.api.tinker import unsupported
 from tink.cli.main import COMMANDS
@@ -153,6 +154,14 @@ def test_every_refusal_of_the_training_protocol_is_documented():
     words = re.findall(r"\| (\d{3}) `(\w+)`", protocol.__doc__)
     assert len(words) == 7
     assert all(f"{status} `{word}`" in PROTOCOL for status, word in words)
+
+
+def test_every_crash_point_is_documented():
+    documented = {
+        names(row[0])[0]: row[1]
+        for row in rows(section((DOCS / "recovery.md").read_text(), "## Crash points"))
+    }
+    assert documented == crash.POINTS
 
 
 def test_every_dependency_is_justified():
