@@ -71,6 +71,10 @@ BODY_BATCH_BYTES = 64 * 1024 * 1024
 # Bodies just put, for the backend or client that is about to read them.
 BODY_CACHE_BYTES = 64 * 1024 * 1024
 READ_CONNECTIONS = 4
+# Events at the end of the journal that a start compares with the tables: several of the largest commits.
+CHECKED_EVENTS = 5_000
+# Keys of one query: every build of SQLite takes so many parameters.
+SQL_KEYS = 400
 
 # -- trainer ----------------------------------------------------------------------------------------
 

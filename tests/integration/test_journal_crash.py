@@ -82,7 +82,7 @@ def test_no_kill_loses_what_was_acknowledged_or_tears_a_batch(tmp_path: Path) ->
     with engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         assert store.check(connection) == []
-        stored = store.read_tables(connection, closed_jobs=True)
+        stored = store.read_tables(connection)
         last = store.last_seq(connection)
         events = sum(1 for _ in store.read_events(connection))
     engine.dispose()

@@ -189,7 +189,7 @@ class Cluster:
                 if kind in ("JobDone", "JobFailed", "JobCancelled"):
                     ends[str(record.subject.job_id)] = ends.get(str(record.subject.job_id), 0) + 1
             assert set(ends.values()) <= {1}, ends
-            jobs = store.read_tables(connection, closed_jobs=True).table("jobs", rows.Job)
+            jobs = store.read_tables(connection).table("jobs", rows.Job)
             assert {key[0] for key, job in jobs.items() if job.state not in rows.OPEN} == set(ends)
         engine.dispose()
 

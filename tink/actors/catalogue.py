@@ -218,7 +218,7 @@ class Catalogue:
         return [
             checkpoint
             for checkpoint in self._mine("checkpoints", rows.Checkpoint, tenant)
-            if checkpoint.state == "live" and (checkpoint.expires_at is None or checkpoint.expires_at > now)
+            if checkpoint.expires_at is None or checkpoint.expires_at > now
         ]
 
     def _list_checkpoints(self, ask: messages.ListCheckpoints) -> list[rows.Checkpoint]:
@@ -273,7 +273,7 @@ class Catalogue:
                     [
                         c
                         for c in self._journal.ledger.table("checkpoints", rows.Checkpoint).values()
-                        if c.state == "live" and c.expires_at is not None and c.expires_at <= now
+                        if c.expires_at is not None and c.expires_at <= now
                     ],
                     "expired",
                 )

@@ -85,8 +85,8 @@ class MegatronActor:
         await self._release(job_id)
 
     async def _run_to_its_end(self, job: rows.Job) -> None:
-        # Two who want one sampler number: whoever commits first has it.
-        names = job.op == "save_weights_for_sampler"
+        # Two who want one address or one sampler number: whoever commits first has it.
+        names = job.op.startswith("save_weights")
         end = await self._outcome(job)
         async with self._journal.naming if names else trio.CapacityLimiter(1):
             try:

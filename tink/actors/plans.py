@@ -351,11 +351,12 @@ def subject(job: rows.Job, **more: str | None) -> Subject:
 # -- sampling ---------------------------------------------------------------------------------------
 
 
-def sampling(job: rows.Job, accepted: JobAccepted, body: bytes, ledger: Ledger) -> protocol.SampleRequest:
-    """The trainer's request for a sample. Raises UserError if it cannot be served."""
+def sampling(
+    job: rows.Job, accepted: JobAccepted, body: bytes, adapter: rows.Adapter | None
+) -> protocol.SampleRequest:
+    """The trainer's request for a sample of the adapter version, None for the base model. Raises UserError
+    if it cannot be served."""
     request = requests.decode(body, requests.Sample)
-    sampler = ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]
-    adapter = ledger.table("adapters", rows.Adapter)[(sampler.adapter_id,)] if sampler.adapter_id else None
     params = request.sampling_params
     prompt = list(_tokens(request.prompt))
     for name, value in (

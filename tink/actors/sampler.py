@@ -80,7 +80,7 @@ class SamplerActor:
         try:
             accepted = await self._journal.acceptance(job)
             body = await request_of(self._journal, job)
-            request = plans.sampling(job, accepted, body, self._journal.ledger)
+            request = plans.sampling(job, accepted, body, await self._adapter(job))
             reply = await self._send(job, request)
         except UserError as error:
             return plans.subject(job), JobFailed(category="user", error=str(error))
@@ -101,6 +101,10 @@ class SamplerActor:
             run_ms=reply.run_ms,
         )
         return plans.subject(job), done
+
+    async def _adapter(self, job: rows.Job) -> rows.Adapter | None:
+        sampler = self._journal.ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]
+        return None if sampler.adapter_id is None else await self._journal.adapter(sampler.adapter_id)
 
     async def _send(self, job: rows.Job, request: protocol.SampleRequest) -> protocol.SampleReply:
         """Raises BackendError when the job's attempts are used up."""

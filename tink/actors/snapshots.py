@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import structlog
+import trio
 
 from tink import crash
 from tink.actors.trainer_link import Life
@@ -102,7 +103,11 @@ class Snapshots:
         dropped = SnapshotDropped(
             snapshot_id=snapshot.snapshot_id, reason="pruned" if reason == "pruned" else "damaged"
         )
-        await self._journal.append((Subject(tenant=snapshot.tenant, model_id=snapshot.model_id), dropped))
+        # Shielded: whoever comes next must not drop it once more.
+        with trio.CancelScope(shield=True):
+            await self._journal.append(
+                (Subject(tenant=snapshot.tenant, model_id=snapshot.model_id), dropped)
+            )
         crash.point("worker.snapshot-dropped")
         if reason == "pruned":  # a damaged one is left for whoever wants to know how
             await self._world.run_sync(shutil.rmtree, self._artifacts / snapshot.directory, True)
@@ -112,6 +117,6 @@ class Snapshots:
         found = [
             snapshot
             for snapshot in self._journal.ledger.table("snapshots", rows.Snapshot).values()
-            if snapshot.model_id == model_id and snapshot.state == "live"
+            if snapshot.model_id == model_id
         ]
         return sorted(found, key=lambda snapshot: snapshot.op_no, reverse=True)

@@ -11,10 +11,10 @@ from tink.cli import printing
 from tink.cli.checks import Check, check
 from tink.cli.homes import find_home, open_snapshot
 from tink.errors import StartupError
-from tink.journal import migrations
+from tink.journal import revisions
 from tink.journal.home import Home
 from tink.journal.journal import prepare
-from tink.journal.migrations import Database
+from tink.journal.revisions import Database
 
 HELP = "upgrade the journal's schema, or check the journal"
 DESCRIPTION = "The journal's databases (journal.sqlite and bodies.sqlite in the home)."
@@ -83,7 +83,7 @@ def _revisions(home: Home) -> dict[Database, str | None]:
     for name, path in databases.items():
         if path.is_file():
             with open_snapshot(path) as connection:
-                found[name] = migrations.version(connection, name).current
+                found[name] = revisions.current(connection, name)
     return found
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from tink.errors import StartupError
-from tink.journal import migrations
+from tink.journal import revisions
 from tink.journal.database import reader_engine
 from tink.journal.home import Home
 from tink.settings import Settings
@@ -60,10 +60,10 @@ def open_snapshot(path: Path) -> Iterator[Connection]:
 def open_journal(home: Home) -> Iterator[Connection]:
     """The journal of a home, whose schema is the one that this Tink knows. StartupError if not."""
     with open_snapshot(home.journal) as connection:
-        found = migrations.version(connection, "journal")
-        if found.current != found.head:
+        current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
+        if current != head:
             raise StartupError(
-                f"{home.journal} has schema revision {found.current or 'none'}, this Tink reads "
-                f"{found.head}: run 'tink db upgrade', or the Tink that wrote it"
+                f"{home.journal} has schema revision {current or 'none'}, this Tink reads {head}: "
+                "run 'tink db upgrade', or the Tink that wrote it"
             )
         yield connection

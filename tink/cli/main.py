@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 import tink
-from tink.cli import db, jobs, serve, status, trainer
 from tink.errors import JournalUnavailable, TinkError, tink_error
 
 EPILOG = """\
@@ -22,17 +22,11 @@ examples:
 'tink COMMAND --help' has the options, the exit status and more examples.
 Settings are environment variables; README.md lists them."""
 
-# name -> help, description, epilog, add_arguments
-COMMANDS: dict[str, tuple[str, str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "serve": (serve.HELP, serve.DESCRIPTION, serve.EPILOG, serve.add_arguments),
-    "status": (status.HELP, status.DESCRIPTION, status.EPILOG, status.add_arguments),
-    "jobs": (jobs.HELP, jobs.DESCRIPTION, jobs.EPILOG, jobs.add_arguments),
-    "db": (db.HELP, db.DESCRIPTION, db.EPILOG, db.add_arguments),
-    "trainer": (trainer.HELP, trainer.DESCRIPTION, trainer.EPILOG, trainer.add_arguments),
-}
+# Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
+COMMANDS = ("serve", "status", "jobs", "db", "trainer")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="tink",
         description="A worker for LLM fine-tuning and RL that never loses a job and never repeats a step.",
@@ -41,21 +35,26 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"tink {tink.__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for name, (summary, description, epilog, add_arguments) in COMMANDS.items():
+    for name in names:
+        module = import_module(f"tink.cli.{name}")
         command = commands.add_parser(
             name,
-            help=summary,
-            description=description,
-            epilog=epilog,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add_arguments(command)
+        module.add_arguments(command)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status. What a user did wrong is a line, never a traceback."""
-    chosen = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # The command that is named, and no other: a start should not wait for what `db` imports.
+    chosen = parser(arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS).parse_args(
+        arguments
+    )
     try:
         return int(chosen.run(chosen))
     except BrokenPipeError:

@@ -127,4 +127,4 @@ def _samplers_of(model_id: str) -> Select[Any]:
 
 
 def _rows(connection: Connection, query: Select[Any], kind: type[R]) -> list[R]:
-    return [kind(**row) for row in connection.execute(query).mappings()]
+    return list(store.read_rows(connection, query, kind))

@@ -1,6 +1,6 @@
 """From an event to the rows it changes: one definition with two interpreters. The journal writes the
 changes to its tables in the event's own transaction; `Ledger` applies them in memory. So the fold of
-the events equals the tables by construction, and is compared with them at every boot."""
+the events equals the tables by construction; that it does is checked, the end of it at every start."""
 
 from __future__ import annotations
 
@@ -327,6 +327,15 @@ class Ledger:
             if row.state == "live" or address not in self._addresses:
                 self._addresses[address] = row
 
+    def forget(self, table: str, key: Key) -> rows.Row | None:
+        """Takes a row out, and returns it."""
+        row = self.tables[table].pop(key, None)
+        if isinstance(row, rows.Checkpoint):
+            address = (row.model_id, row.kind, row.name)
+            if self._addresses.get(address) is row:
+                del self._addresses[address]
+        return row
+
     def apply(self, changes: Iterable[Change]) -> None:
         for change in changes:
             if isinstance(change, Update):
@@ -355,6 +364,39 @@ def fold(records: Iterable[Record]) -> Ledger:
     for record in records:
         ledger.apply(project(record))
     return ledger
+
+
+# (table, key) -> column -> value.
+Written = dict[tuple[str, Key], dict[str, Any]]
+
+
+def last_written(records: Iterable[Record]) -> Written:
+    """What the last events of a journal must have left in its tables, whatever came before them: every
+    column that they wrote. LookupError if one of them makes a row that another has made."""
+    written: Written = {}
+    for record in records:
+        for change in project(record):
+            if isinstance(change, Update):
+                written.setdefault((change.table, change.key), {}).update(change.values)
+                continue
+            place = change.table, _key(change.table, change.row)
+            if isinstance(change, Insert) and place in written:
+                raise LookupError(f"event {record.seq} makes {change.table}{list(place[1])} anew")
+            written[place] = msgspec.structs.asdict(change.row)
+    return written
+
+
+def missing(written: Written, stored: Ledger) -> Iterator[str]:
+    """One line for each row in which `stored` has not what was written."""
+    for (table, key), values in written.items():
+        row = stored.tables[table].get(key)
+        if row is None:
+            yield f"{table}{list(key)} is not there"
+            continue
+        wrong = {column: value for column, value in values.items() if getattr(row, column) != value}
+        if wrong:
+            found = {column: getattr(row, column) for column in wrong}
+            yield f"{table}{list(key)}: {wrong} is not {found}"
 
 
 def _key(table: str, row: rows.Row) -> Key:

@@ -13,7 +13,10 @@ OPEN: frozenset[JobState] = frozenset({"accepted", "running"})
 
 
 class Row(msgspec.Struct, kw_only=True):
-    pass
+    @property
+    def ended(self) -> bool:
+        """Nothing more will happen to it: a worker has no need to keep it in memory."""
+        return False
 
 
 class Incarnation(Row, kw_only=True):
@@ -99,6 +102,10 @@ class Job(Row, kw_only=True):
     error_category: str | None = None
     error: str | None = None
 
+    @property
+    def ended(self) -> bool:
+        return self.state not in OPEN
+
 
 class Sampler(Row, kw_only=True):
     sampler_id: str
@@ -147,6 +154,10 @@ class Checkpoint(Row, kw_only=True):
     deleted_at: float | None = None
 
     @property
+    def ended(self) -> bool:
+        return self.state != "live"
+
+    @property
     def address(self) -> str:
         return f"tinker://{self.model_id}/{self.kind}/{self.name}"
 
@@ -161,6 +172,10 @@ class Snapshot(Row, kw_only=True):
     size_bytes: int
     created_at: float
     dropped_at: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state != "live"
 
 
 # table -> (row type, primary key)

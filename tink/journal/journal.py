@@ -2,7 +2,7 @@
 
     async with Journal.open(home, world, ...) as journal:
         await journal.append((Subject(job_id=...), JobDone(...)))
-        journal.ledger            the projections in memory: open jobs, everything else
+        journal.ledger            the projections in memory: what has not ended
 
 Everything that `append` returned for is on stable storage.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import trio
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.exc import IntegrityError
 
 from tink import crash
@@ -30,18 +31,19 @@ from tink.domain.events import (
     Subject,
     TrainerStarted,
 )
-from tink.domain.projection import Ledger, project
+from tink.domain.projection import Key, Ledger, Update, project
 from tink.errors import JournalUnavailable, StartupError
-from tink.journal import migrations, schema, store
+from tink.journal import revisions, schema, store
 from tink.journal.bodies import BodyStore
 from tink.journal.commits import GroupCommit
 from tink.journal.database import database_errors, reader_engine, writer_engine
 from tink.journal.home import Home
+from tink.journal.revisions import Database
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
 
 Entry = tuple[Subject, AnyEvent]
-T = TypeVar("T")
+R = TypeVar("R", bound=rows.Row)
 
 
 class Journal:
@@ -73,16 +75,14 @@ class Journal:
     async def open(
         cls, home: Home, world: World, *, version: str, settings_digest: str
     ) -> AsyncIterator[Journal]:
-        """Migrates, checks that the tables are the fold of the events, and opens a new incarnation. The
-        caller holds the home's lock. Raises StartupError if the journal cannot be used; leaves by
-        JournalUnavailable, through every task inside, as soon as a commit fails."""
+        """Migrates, checks that the tables hold what the last events say, and opens a new incarnation: all
+        in a time that does not grow with what has ended. The caller holds the home's lock. Raises
+        StartupError if the journal cannot be used; leaves by JournalUnavailable, through every task
+        inside, as soon as a commit fails."""
         await world.run_sync(prepare, home)
         journal = await world.run_sync(cls, home, world)
         try:
             journal.ledger = await world.run_sync(journal._load)
-            journal.incarnation = 1 + max(
-                (key[0] for key in journal.ledger.tables["incarnations"]), default=0
-            )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(journal._commits.run)
                 nursery.start_soon(journal.bodies.run)
@@ -116,14 +116,19 @@ class Journal:
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot
+        query = select(schema.jobs).where(schema.jobs.c.job_id == job_id)
+        return next(iter(await self._read(query, rows.Job)), None)
 
-        def read() -> rows.Job | None:
-            with database_errors("reading a job"), self._reader.connect() as connection:
-                query = select(schema.jobs).where(schema.jobs.c.job_id == job_id)
-                row = connection.execute(query).mappings().one_or_none()
-                return None if row is None else rows.Job(**row)
-
-        return await self._world.run_sync(read, limiter=self._readers)
+    async def adapter(self, adapter_id: str) -> rows.Adapter:
+        """An adapter version. LookupError if there is none."""
+        hot = self.ledger.table("adapters", rows.Adapter).get((adapter_id,))
+        if hot is not None:
+            await trio.lowlevel.checkpoint()
+            return hot
+        query = select(schema.adapters).where(schema.adapters.c.adapter_id == adapter_id)
+        for found in await self._read(query, rows.Adapter):
+            return found
+        raise LookupError(f"there is no adapter {adapter_id}")
 
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         """The event that accepted a job: it holds the request of a command."""
@@ -142,16 +147,10 @@ class Journal:
     async def ops(self, model_id: str, after: int, upto: int) -> list[rows.Job]:
         """A model's jobs with after < op_no <= upto, in order: what a redo applies again."""
         table = schema.jobs
-
-        def read() -> list[rows.Job]:
-            query = select(table).where(
-                table.c.model_id == model_id, table.c.op_no > after, table.c.op_no <= upto
-            )
-            with database_errors("reading a model's jobs"), self._reader.connect() as connection:
-                found = connection.execute(query.order_by(table.c.op_no)).mappings()
-                return [rows.Job(**row) for row in found]
-
-        return await self._world.run_sync(read, limiter=self._readers)
+        query = select(table).where(
+            table.c.model_id == model_id, table.c.op_no > after, table.c.op_no <= upto
+        )
+        return await self._read(query.order_by(table.c.op_no), rows.Job)
 
     async def redo_ms(self, model_id: str, after: int) -> float:
         """How long the model's operations behind op_no `after` ran."""
@@ -179,6 +178,13 @@ class Journal:
 
         return await self._world.run_sync(read, limiter=self._readers)
 
+    async def _read(self, query: Select[Any], kind: type[R]) -> list[R]:
+        def read() -> list[R]:
+            with database_errors("reading the journal"), self._reader.connect() as connection:
+                return list(store.read_rows(connection, query, kind))
+
+        return await self._world.run_sync(read, limiter=self._readers)
+
     # -- on the writer's thread ---------------------------------------------------------------------
 
     def _commit(self, entries: list[Entry]) -> None:
@@ -202,23 +208,17 @@ class Journal:
     def _load(self) -> Ledger:
         with database_errors("reading the journal"), self._connection.begin():
             self._seq = store.last_seq(self._connection)
-            self.last_trainer = store.last_trainer(self._connection)
-            stored = Ledger()
+            self.incarnation = 1 + store.last_incarnation(self._connection)
+            present = Ledger()
             try:
-                stored = store.read_tables(self._connection, closed_jobs=True)
-                wrong = store.check(self._connection, stored)
-            except (LookupError, msgspec.DecodeError) as error:
+                self.last_trainer = store.last_trainer(self._connection)
+                present = store.read_present(self._connection)
+                wrong = store.check_end(self._connection, present)
+            except (LookupError, msgspec.MsgspecError) as error:
                 wrong = [str(error)]
         if wrong:
-            raise StartupError(
-                f"{self._home.journal} is damaged: its tables are not what its events say "
-                f"({len(wrong)} differences, the first: {wrong[0][:300]}); restore a backup, or look at it "
-                "with 'tink db check'"
-            )
-        jobs = stored.table("jobs", rows.Job)
-        for key in [key for key, job in jobs.items() if job.state not in rows.OPEN]:
-            del jobs[key]
-        return stored
+            raise store.damaged(self._home.journal, wrong)
+        return present
 
     def _close(self) -> None:
         self.bodies.close()
@@ -229,29 +229,39 @@ class Journal:
     # -- on the Trio thread, in commit order --------------------------------------------------------
 
     def _apply(self) -> None:
-        jobs = self.ledger.table("jobs", rows.Job)
         for record in self._committed:
-            self.ledger.apply(project(record))
-            job_id = record.subject.job_id
-            job = jobs.get((job_id,))
-            if job_id is None or job is None:
-                continue
             if isinstance(record.event, JobAccepted):
-                self._acceptances[job_id] = record.event
-            elif job.state not in rows.OPEN:
-                self._recent[job_id] = jobs.pop((job_id,))
-                self._acceptances.pop(job_id, None)
+                self._acceptances[str(record.subject.job_id)] = record.event
+            changes = project(record)
+            self.ledger.apply(changes)
+            for change in changes:
+                if isinstance(change, Update):
+                    self._forget_if_ended(change.table, change.key)
         while len(self._recent) > RECENT_JOBS:
             self._recent.popitem(last=False)
+
+    def _forget_if_ended(self, table: str, key: Key) -> None:
+        row = self.ledger.tables[table][key]
+        if not row.ended:
+            return
+        self.ledger.forget(table, key)
+        if isinstance(row, rows.Job):
+            self._acceptances.pop(row.job_id, None)
+            self._recent[row.job_id] = row
 
 
 def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
-    for path, database in ((home.journal, "journal"), (home.bodies, "bodies")):
+    databases: dict[Database, Path] = {"journal": home.journal, "bodies": home.bodies}
+    for database, path in databases.items():
         engine = writer_engine(path)
         try:
             with database_errors(f"{path} cannot be opened"), engine.connect() as connection:
-                migrations.upgrade(connection, database)  # type: ignore[arg-type]
+                if revisions.current(connection, database) != revisions.HEADS[database]:
+                    # Alembic takes longer to be imported than all the rest of a start.
+                    from tink.journal import migrations
+
+                    migrations.upgrade(connection, database, path)
         except JournalUnavailable as error:
             raise StartupError(str(error)) from error
         finally:

@@ -41,6 +41,8 @@ BigKey = BigInteger().with_variant(Integer(), "sqlite")
 # The condition of the partial index on open jobs, word for word in the queries that are to use it: a
 # database does not recognise it in bound parameters.
 OPEN_JOBS = text("state IN ('accepted', 'running')")
+# Of checkpoints and snapshots.
+LIVE = text("state = 'live'")
 
 events = Table(
     "events",
@@ -228,8 +230,8 @@ checkpoints = Table(
         "kind",
         "name",
         unique=True,
-        sqlite_where=text("state = 'live'"),
-        postgresql_where=text("state = 'live'"),
+        sqlite_where=LIVE,
+        postgresql_where=LIVE,
     ),
 )
 

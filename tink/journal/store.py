@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 import msgspec
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Executable,
+    Select,
+    Text,
+    TextClause,
+    bindparam,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Record, Subject, TrainerStarted
-from tink.domain.projection import Change, Insert, Ledger, Update, fold, project
+from tink.domain.projection import (
+    Change,
+    Insert,
+    Key,
+    Ledger,
+    Update,
+    Written,
+    fold,
+    last_written,
+    missing,
+    project,
+)
+from tink.errors import StartupError
 from tink.journal import schema
+from tink.limits import CHECKED_EVENTS, SQL_KEYS
+
+R = TypeVar("R", bound=rows.Row)
+
+_ORDER = {table.name: place for place, table in enumerate(schema.metadata.sorted_tables)}
 
 
 def write(connection: Connection, records: list[Record]) -> None:
@@ -22,7 +54,9 @@ def write(connection: Connection, records: list[Record]) -> None:
         _check_readable(record.event)
     connection.execute(insert(schema.events), [event_row(record) for record in records])
     changes = [change for record in records for change in project(record)]
-    # Runs of changes of one shape become one executemany; their order is kept.
+    # Runs of changes of one shape become one executemany. Their order is kept in each table; among the
+    # tables it is that of the foreign keys.
+    changes.sort(key=lambda change: _ORDER[change.table])
     for _, group in groupby(changes, key=_shape):
         _execute(connection, list(group))
 
@@ -46,24 +80,34 @@ def event_row(record: Record) -> dict[str, Any]:
     }
 
 
+# The data as text: decoded once, into its event.
+_SUBJECT = Subject.__struct_fields__
+_COLUMNS = [
+    *(schema.events.c[name] for name in ("seq", "at", "incarnation", "kind")),
+    cast(schema.events.c.data, Text),
+    *(schema.events.c[name] for name in _SUBJECT),
+]
+_DECODERS = {str(kind.__struct_config__.tag): msgspec.json.Decoder(kind) for kind in get_args(AnyEvent)}
+
+
 def read_events(connection: Connection, after: int = 0) -> Iterator[Record]:
     """Every event behind `after`, in order. LookupError for one that is damaged."""
     table = schema.events
-    query = select(table).where(table.c.seq > after).order_by(table.c.seq)
-    for row in connection.execution_options(stream_results=True).execute(query).mappings():
+    query = select(*_COLUMNS).where(table.c.seq > after).order_by(table.c.seq)
+    for row in connection.execution_options(stream_results=True).execute(query):
         yield _record(row)
 
 
 def event_of(connection: Connection, seq: int) -> Record:
-    table = schema.events
-    return _record(connection.execute(select(table).where(table.c.seq == seq)).mappings().one())
+    """LookupError if it is damaged."""
+    return _record(connection.execute(select(*_COLUMNS).where(schema.events.c.seq == seq)).one())
 
 
 def last_trainer(connection: Connection) -> TrainerStarted | None:
     """The training server that answered last."""
     table = schema.events
-    query = select(table).where(table.c.kind == "trainer_started").order_by(table.c.seq.desc()).limit(1)
-    row = connection.execute(query).mappings().one_or_none()
+    query = select(*_COLUMNS).where(table.c.kind == "trainer_started").order_by(table.c.seq.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
     event = None if row is None else _record(row).event
     return event if isinstance(event, TrainerStarted) else None
 
@@ -72,73 +116,156 @@ def last_seq(connection: Connection) -> int:
     return int(connection.execute(select(func.coalesce(func.max(schema.events.c.seq), 0))).scalar_one())
 
 
-def read_tables(connection: Connection, *, closed_jobs: bool) -> Ledger:
-    """The projections as they are stored; of the jobs only the open ones unless `closed_jobs`."""
+def last_incarnation(connection: Connection) -> int:
+    """Of the worker that wrote the last event; 0 in an empty journal."""
+    table = schema.events
+    query = select(table.c.incarnation).order_by(table.c.seq.desc()).limit(1)
+    return int(connection.execute(query).scalar() or 0)
+
+
+def read_tables(connection: Connection) -> Ledger:
+    """The projections as they are stored, all of them."""
     ledger = Ledger()
     for name, (kind, _key) in rows.TABLES.items():
-        table = schema.metadata.tables[name]
-        query = select(table)
-        if name == "jobs" and not closed_jobs:
-            query = query.where(schema.OPEN_JOBS)
-        for row in connection.execute(query).mappings():
-            ledger.put(name, kind(**row))
+        for row in read_rows(connection, select(schema.metadata.tables[name]), kind):
+            ledger.put(name, row)
     return ledger
 
 
-def _record(row: Any) -> Record:
-    columns = dict(row)
-    data = {**columns.pop("data"), "kind": columns.pop("kind")}
-    head = {name: columns.pop(name) for name in ("seq", "at", "incarnation")}
+# What a worker has in memory, and of which rows: those that have not ended. Their indexes know these
+# conditions. The other tables are looked up by key, or not at all.
+_PRESENT: dict[str, TextClause | None] = {
+    "sessions": None,
+    "models": None,
+    "samplers": None,
+    "jobs": schema.OPEN_JOBS,
+    "checkpoints": schema.LIVE,
+    "snapshots": schema.LIVE,
+}
+
+
+def read_present(connection: Connection) -> Ledger:
+    """What a worker goes on with. It does not grow with the jobs that were ever run."""
+    ledger = Ledger()
+    for name, condition in _PRESENT.items():
+        query = select(schema.metadata.tables[name])
+        if condition is not None:
+            query = query.where(condition)
+        for row in read_rows(connection, query, rows.TABLES[name][0]):
+            ledger.put(name, row)
+    return ledger
+
+
+def read_rows(connection: Connection, query: Select[Any], kind: type[R]) -> Iterator[R]:
+    """The rows of a query that selects a whole table's columns."""
+    found = connection.execute(query)
+    names = tuple(found.keys())
+    for row in found:
+        yield kind(**dict(zip(names, row, strict=True)))
+
+
+def _record(row: Sequence[Any]) -> Record:
+    seq, at, incarnation, kind, data, *subject = row
     try:
-        event: AnyEvent = msgspec.convert(data, AnyEvent)
-    except msgspec.ValidationError as error:
-        raise LookupError(f"event {head['seq']} is not one that this Tink can read: {error}") from None
-    return Record(subject=Subject(**columns), event=event, **head)
+        event: AnyEvent = _DECODERS[kind].decode(data)
+    except (KeyError, msgspec.DecodeError) as error:
+        raise LookupError(f"event {seq} is not one that this Tink can read: {error}") from None
+    return Record(seq, at, incarnation, Subject(**dict(zip(_SUBJECT, subject, strict=True))), event)
 
 
-def _shape(change: Change) -> tuple[object, ...]:
+def _shape(change: Change) -> tuple[type[Change], str, tuple[str, ...]]:
     columns = tuple(change.values) if isinstance(change, Update) else ()
     return type(change), change.table, columns
 
 
 def _execute(connection: Connection, changes: list[Change]) -> None:
     first = changes[0]
-    table = schema.metadata.tables[first.table]
     keys = rows.TABLES[first.table][1]
-    if isinstance(first, Update):
-        statement: Any = update(table).where(*(table.c[name] == bindparam(f"key_{name}") for name in keys))
-        statement = statement.values({column: bindparam(f"new_{column}") for column in first.values})
-        parameters = [
-            {f"key_{name}": part for name, part in zip(keys, change.key, strict=True)}
-            | {f"new_{column}": value for column, value in change.values.items()}
-            for change in changes
-            if isinstance(change, Update)
-        ]
-    else:
-        statement = insert(table)
-        if not isinstance(first, Insert):
-            replacing = upsert(table)
-            statement = replacing.on_conflict_do_update(
-                index_elements=list(keys),
-                set_={c.name: replacing.excluded[c.name] for c in table.columns if c.name not in keys},
-            )
-        parameters = [
-            msgspec.structs.asdict(change.row) for change in changes if not isinstance(change, Update)
-        ]
-    done = connection.execute(statement, parameters)
+    parameters = [
+        {f"key_{name}": part for name, part in zip(keys, change.key, strict=True)}
+        | {f"new_{column}": value for column, value in change.values.items()}
+        if isinstance(change, Update)
+        else msgspec.structs.asdict(change.row)
+        for change in changes
+    ]
+    done = connection.execute(_statement(*_shape(first)), parameters)
     if isinstance(first, Update) and done.rowcount != len(parameters):
         raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")  # type: ignore[union-attr]
 
 
-def check(connection: Connection, stored: Ledger | None = None) -> list[str]:
-    """Where the tables are not the fold of the events; empty when all is well."""
-    stored = stored if stored is not None else read_tables(connection, closed_jobs=True)
-    return list(fold(gapless(read_events(connection))).differences(stored))
+@functools.cache  # few shapes, and to make a statement costs more than to run it
+def _statement(kind: type[Change], name: str, columns: tuple[str, ...]) -> Executable:
+    table = schema.metadata.tables[name]
+    keys = rows.TABLES[name][1]
+    if kind is Update:
+        chosen = update(table).where(*(table.c[key] == bindparam(f"key_{key}") for key in keys))
+        return chosen.values({column: bindparam(f"new_{column}") for column in columns})
+    if kind is Insert:
+        return insert(table)
+    replacing = upsert(table)
+    return replacing.on_conflict_do_update(
+        index_elements=list(keys),
+        set_={c.name: replacing.excluded[c.name] for c in table.columns if c.name not in keys},
+    )
 
 
-def gapless(records: Iterable[Record]) -> Iterator[Record]:
-    """The same records; LookupError at the first that is missing."""
-    for expected, record in enumerate(records, 1):
+def check(connection: Connection) -> list[str]:
+    """Where the tables are not the fold of the events; empty when all is well. Takes the longer the more
+    has happened."""
+    try:
+        stored = read_tables(connection)
+        return list(fold(gapless(read_events(connection))).differences(stored))
+    except (LookupError, msgspec.MsgspecError) as error:
+        return [str(error)]
+
+
+def damaged(path: Path, wrong: list[str]) -> StartupError:
+    return StartupError(
+        f"{path} is damaged: its tables are not what its events say ({len(wrong)} differences, the first: "
+        f"{wrong[0][:300]}); restore a backup, or look at it with 'tink db check'"
+    )
+
+
+def check_end(connection: Connection, present: Ledger) -> list[str]:
+    """The part of `check` that takes the same time however much has happened: no event is missing, and
+    what the last ones wrote is in the tables. `present`: what was read of them already."""
+    last = last_seq(connection)
+    count = int(connection.execute(select(func.count()).select_from(schema.events)).scalar_one())
+    if count != last:
+        return [f"the journal has {count} events, and the last one is number {last}"]
+    after = max(0, last - CHECKED_EVENTS)
+    try:
+        written = last_written(gapless(read_events(connection, after), after))
+        return list(missing(written, _stored(connection, written, present)))
+    except (LookupError, msgspec.MsgspecError) as error:
+        return [str(error)]
+
+
+def _stored(connection: Connection, written: Written, present: Ledger) -> Ledger:
+    """The rows that are named in `written`, as far as they are there."""
+    stored = Ledger()
+    wanted: defaultdict[str, list[Key]] = defaultdict(list)
+    for name, key in written:
+        row = present.tables[name].get(key)
+        if row is not None:
+            stored.put(name, row)
+        else:
+            wanted[name].append(key)
+    for name, keys in wanted.items():
+        kind, (column, *_) = rows.TABLES[name]
+        table = schema.metadata.tables[name]
+        for start in range(0, len(keys), SQL_KEYS):
+            # By the first column of the key: SQLite would scan the table for a pair.
+            some = [key[0] for key in keys[start : start + SQL_KEYS]]
+            query = select(table).where(table.c[column].in_(some))
+            for row in read_rows(connection, query, kind):
+                stored.put(name, row)
+    return stored
+
+
+def gapless(records: Iterable[Record], after: int = 0) -> Iterator[Record]:
+    """The same records, which begin behind `after`; LookupError at the first that is missing."""
+    for expected, record in enumerate(records, after + 1):
         if record.seq != expected:
             raise LookupError(f"the journal has no event {expected}: the next one is {record.seq}")
         yield record

@@ -275,13 +275,10 @@ def test_what_a_redo_leaves_out_changes_no_state() -> None:
 
 
 def _sampling(**request: Any) -> protocol.SampleRequest:
-    created = events.SamplerCreated(sampler_id="s:sample:0", sampling_seq_id=0, base_model="org/model")
-    ledger = _ledger((Subject(tenant="t", session_id="s"), created))
     job = _job("sample", 0, model_id=None, sampler_id="s:sample:0")
     accepted = JobAccepted(op="sample", seq_id=0, sampler_id="s:sample:0", seed=77)
-    return plans.sampling(
-        job, accepted, msgspec.json.encode({"prompt": _text([1, 2, 3]), **request}), ledger
-    )
+    body = msgspec.json.encode({"prompt": _text([1, 2, 3]), **request})
+    return plans.sampling(job, accepted, body, None)
 
 
 def _text(*chunks: list[int]) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def _snapshot(draw: st.DrawFn, state: _State) -> Entry:
 
 
 def _snapshot_dropped(draw: st.DrawFn, state: _State) -> Entry:
-    subject, snapshot = draw(st.sampled_from(state.snapshots))
+    subject, snapshot = state.snapshots.pop(draw(st.integers(0, len(state.snapshots) - 1)))
     reason = draw(st.sampled_from(["pruned", "damaged"]))
     return subject, events.SnapshotDropped(snapshot_id=snapshot, reason=reason)
 
@@ -266,7 +266,7 @@ def _checkpoint_changed(draw: st.DrawFn, state: _State) -> Entry:
 
 
 def _checkpoint_deleted(draw: st.DrawFn, state: _State) -> Entry:
-    subject, checkpoint = draw(st.sampled_from(state.checkpoints))
+    subject, checkpoint = state.checkpoints.pop(draw(st.integers(0, len(state.checkpoints) - 1)))
     reason = draw(st.sampled_from(["deleted", "expired", "overwritten"]))
     return subject, events.CheckpointDeleted(checkpoint_id=checkpoint, reason=reason)
 

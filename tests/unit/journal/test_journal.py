@@ -21,7 +21,9 @@ from tests.unit.journal.journal_kit import (
     session,
     stored_sessions,
 )
-from tink.domain.events import ClientFailed, JobAccepted, JobDone, Subject
+from tink.domain import rows
+from tink.domain.events import AdapterExported, ClientFailed, JobAccepted, JobDone, Subject
+from tink.domain.projection import Ledger
 from tink.errors import JournalUnavailable, StartupError, tink_error
 from tink.journal import database, store
 from tink.journal.database import reader_engine, writer_engine
@@ -43,6 +45,15 @@ def _write(path: Path, statement: str) -> None:
     with connection:
         connection.execute(statement)
     connection.close()
+
+
+def _checked(home: Home) -> list[str]:
+    """What `tink db check` finds in the tables."""
+    engine = reader_engine(home.journal)
+    with engine.connect() as connection:
+        found = store.check(connection)
+    engine.dispose()
+    return found
 
 
 @contextmanager
@@ -81,7 +92,7 @@ async def test_seq_has_no_gap_over_restarts_and_each_boot_is_an_incarnation(
     assert _seqs(home) == list(range(1, 3 * 9 + 1))
     engine = reader_engine(home.journal)
     with engine.connect() as connection:
-        found = list(store.read_tables(connection, closed_jobs=True).tables["incarnations"].values())
+        found = list(store.read_tables(connection).tables["incarnations"].values())
     engine.dispose()
     assert [(row.number, row.stop_reason) for row in found] == [(n, "stopped") for n in (1, 2, 3)]  # type: ignore[attr-defined]
 
@@ -326,7 +337,6 @@ async def test_a_reader_cannot_write(autojump_clock: MockClock, tmp_path: Path) 
 DAMAGE = {
     "a row is gone": "DELETE FROM incarnations",
     "a row was changed": "UPDATE sessions SET tenant = 'other' WHERE session_id = 's1'",
-    "a row was added": "INSERT INTO incarnations VALUES (9, 'b', 'v', 'd', 0, NULL, NULL)",
     "an event is gone": "DELETE FROM events WHERE seq = 2",
     "the first event is gone": "DELETE FROM events WHERE seq = 1",
     "the last event is gone": "DELETE FROM events WHERE seq = (SELECT max(seq) FROM events)",
@@ -357,6 +367,61 @@ async def test_a_damaged_journal_is_found_at_the_start(
             pass
 
 
+# What of it is found at a start however long ago it was: numbers that are missing, and rows that are
+# missing where the last events have written.
+SEEN_FOR_EVER = {"an event is gone", "the first event is gone", "a row is gone"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_old_damage_is_found_by_a_check_and_some_of_it_at_the_start(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(store, "CHECKED_EVENTS", 3)
+    home = new_home(tmp_path)
+    async with opened(home) as journal:
+        await journal.append(session(1))
+        await journal.append(*(session(number) for number in range(2, 20)))
+    _write(home.journal, DAMAGE[damage])
+    assert _checked(home)
+    if damage in SEEN_FOR_EVER:
+        with pytest.raises(StartupError, match=r"damaged.*restore a backup"):
+            async with opened(home):
+                pass
+    else:
+        async with opened(home):
+            pass
+
+
+async def test_a_row_that_no_event_made_is_found_by_a_check(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    async with opened(home):
+        pass
+    _write(home.journal, "INSERT INTO incarnations VALUES (9, 'b', 'v', 'd', 0, NULL, NULL)")
+    assert "incarnations[9]" in _checked(home)[0]
+
+
+async def test_an_adapter_that_a_former_worker_exported_is_looked_up(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    model = Subject(tenant="t", session_id="s1", model_id="m", job_id="m:0")
+    exported = AdapterExported(version=1, directory="d", size_bytes=3, files={"a": "b"})
+    async with opened(home) as journal:
+        await journal.append(
+            session(1),
+            (model, JobAccepted(op="create_model", seq_id=0, model_seq_id=0, request="{}")),
+            (Subject(tenant="t", session_id="s1", model_id="m", job_id="m:1", adapter_id="m@1"), exported),
+        )
+        made = await journal.adapter("m@1")
+    async with opened(home) as journal:
+        assert journal.ledger.tables["adapters"] == {}
+        assert await journal.adapter("m@1") == made
+        with pytest.raises(LookupError, match="m@2"):
+            await journal.adapter("m@2")
+
+
 @pytest.mark.parametrize("name", ["journal", "bodies"])
 async def test_a_file_that_is_no_database_is_refused(
     autojump_clock: MockClock, tmp_path: Path, name: str
@@ -383,19 +448,25 @@ async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path
         await journal.job("j")
         await journal.ops("m", 3, 7)
         with journal._reader.connect() as connection:
-            store.read_tables(connection, closed_jobs=False)
+            store.read_present(connection)
+            begun = len(sent)
+            written = {(name, ("x",) * len(key)): {} for name, (_, key) in rows.TABLES.items()}
+            store._stored(connection, written, Ledger())
         event.remove(journal._reader, "before_cursor_execute", note)
-        one, ops, *tables = sent
+        one, ops, *tables = sent[:begun]
+        by_key = sent[begun:]
         open_jobs = next(s for s in tables if "FROM jobs" in s)
 
         def plan(statement: str) -> str:
             # Parameters as the reader binds them; a partial index needs its values in the text.
             with journal._reader.connect() as connection:
-                rows = connection.connection.cursor().execute(
+                steps = connection.connection.cursor().execute(
                     f"EXPLAIN QUERY PLAN {statement}", ["x"] * statement.count("?")
                 )
-                return "\n".join(str(row[3]) for row in rows)
+                return "\n".join(str(step[3]) for step in steps)
 
         assert "USING INDEX sqlite_autoindex_jobs_1 (job_id=?)" in plan(one)
         assert "USING INDEX uq_jobs_model_id_op_no (model_id=? AND op_no>? AND op_no<?)" in plan(ops)
         assert "ix_jobs_open" in plan(open_jobs)
+        assert "SCAN" not in "".join(map(plan, by_key))
+        assert len(by_key) == len(rows.TABLES)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection
+from trio.testing import MockClock
 
-from tests.unit.journal.journal_kit import new_home
+from tests.unit.journal.journal_kit import new_home, opened, session
 from tink.errors import StartupError
-from tink.journal import migrations
+from tink.journal import migrations, revisions, store
 from tink.journal.database import writer_engine
+from tink.journal.home import Home
 from tink.journal.journal import prepare
-from tink.journal.migrations import Database
+from tink.journal.revisions import Database
 
 both = pytest.mark.parametrize("database", ["journal", "bodies"])
 
@@ -30,11 +36,10 @@ def _connected(path: Path) -> Iterator[Connection]:
 @both
 def test_an_empty_database_becomes_the_schema_of_the_code(tmp_path: Path, database: Database) -> None:
     with _connected(tmp_path / "db.sqlite") as connection:
-        assert migrations.version(connection, database).current is None
+        assert revisions.current(connection, database) is None
         assert migrations.differences(connection, database) != []
-        before = migrations.upgrade(connection, database)
-        assert before.current is None
-        assert migrations.version(connection, database).current == before.head
+        migrations.upgrade(connection, database, tmp_path)
+        assert revisions.current(connection, database) == revisions.HEADS[database]
         assert migrations.differences(connection, database) == []
 
 
@@ -42,12 +47,11 @@ def test_an_empty_database_becomes_the_schema_of_the_code(tmp_path: Path, databa
 def test_an_upgrade_of_the_newest_schema_changes_nothing(tmp_path: Path, database: Database) -> None:
     path = tmp_path / "db.sqlite"
     with _connected(path) as connection:
-        migrations.upgrade(connection, database)
+        migrations.upgrade(connection, database, path)
         schema = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master ORDER BY 1").fetchall()
     before = path.read_bytes()
     with _connected(path) as connection:
-        version = migrations.upgrade(connection, database)
-        assert version.current == version.head
+        migrations.upgrade(connection, database, path)
         assert (
             connection.exec_driver_sql("SELECT name, sql FROM sqlite_master ORDER BY 1").fetchall()
             == schema
@@ -69,10 +73,91 @@ def test_a_schema_of_a_newer_tink_is_refused_and_left_alone(tmp_path: Path, data
 
 
 @both
+def test_the_head_that_the_code_knows_is_the_newest_migration(tmp_path: Path, database: Database) -> None:
+    with _connected(tmp_path / "db.sqlite") as connection:
+        assert migrations.known(connection, database)[0] == revisions.HEADS[database]
+
+
+def test_a_start_without_a_migration_does_not_wait_for_alembic(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; import tink.cli.main, tink.cli.serve\n"
+        "from tink.journal.home import Home; from tink.journal.journal import prepare\n"
+        "prepare(Home(Path(sys.argv[1])))\n"
+        "sys.exit('alembic' in sys.modules)"
+    )
+    for empty in (False, True):
+        home = new_home(tmp_path / str(empty), empty=empty)
+        done = subprocess.run([sys.executable, "-c", script, str(home.root)])
+        assert done.returncode == empty
+
+
+# -- a migration of tomorrow ------------------------------------------------------------------------
+
+MIGRATION = """
+from alembic import op
+revision, down_revision = "0002", "0001"
+def upgrade():
+    op.execute("CREATE TABLE added (x)")
+    op.execute("UPDATE sessions SET sdk_version = '{version}' WHERE session_id = 's1'")
+"""
+
+
+@pytest.fixture
+def next_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the journal's next migration can be put."""
+    config = migrations._config
+
+    def longer(connection: Connection, database: Database) -> Any:
+        made = config(connection, database)
+        if database == "journal":
+            here = made.get_main_option("version_locations")
+            made.set_main_option("version_locations", f"{here}{os.pathsep}{tmp_path}")
+        return made
+
+    monkeypatch.setattr(migrations, "_config", longer)
+    monkeypatch.setitem(revisions.HEADS, "journal", "0002")
+    return tmp_path / "0002_next.py"
+
+
+async def _with_history(folder: Path) -> Home:
+    home = new_home(folder)
+    async with opened(home) as journal:
+        await journal.append(session(1, sdk_version="5"))
+        await journal.append(*(session(number) for number in range(2, 20)))
+    return home
+
+
+def _tables(home: Home) -> set[str]:
+    with _connected(home.journal) as connection:
+        return set(connection.exec_driver_sql("SELECT name FROM sqlite_master").scalars())
+
+
+async def test_a_start_after_a_migration_looks_at_all_of_the_journal(
+    autojump_clock: MockClock, tmp_path: Path, next_migration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that leaves something else than the events say has not been."""
+    monkeypatch.setattr(store, "CHECKED_EVENTS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(revisions.HEADS, "journal", "0001")
+        home = await _with_history(tmp_path / "home")
+    next_migration.write_text(MIGRATION.format(version="6"))
+    with pytest.raises(StartupError, match=r"damaged.*1 differences.*sessions\['s1'\].*restore a backup"):
+        prepare(home)
+    assert "added" not in _tables(home)
+    with _connected(home.journal) as connection:
+        assert revisions.current(connection, "journal") == "0001"
+
+    next_migration.write_text(MIGRATION.format(version="5"))
+    async with opened(home) as journal:
+        assert len(journal.ledger.tables["sessions"]) == 19
+    assert "added" in _tables(home)
+
+
+@both
 def test_the_differences_are_seen(tmp_path: Path, database: Database) -> None:
     """So that an empty list means something."""
     with _connected(tmp_path / "db.sqlite") as connection:
-        migrations.upgrade(connection, database)
+        migrations.upgrade(connection, database, tmp_path)
         table = {"journal": "jobs", "bodies": "bodies"}[database]
         connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN surplus TEXT")
         assert "surplus" in str(migrations.differences(connection, database))
@@ -86,7 +171,7 @@ def test_every_constraint_of_the_code_is_in_the_database(tmp_path: Path, databas
     for name in ("migrated", "made"):
         with _connected(tmp_path / f"{name}.sqlite") as connection:
             if name == "migrated":
-                migrations.upgrade(connection, database)
+                migrations.upgrade(connection, database, tmp_path)
             else:
                 migrations.METADATA[database].create_all(connection)
             found = connection.exec_driver_sql(
