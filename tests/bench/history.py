@@ -34,7 +34,7 @@ FIRST_AT, EVENT_SECONDS = 1_700_000_000.0, 1.0
 BATCH = 5_000
 # Clients of each kind at a time, and what each of them does.
 SIDE_BY_SIDE, STEPS, SUPERVISED_PER_REINFORCED, SAMPLES_PER_STEP = 8, 50, 4, 8
-STEPS_PER_SNAPSHOT, STEPS_PER_CHECKPOINT, SNAPSHOTS_KEPT = 5, 25, 2
+STEPS_PER_SNAPSHOT, STEPS_PER_CHECKPOINT, SNAPSHOTS_KEPT = 5, 10, 2
 REQUEST_BYTES, RESULT_BYTES = 800, 400
 # Open jobs of one client: half are its model's, half are samples. Some models have one at the trainer.
 OPEN_PER_CLIENT, RUNNING = 250, 4

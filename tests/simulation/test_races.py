@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
-from tests.simulation.scenario import json, slow
+from tests.simulation.scenario import events, json, slow
 from tink.domain import ids, messages
 from tink.domain.events import JobAccepted, JobDone, JobStarted, SessionCreated, Subject
 from tink.errors import JournalUnavailable
@@ -56,6 +56,27 @@ async def test_a_sampler_number_that_two_want_is_had_by_one(
             states = [(await cluster.outcome(f"{model}:1")).category for model in models]
             states.remove(None)
         assert states == ["user"]
+        cluster.check_journal()
+
+
+@pytest.mark.parametrize("first", ["delete", "save"])
+async def test_a_checkpoint_that_is_overwritten_and_deleted_at_once_goes_once(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    slow(monkeypatch, 5.0, lambda arguments: "CheckpointDeleted" in arguments)
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        path = f"tinker://{model}/weights/a"
+        for seq in (1, 2):
+            await cluster.outcome(f"{model}:{seq - 1}")
+            again = json(model_id=model, seq_id=seq, path="a", overwrite=True)
+            await cluster.submit(model, seq, "save_weights", again)
+            if seq == 2 and first == "save":
+                await trio.sleep(2.0)
+        await cluster.ask(messages.DeleteCheckpoint(TENANT, path))
+        assert (await cluster.outcome(f"{model}:2")).state == "done"
+        gone = [event["checkpoint_id"] for event in events(cluster, "checkpoint_deleted")]
+        assert len(gone) == len(set(gone)) == (1 if first == "delete" else 2)
         cluster.check_journal()
 
 

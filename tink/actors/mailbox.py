@@ -44,7 +44,7 @@ class Reply(Generic[A]):
         return self._answer  # type: ignore[return-value]  # set() gave an A
 
 
-class Mailbox(Generic[M]):
+class Mailbox(AsyncIterator[M]):
     """A bounded queue with one reader. `capacity` is its back-pressure: `send` waits when it is full."""
 
     def __init__(self, capacity: int) -> None:
@@ -65,6 +65,9 @@ class Mailbox(Generic[M]):
             while True:
                 self._receive.receive_nowait()
 
-    async def __aiter__(self) -> AsyncIterator[M]:
-        while True:
-            yield await self._receive.receive()
+    # No generator: one that its reader leaves, cancelled, would be somebody's to close.
+    def __aiter__(self) -> AsyncIterator[M]:
+        return self
+
+    async def __anext__(self) -> M:
+        return await self._receive.receive()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,8 @@ def upgrade():
 
 
 @pytest.fixture
-def next_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the journal's next migration can be put."""
+def write_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
+    """Writes the journal's next migration, which this Tink then has."""
     config = migrations._config
 
     def longer(connection: Connection, database: Database) -> Any:
@@ -114,9 +114,12 @@ def next_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             made.set_main_option("version_locations", f"{here}{os.pathsep}{tmp_path}")
         return made
 
-    monkeypatch.setattr(migrations, "_config", longer)
-    monkeypatch.setitem(revisions.HEADS, "journal", "0002")
-    return tmp_path / "0002_next.py"
+    def write(version: str) -> None:
+        (tmp_path / "0002_next.py").write_text(MIGRATION.format(version=version))
+        monkeypatch.setattr(migrations, "_config", longer)
+        monkeypatch.setitem(revisions.HEADS, "journal", "0002")
+
+    return write
 
 
 async def _with_history(folder: Path) -> Home:
@@ -133,21 +136,22 @@ def _tables(home: Home) -> set[str]:
 
 
 async def test_a_start_after_a_migration_looks_at_all_of_the_journal(
-    autojump_clock: MockClock, tmp_path: Path, next_migration: Path, monkeypatch: pytest.MonkeyPatch
+    autojump_clock: MockClock,
+    tmp_path: Path,
+    write_next: Callable[[str], object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And one that leaves something else than the events say has not been."""
+    """And a migration that leaves something else than what the events say has not been."""
     monkeypatch.setattr(store, "CHECKED_EVENTS", 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(revisions.HEADS, "journal", "0001")
-        home = await _with_history(tmp_path / "home")
-    next_migration.write_text(MIGRATION.format(version="6"))
+    home = await _with_history(tmp_path / "home")
+    write_next("6")
     with pytest.raises(StartupError, match=r"damaged.*1 differences.*sessions\['s1'\].*restore a backup"):
         prepare(home)
     assert "added" not in _tables(home)
     with _connected(home.journal) as connection:
         assert revisions.current(connection, "journal") == "0001"
 
-    next_migration.write_text(MIGRATION.format(version="5"))
+    write_next("5")
     async with opened(home) as journal:
         assert len(journal.ledger.tables["sessions"]) == 19
     assert "added" in _tables(home)
