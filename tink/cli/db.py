@@ -29,7 +29,8 @@ journal, or it is in use"""
 
 UPGRADE = """\
 Applies the migrations that the journal's databases lack, under the home's lock:
-the worker must not run. 'tink serve' does the same when it starts."""
+the worker must not run. A migration is committed once all the tables were
+compared with the events. 'tink serve' does the same when it starts."""
 CHECK = """\
 Reads everything and changes nothing: SQLite's own integrity check, the schema
 against the code, events without a gap, the tables against the fold of the

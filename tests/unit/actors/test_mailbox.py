@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
 import pytest
 import trio
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
@@ -51,8 +49,7 @@ async def test_clear_forgets_what_is_in_it_and_those_who_wait_to_send(autojump_c
 
 
 async def _receive(mailbox: Mailbox[int], count: int) -> list[int]:
-    async with aclosing(aiter(mailbox)) as messages:  # type: ignore[type-var]
-        return [await anext(messages) for _ in range(count)]
+    return [await anext(mailbox) for _ in range(count)]
 
 
 async def test_a_reply_is_given_once_and_the_first_counts(autojump_clock: MockClock) -> None:
