@@ -103,3 +103,17 @@ TRAINER_KEPT = 256
 TRAINER_TOMBSTONES = 4096
 # How long a stopping trainer waits for the ops that run.
 TRAINER_GRACE = 10.0
+
+# -- retention --------------------------------------------------------------------------------------
+
+# Between two passes over everything, and between two looks for checkpoints that have come to an end.
+RETENTION_SECONDS = 3600.0
+EXPIRY_SECONDS = 60.0
+# However short TINK_RETENTION_HOURS is: how long a result stays for the poll that was lost, and a sampler's
+# weights for the client that has just saved them.
+LEAST_KEPT_SECONDS = 3600.0
+# Bodies that are deleted in one transaction: their writer is held for milliseconds.
+PRUNE_ROWS = 256
+PRUNE_BYTES = 16 * 1024 * 1024
+# Of each model. Two, for a snapshot that was damaged on disk is found out when it is needed.
+SNAPSHOTS_KEPT = 2

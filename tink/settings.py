@@ -61,6 +61,11 @@ class Settings:
     snapshot_seconds: float = _setting(
         30.0, "TINK_SNAPSHOT_SECONDS", "a model is snapshotted when its redo would take so long"
     )
+    retention_hours: float = _setting(
+        168.0,
+        "TINK_RETENTION_HOURS",
+        "how long requests, results and weights that are sampled no more stay; inf is for ever",
+    )
     max_attempts: int = _setting(
         3, "TINK_MAX_ATTEMPTS", "how often a job is sent to a backend that dies of it before it fails"
     )
@@ -140,6 +145,7 @@ class Settings:
             "TINK_TRAINER_THREADS": (self.trainer_threads, 1),
             "TINK_TRAINER_ORPHAN_SECONDS": (self.trainer_orphan_seconds, 0),
             "TINK_SNAPSHOT_SECONDS": (self.snapshot_seconds, 0.0),
+            "TINK_RETENTION_HOURS": (self.retention_hours, 0.0),
         }
         for name, (value, bound) in least.items():
             if not value >= bound:

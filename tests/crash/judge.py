@@ -56,7 +56,7 @@ QUERIES = {
     "diverged": "SELECT count(*) FROM events WHERE kind = 'diverged'",
 }
 DOUBLED = ("ended twice", "accepted twice", "numbers used twice", "numbers changed", "steps miscounted")
-COUNTED = ("snapshot_taken", "trainer_started", "incarnation_started")
+COUNTED = ("snapshot_taken", "bodies_pruned", "trainer_started", "incarnation_started")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ def serving(home: Path, kills: int) -> Iterator[LiveServer]:
         # A job that kills its trainer is given up after some attempts. Here it is never the job.
         TINK_MAX_ATTEMPTS=str(2 * kills + 3),
         TINK_TRAINER_ORPHAN_SECONDS="60",
+        # Every start deletes what it may, while the rest begins to work again.
+        TINK_RETENTION_HOURS="0",
     )
     try:
         server.start()

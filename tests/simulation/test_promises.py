@@ -334,7 +334,8 @@ async def test_a_damaged_snapshot_is_found_and_the_one_before_it_is_used(
 async def test_a_snapshot_that_cannot_be_written_delays_nothing_and_is_tried_again(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    async with Cluster.running(tmp_path, snapshot_seconds=0.05) as cluster:
+    # Longer than the two operations may take that come behind the first snapshot.
+    async with Cluster.running(tmp_path, snapshot_seconds=0.1) as cluster:
         model = await cluster.create(await cluster.session())
         cluster.trainer.disk_full = True
         await long_run(cluster, model, 6)

@@ -91,6 +91,8 @@ def test_every_mistake_has_a_line_of_its_own():
         ("USE_MEGATRON", "2"),
         ("TINK_LOG_LEVEL", "loud"),
         ("TINK_TRAINER_THREADS", "few"),
+        ("TINK_RETENTION_HOURS", "-1"),
+        ("TINK_RETENTION_HOURS", "nan"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(name, value):

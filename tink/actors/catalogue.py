@@ -1,15 +1,12 @@
 """Sessions, models, samplers and checkpoints: what is there, whose it is, and the small changes to it.
-Part of the Router; an id of another tenant does not exist here."""
+Part of the Router; an id of another tenant does not exist here. What is deleted here leaves the disk by
+retention."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
-
-import structlog
-import trio
 
 from tink.actors import plans
 from tink.actors.trainer_link import TrainerLink
@@ -32,11 +29,6 @@ from tink.limits import LONGEST_TTL
 from tink.world import World
 
 R = TypeVar("R", bound=rows.Row)
-
-# Between two looks for checkpoints whose time is up.
-EXPIRY_SECONDS = 60.0
-
-log = structlog.get_logger()
 
 
 class Catalogue:
@@ -262,41 +254,9 @@ class Catalogue:
 
     async def _delete_checkpoint(self, ask: messages.DeleteCheckpoint) -> None:
         async with self._journal.naming:
-            await self._drop([self._own_checkpoint(ask.tenant, ask.address)], "deleted")
-
-    async def expire_for_ever(self) -> None:
-        """Deletes checkpoints whose time is up, as long as it runs."""
-        while True:
-            now = self._world.now()
-            async with self._journal.naming:
-                await self._drop(
-                    [
-                        c
-                        for c in self._journal.ledger.table("checkpoints", rows.Checkpoint).values()
-                        if c.expires_at is not None and c.expires_at <= now
-                    ],
-                    "expired",
-                )
-            await trio.sleep(EXPIRY_SECONDS)
-
-    async def _drop(self, checkpoints: list[rows.Checkpoint], reason: Any) -> None:
-        """The event first, then the files. Those stay that a sampler still needs, or that a model was
-        loaded from: a redo of it would read them again."""
-        if not checkpoints:
-            return
-        await self._journal.append(
-            *(
-                (_subject(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason=reason))
-                for c in checkpoints
-            )
-        )
-        sampled = {s.adapter_id for s in self._journal.ledger.table("samplers", rows.Sampler).values()}
-        loaded = await self._journal.directories_loaded()
-        for checkpoint in checkpoints:
-            if checkpoint.adapter_id in sampled - {None} or checkpoint.directory in loaded:
-                continue
-            log.info("checkpoint files removed", address=checkpoint.address, reason=reason)
-            await self._world.run_sync(shutil.rmtree, self._artifacts / checkpoint.directory, True)
+            checkpoint = self._own_checkpoint(ask.tenant, ask.address)
+            deleted = CheckpointDeleted(checkpoint_id=checkpoint.checkpoint_id, reason="deleted")
+            await self._journal.append((_subject(checkpoint), deleted))
 
     # -- lookups ------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import trio
 
 from tink import crash
 from tink.actors import plans
+from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
 from tink.actors.settling import BUSY_SECONDS, Release, Settle, request_of
@@ -27,6 +28,7 @@ from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
 from tink.domain.events import Diverged, JobDone, JobFailed, JobStarted
+from tink.domain.requests import MUTATING
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
 from tink.limits import MAX_OPEN_JOBS
@@ -46,6 +48,7 @@ class MegatronActor:
         settle: Settle,
         release: Release,
         snapshots: Snapshots,
+        folder: ArtifactFolder,
         world: World,
         *,
         slots: int,
@@ -53,7 +56,8 @@ class MegatronActor:
         max_attempts: int,
     ) -> None:
         self._journal, self._link, self._world = journal, link, world
-        self._settle, self._release, self._snapshots = settle, release, snapshots
+        self._settle, self._release = settle, release
+        self._snapshots, self._folder = snapshots, folder
         self._slots = trio.CapacityLimiter(slots)
         self._alpha, self._max_attempts = alpha, max_attempts
         self.mailbox: Mailbox[str] = Mailbox(MAX_OPEN_JOBS)
@@ -78,7 +82,7 @@ class MegatronActor:
                 await self._append(self._crashed(job))
             crash.point("worker.ended")
             await self._settle(job_id)
-            if job.state == "done" and job.op in plans.MUTATING:
+            if job.state == "done" and job.op in MUTATING:
                 await self._snapshots.consider(self._link.present, job)
         finally:
             self._slots.release_on_behalf_of(token)
@@ -120,7 +124,9 @@ class MegatronActor:
             failed = [self._failed(job, error.category, str(error))]
             return lambda: failed
         try:
-            reply = await self._send(job, op_no, plan)
+            # What it reads or writes stays, from now until its row says so.
+            with self._folder.use(plan.directory):
+                reply = await self._send(job, op_no, plan)
         except BackendError as error:
             failed = [self._failed(job, "server", str(error))]
             return lambda: failed
@@ -229,8 +235,11 @@ class MegatronActor:
             assert op_no is not None
             if op_no <= life.applied.get(model_id, 0):
                 continue
-            mutates = job.state == "done" and job.op in plans.MUTATING
-            body = await request_of(self._journal, job) if mutates else b""
+            mutates = job.state == "done" and job.op in MUTATING
+            try:
+                body = await request_of(self._journal, job) if mutates else b""
+            except BackendError as error:
+                raise _cannot_be_redone(job, str(error)) from error
             try:
                 reply = await life.client.op(
                     self._request(life, job, op_no, plans.again(job, body, context))
@@ -241,6 +250,9 @@ class MegatronActor:
                 # It was applied while this life's view of the server was being taken.
                 life.applied[model_id] = error.refusal.applied or op_no
                 continue
+            if mutates and reply.failure is not None and job.op in ("create_model", "load_weights"):
+                # What comes after it would be applied to something else.
+                raise _cannot_be_redone(job, reply.failure.message)
             life.applied[model_id] = op_no
             if mutates:
                 await self._compare(job, reply)
@@ -259,3 +271,10 @@ class MegatronActor:
         log.error("diverged", job=job.job_id, detail=detail)
         assert job.op_no is not None
         await self._journal.append((plans.subject(job), Diverged(op_no=job.op_no, detail=detail)))
+
+
+def _cannot_be_redone(job: rows.Job, reason: str) -> BackendError:
+    return BackendError(
+        f"the training server has lost the model {job.model_id}, and operation {job.op_no} cannot be "
+        f"applied again: {reason}; go on from a checkpoint, in a new model"
+    )

@@ -18,9 +18,6 @@ from tink.trainer import protocol
 
 Entry = tuple[Subject, AnyEvent]
 
-# What a redo applies again; the other operations change no state.
-MUTATING = frozenset({"create_model", "load_weights", "forward_backward", "optim_step"})
-
 
 class Plan(msgspec.Struct, frozen=True):
     """`directory`: what the operation reads or writes under the artifact folder."""
@@ -81,7 +78,7 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
 def again(job: rows.Job, body: bytes, context: Context) -> protocol.Op:
     """The operation of a job that has run before, for a trainer that has lost it: exactly what it was
     then, whatever has been renamed, deleted or configured since."""
-    if job.state == "failed" or job.op not in MUTATING:
+    if job.state == "failed" or job.op not in requests.MUTATING:
         return protocol.Skip()
     model = context.ledger.table("models", rows.Model)[(_model_id(job),)]
     match job.op:
@@ -351,12 +348,25 @@ def subject(job: rows.Job, **more: str | None) -> Subject:
 # -- sampling ---------------------------------------------------------------------------------------
 
 
+# Why the weights of a sampler are there no more.
+_GONE = {
+    "finished": "its session was finished",
+    "idle": "it had no request for TINK_RETENTION_HOURS",
+    "deleted": "their checkpoint was deleted, and it had no request for TINK_RETENTION_HOURS since",
+}
+
+
 def sampling(
     job: rows.Job, accepted: JobAccepted, body: bytes, adapter: rows.Adapter | None
 ) -> protocol.SampleRequest:
     """The trainer's request for a sample of the adapter version, None for the base model. Raises UserError
     if it cannot be served."""
     request = requests.decode(body, requests.Sample)
+    if adapter is not None and adapter.state != "live":
+        raise UserError(
+            f"the weights of the sampler {job.sampler_id} were deleted: {_GONE[adapter.state]}; save them "
+            "again (save_weights_for_sampler) and make a new one; what is saved with a name stays"
+        )
     params = request.sampling_params
     prompt = list(_tokens(request.prompt))
     for name, value in (

@@ -32,7 +32,7 @@ async def request_of(journal: Journal, job: rows.Job) -> bytes:
     try:
         body = await journal.bodies.get(accepted.body_sha256)
     except LookupError as error:
-        raise BackendError(f"{error}: this job cannot be run") from error
+        raise BackendError(f"the request of {job.job_id} is lost: {error}") from error
     if accepted.codec == "identity":
         return body
     # What it decompresses to was counted before it was accepted.

@@ -1,29 +1,25 @@
 """Snapshots of models: taken when a redo would get long, used when a trainer has lost its state.
 
 A snapshot is published by the trainer (temporary directory, fsync, rename, a manifest with sha256) and
-only then written into the journal; one that the journal does not know is never used. Two are kept: a
-damaged newest one falls back to the one before it, and that to the first operation.
+only then written into the journal; one that the journal does not know is never used. SNAPSHOTS_KEPT are
+kept: a damaged newest one falls back to the one before it, and that to the first operation.
 """
 
 from __future__ import annotations
-
-import shutil
-from pathlib import Path
 
 import structlog
 import trio
 
 from tink import crash
+from tink.actors.artifacts import ArtifactFolder
 from tink.actors.trainer_link import Life
 from tink.backends.trainer import Refused
 from tink.domain import ids, rows
 from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
 from tink.errors import BackendError
 from tink.journal.journal import Journal
+from tink.limits import SNAPSHOTS_KEPT
 from tink.trainer.protocol import RestoreRequest, SnapshotRequest
-from tink.world import World
-
-KEPT = 2
 
 log = structlog.get_logger()
 
@@ -31,8 +27,8 @@ log = structlog.get_logger()
 class Snapshots:
     """`seconds`: how long a redo may get, as the operations ran the first time."""
 
-    def __init__(self, journal: Journal, artifacts: Path, world: World, *, seconds: float) -> None:
-        self._journal, self._artifacts, self._world = journal, artifacts, world
+    def __init__(self, journal: Journal, folder: ArtifactFolder, *, seconds: float) -> None:
+        self._journal, self._folder = journal, folder
         self._limit_ms = seconds * 1000
         self._redo_ms: dict[str, float] = {}
 
@@ -85,18 +81,19 @@ class Snapshots:
         model_id = str(job.model_id)
         directory = ids.directory(model_id, job.op_no, "snapshot")
         request = SnapshotRequest(life.incarnation, life.lease, model_id, directory)
-        reply = await life.client.snapshot(request)
-        crash.point("worker.snapshot-published")
-        taken = SnapshotTaken(
-            snapshot_id=f"{model_id}#{reply.applied}",
-            op_no=reply.applied,
-            directory=directory,
-            size_bytes=sum(file.size for file in reply.files),
-        )
-        await self._journal.append((Subject(tenant=job.tenant, model_id=model_id), taken))
+        with self._folder.use(directory):
+            reply = await life.client.snapshot(request)
+            crash.point("worker.snapshot-published")
+            taken = SnapshotTaken(
+                snapshot_id=f"{model_id}#{reply.applied}",
+                op_no=reply.applied,
+                directory=directory,
+                size_bytes=sum(file.size for file in reply.files),
+            )
+            await self._journal.append((Subject(tenant=job.tenant, model_id=model_id), taken))
         log.info("snapshot", model=model_id, op_no=reply.applied, bytes=taken.size_bytes)
         crash.point("worker.snapshot-journaled")
-        for old in self._live(model_id)[KEPT:]:
+        for old in self._live(model_id)[SNAPSHOTS_KEPT:]:
             await self._drop(old, "pruned")
 
     async def _drop(self, snapshot: rows.Snapshot, reason: str) -> None:
@@ -109,8 +106,8 @@ class Snapshots:
                 (Subject(tenant=snapshot.tenant, model_id=snapshot.model_id), dropped)
             )
         crash.point("worker.snapshot-dropped")
-        if reason == "pruned":  # a damaged one is left for whoever wants to know how
-            await self._world.run_sync(shutil.rmtree, self._artifacts / snapshot.directory, True)
+        if reason == "pruned":  # a damaged one is left, for a while, for whoever wants to know how
+            await self._folder.remove(snapshot.directory)
 
     def _live(self, model_id: str) -> list[rows.Snapshot]:
         """Newest first."""

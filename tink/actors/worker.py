@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from tink.actors.artifacts import ArtifactFolder
 from tink.actors.catalogue import Catalogue
 from tink.actors.megatron import MegatronActor
+from tink.actors.retention import Retention
 from tink.actors.router import Router
 from tink.actors.sampler import SamplerActor
 from tink.actors.snapshots import Snapshots
@@ -29,19 +31,22 @@ async def open_worker(
     training_slots = settings.max_workers if routes.training == "hf" else 1
     # Long polls of every slot, and the link's own calls beside them.
     link = TrainerLink(find, journal, world, slots=training_slots + SAMPLE_SLOTS + 2)
+    folder = ArtifactFolder(settings.artifact_root, world)
     router = Router(journal, Catalogue(journal, link, routes, settings.artifact_root, world), world)
     megatron = MegatronActor(
         journal,
         link,
         router.settle,
         router.release,
-        Snapshots(journal, settings.artifact_root, world, seconds=settings.snapshot_seconds),
+        Snapshots(journal, folder, seconds=settings.snapshot_seconds),
+        folder,
         world,
         slots=training_slots,
         alpha=settings.lora_alpha,
         max_attempts=settings.max_attempts,
     )
     sampler = SamplerActor(journal, link, router.settle, world, max_attempts=settings.max_attempts)
+    retention = Retention(journal, folder, world, hours=settings.retention_hours)
     trains, samples = routes.training is not None, routes.sampling is not None
     router.connect(
         train=megatron.mailbox.send_nowait if trains else None,
@@ -65,6 +70,6 @@ async def open_worker(
             nursery.start_soon(supervise, "training lane", train, world)
         if samples:
             nursery.start_soon(supervise, "sampler", sample, world)
-        nursery.start_soon(supervise, "checkpoint expiry", router.catalogue.expire_for_ever, world)
+        nursery.start_soon(supervise, "retention", retention.run, world)
         yield router
         nursery.cancel_scope.cancel()

@@ -35,7 +35,7 @@ class Check(msgspec.Struct, kw_only=True):
 def check(home: Home, *, quick: bool) -> Iterator[Check]:
     """Every check, as it ends. What cannot be told because the file or its schema is wrong is left out.
     The bodies are read after the journal: a body is stored before the event that names it."""
-    named: dict[str, str] | None = None
+    due: dict[str, str] = {}
     try:
         with open_snapshot(home.journal) as connection:
             basis = [_file(connection, "journal", quick), _schema(connection, "journal")]
@@ -43,8 +43,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
             if all(part.ok for part in basis):
                 yield _events(connection)
                 yield _tables(connection)
-                pairs = connection.execute(queries.bodies_named(connection))
-                named = {digest: job_id for job_id, digest in pairs}
+                due = queries.bodies_due(connection)
     except StartupError as error:
         yield _found("journal", "file", str(home.journal), [str(error)])
     if not home.bodies.is_file():
@@ -55,7 +54,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
             basis = [_file(connection, "bodies", quick), _schema(connection, "bodies")]
             yield from basis
             if all(part.ok for part in basis):
-                yield _bodies(connection, named or {}, quick)
+                yield _bodies(connection, due, quick, home)
     except StartupError as error:
         yield _found("bodies", "file", str(home.bodies), [str(error)])
 
@@ -109,12 +108,12 @@ def _tables(connection: Connection) -> Check:
     return _found("journal", "tables", "fold(events) == tables", store.check(connection))
 
 
-def _bodies(connection: Connection, named: dict[str, str], quick: bool) -> Check:
-    """Each has the hash that is its name, and each that a job names is there. `named`: hash -> job."""
+def _bodies(connection: Connection, due: dict[str, str], quick: bool, home: Home) -> Check:
+    """Each has the hash that is its name, and each that must be there is. `due`: hash -> job."""
     table = schema.bodies
     problems: list[str] = []
     total = 0
-    missing = dict(named)
+    missing = dict(due)
     columns = [table.c.sha256, table.c.size] if quick else [table.c.sha256, table.c.size, table.c.content]
     bodies = connection.execution_options(yield_per=BODIES_AT_ONCE).execute(select(*columns))
     for count, (digest, size, *content) in enumerate(bodies, 1):
@@ -122,6 +121,9 @@ def _bodies(connection: Connection, named: dict[str, str], quick: bool) -> Check
         missing.pop(digest, None)
         if content and (hashlib.sha256(content[0]).hexdigest() != digest or len(content[0]) != size):
             problems.append(f"the body {digest} is damaged: it is not what was stored")
+    if missing:  # some may have been pruned since
+        with open_snapshot(home.journal) as journal:
+            missing = {d: job_id for d, job_id in queries.bodies_due(journal).items() if d in missing}
     problems += [f"the body {digest} of the job {job_id} is missing" for digest, job_id in missing.items()]
     how = "not hashed again (--quick)" if quick else "each hashed again"
     return _found("bodies", "bodies", f"{total:,} bodies, {how}", problems)

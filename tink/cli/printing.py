@@ -94,6 +94,16 @@ def ago(seconds: float) -> str:
     return f"{max(0.0, seconds) // size:.0f} {unit} ago"
 
 
+def size(count: int) -> str:
+    """Bytes, to three digits."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
 def number(value: float | None) -> str:
     """Whole numbers with a comma at each thousand, others with four digits."""
     if value is None:

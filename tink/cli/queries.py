@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Select, bindparam, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, bindparam, func, or_, select
 
-from tink.domain import rows
+from tink.domain import retention, rows
 from tink.domain.events import Record
 from tink.errors import StartupError
 from tink.journal import schema, store
@@ -109,12 +110,47 @@ def events_of(connection: Connection, job_id: str) -> list[Record]:
         raise StartupError(f"{error}: 'tink db check' tells more") from error
 
 
-def bodies_named(connection: Connection) -> Select[Any]:
-    """(job_id, sha256) of each body that a job's row names: its request and its result."""
-    table = schema.jobs
-    requests = select(table.c.job_id, table.c.body_sha256).where(table.c.body_sha256.is_not(None))
-    results = select(table.c.job_id, table.c.result_sha256).where(table.c.result_sha256.is_not(None))
-    return select(requests.union_all(results).subquery())
+def bodies_due(connection: Connection) -> dict[str, str]:
+    """sha256 -> job, of each body that must be there: retention has not pruned it."""
+    ledger = store.read_present(connection)
+    covers, cutoffs = retention.covered(ledger), _cutoffs(connection)
+    due: dict[str, str] = {}
+    jobs = connection.execution_options(yield_per=1000).execute(select(schema.jobs)).mappings()
+    for job in (rows.Job(**row) for row in jobs):
+        due |= dict.fromkeys(retention.bodies_needed([job], covers, cutoffs), job.job_id)
+    return due
+
+
+def _cutoffs(connection: Connection) -> retention.Cutoffs:
+    """The furthest that any pass went."""
+    table = schema.events
+    query = select(table.c.data).where(table.c.kind == "bodies_pruned")
+    submitted = finished = -math.inf
+    for data in connection.execute(query).scalars():
+        submitted = max(submitted, data["submitted_before"])
+        finished = max(finished, data["finished_before"])
+    return retention.Cutoffs(submitted, finished)
+
+
+class Sizes(NamedTuple):
+    """Bytes, of what is live. Sampler weights are adapters, whether they have a name or not."""
+
+    checkpoints: int
+    adapters: int
+    snapshots: int
+
+
+def sizes(connection: Connection) -> Sizes:
+    def total(table: Table, *conditions: ColumnElement[bool]) -> int:
+        query = select(func.coalesce(func.sum(table.c.size_bytes), 0))
+        return int(connection.execute(query.where(table.c.state == "live", *conditions)).scalar_one())
+
+    checkpoints = schema.checkpoints
+    return Sizes(
+        total(checkpoints, checkpoints.c.adapter_id.is_(None)),
+        total(schema.adapters),
+        total(schema.snapshots),
+    )
 
 
 def _samplers_of(model_id: str) -> Select[Any]:

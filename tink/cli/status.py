@@ -40,6 +40,16 @@ class Queue(msgspec.Struct, kw_only=True):
     by_op: dict[str, dict[str, int]]
 
 
+class Disk(msgspec.Struct, kw_only=True):
+    """Bytes: of the two databases' files, and of what is live under the artifact folder."""
+
+    journal: int
+    bodies: int
+    checkpoints: int
+    adapters: int
+    snapshots: int
+
+
 class Status(msgspec.Struct, kw_only=True):
     home: str
     version: str
@@ -47,6 +57,7 @@ class Status(msgspec.Struct, kw_only=True):
     trainer: TrainerStatus
     events: int
     queue: Queue
+    disk: Disk
     jobs: dict[str, int]
     models: dict[str, int]
     sessions: dict[str, int]
@@ -82,6 +93,7 @@ def collect(option: Path | None, world: World) -> Status:
         last = queries.last_incarnation(connection)
         open_jobs = queries.open_jobs(connection)
         events = queries.count_events(connection)
+        sizes = queries.sizes(connection)
         counts = {name: queries.count(connection, name) for name in ("jobs", "models", "sessions")}
         models = queries.latest_models(connection, SHOWN)
         sessions = queries.latest_sessions(connection, SHOWN)
@@ -95,11 +107,18 @@ def collect(option: Path | None, world: World) -> Status:
         trainer=trainer,
         events=events,
         queue=_queue(open_jobs, now),
+        disk=Disk(journal=_size(home.journal), bodies=_size(home.bodies), **sizes._asdict()),
         last_models=models,
         last_sessions=sessions,
         last_jobs=[job_line(job, now) for job in last_jobs],
         **counts,
     )
+
+
+def _size(database: Path) -> int:
+    """With what is not yet written back into it."""
+    files = (database, database.with_name(f"{database.name}-wal"))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _queue(groups: list[queries.OpenJobs], now: float) -> Queue:
@@ -122,6 +141,8 @@ def _print(found: Status, now: float) -> None:
     facts.add_row("trainer", _trainer(found.trainer))
     facts.add_row("journal", f"{found.events:,} events; jobs: {_counts(found.jobs)}")
     facts.add_row("queue", _queue_line(found.queue))
+    sizes = msgspec.structs.asdict(found.disk)
+    facts.add_row("disk", ", ".join(f"{name} {printing.size(size)}" for name, size in sizes.items()))
     console.print(facts)
     if found.last_models:
         console.print()

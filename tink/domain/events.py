@@ -195,6 +195,13 @@ class AdapterExported(Event, frozen=True, kw_only=True, tag="adapter_exported"):
     files: dict[str, str]
 
 
+class AdapterDeleted(Event, frozen=True, kw_only=True, tag="adapter_deleted"):
+    """A version is sampled from no more, and its files go: its session was finished, none of its samplers
+    had a request for the retention time, or (a named one) its checkpoint was deleted."""
+
+    reason: Literal["finished", "idle", "deleted"]
+
+
 class AdapterPlaced(Event, frozen=True, kw_only=True, tag="adapter_placed"):
     """The version's state on a replica."""
 
@@ -215,6 +222,17 @@ class SnapshotDropped(Event, frozen=True, kw_only=True, tag="snapshot_dropped"):
 
     snapshot_id: str
     reason: Literal["pruned", "damaged"]
+
+
+class BodiesPruned(Event, frozen=True, kw_only=True, tag="bodies_pruned"):
+    """So many bodies, of so many bytes, are about to be deleted: nothing needs them, and they belong to
+    jobs that were submitted before `submitted_before`, or are results of such as ended before
+    `finished_before`."""
+
+    count: int
+    bytes: int
+    submitted_before: float
+    finished_before: float
 
 
 class SamplerCreated(Event, frozen=True, kw_only=True, tag="sampler_created"):
@@ -246,9 +264,11 @@ AnyEvent = (
     | CheckpointChanged
     | CheckpointDeleted
     | AdapterExported
+    | AdapterDeleted
     | AdapterPlaced
     | SnapshotTaken
     | SnapshotDropped
+    | BodiesPruned
     | SamplerCreated
 )
 

@@ -38,10 +38,19 @@ def adapter_id(model: str, version: int) -> str:
     return f"{model}@{version}"
 
 
+# Where directories of the artifact folder are written before they are published, and taken apart.
+SCRATCH = ".tmp"
+
+
+def model_directory(model: str) -> str:
+    """Where the files of a model's operations go, relative to the artifact folder."""
+    session, _, number = model.partition(":train:")
+    return f"{session}/{number}"
+
+
 def directory(model: str, op_no: int, kind: str) -> str:
     """Where an operation's files go, relative to the artifact folder: made of ids that Tink gave."""
-    session, _, number = model.partition(":train:")
-    return f"{session}/{number}/{op_no:08d}-{kind}"
+    return f"{model_directory(model)}/{op_no:08d}-{kind}"
 
 
 def check_name(name: str) -> str:

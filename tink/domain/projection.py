@@ -252,6 +252,12 @@ def _(event: events.AdapterExported, record: Record) -> Iterator[Change]:
 
 
 @_changes.register
+def _(event: events.AdapterDeleted, record: Record) -> Iterator[Change]:
+    values = {"state": event.reason, "deleted_at": record.at}
+    yield Update("adapters", (record.subject.adapter_id,), values)
+
+
+@_changes.register
 def _(event: events.AdapterPlaced, record: Record) -> Iterator[Change]:
     yield Upsert(
         "adapter_placements",

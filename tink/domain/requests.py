@@ -27,6 +27,8 @@ OpName = Literal[
 
 # Bodies that are data, not commands: kept in the body store, pruned by retention.
 DATA_OPS: frozenset[OpName] = frozenset({"forward", "forward_backward", "sample"})
+# What a redo applies again; the other operations change no state.
+MUTATING: frozenset[OpName] = frozenset({"create_model", "load_weights", "forward_backward", "optim_step"})
 
 # What a column and the trainer can hold. JSON has larger ones, and one of them must not get as far as a
 # commit: a commit that fails stops the worker.

@@ -119,15 +119,23 @@ class Sampler(Row, kw_only=True):
 
 
 class Adapter(Row, kw_only=True):
+    """`state`: `live`, or why it was deleted."""
+
     adapter_id: str
     tenant: str
     model_id: str
     version: int
     job_id: str
+    state: Literal["live", "finished", "idle", "deleted"] = "live"
     directory: str
     size_bytes: int
     files: dict[str, str]
     created_at: float
+    deleted_at: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state != "live"
 
 
 class AdapterPlacement(Row, kw_only=True):

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import trio
-from sqlalchemy import select
+from sqlalchemy import Connection, bindparam, delete, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
 from tink.journal.database import database_errors, reader_engine, writer_engine
-from tink.limits import BODY_BATCH_BYTES, BODY_CACHE_BYTES, READ_CONNECTIONS
+from tink.limits import BODY_BATCH_BYTES, BODY_CACHE_BYTES, PRUNE_BYTES, PRUNE_ROWS, READ_CONNECTIONS
 from tink.world import World
+
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """A body without its content."""
+
+    sha256: str
+    size: int
+    stored_at: float
+
+
+class _Put(NamedTuple):
+    sha256: str
+    size: int
+    stored_at: float
+    content: bytes
+
+
+class _Drop(NamedTuple):
+    sha256: str
 
 
 class BodyStore:
@@ -28,17 +53,30 @@ class BodyStore:
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._recent_bytes = 0
-        self._commits: GroupCommit[dict[str, object]] = GroupCommit(
+        # What was put and is in no event yet, with how many times; and what was put since each watch began.
+        self._unnamed: Counter[str] = Counter()
+        self._watches: list[set[str]] = []
+        self._commits: GroupCommit[_Put | _Drop] = GroupCommit(
             self._commit, world, max_bytes=BODY_BATCH_BYTES
         )
 
     async def put(self, content: bytes) -> str:
-        """Stores `content` and returns its sha256 (hex). Putting it again changes nothing."""
+        """Stores `content` and returns its sha256 (hex). Putting it again only makes it young again. It
+        cannot be deleted before the event that names it is committed (`named`)."""
         digest = hashlib.sha256(content).hexdigest()
-        row = {"sha256": digest, "size": len(content), "stored_at": self._world.now(), "content": content}
-        await self._commits.submit([row], len(content))
+        self._unnamed[digest] += 1
+        for watch in self._watches:
+            watch.add(digest)
+        put = _Put(digest, len(content), self._world.now(), content)
+        await self._commits.submit([put], len(content))
         self._remember(digest, content)
         return digest
+
+    def named(self, digest: str) -> None:
+        """An event that names this body is committed."""
+        self._unnamed[digest] -= 1
+        if self._unnamed[digest] <= 0:
+            del self._unnamed[digest]
 
     async def get(self, digest: str) -> bytes:
         """The content of that name. LookupError if it is not stored any more, or if what is
@@ -49,18 +87,67 @@ class BodyStore:
             await trio.lowlevel.checkpoint()
             return self._recent[digest]
 
-        def read() -> bytes | None:
-            with database_errors("reading a body"), self._reader.connect() as connection:
-                return connection.execute(
-                    select(schema.bodies.c.content).where(schema.bodies.c.sha256 == digest)
-                ).scalar()
+        def read(connection: Connection) -> bytes | None:
+            query = select(schema.bodies.c.content).where(schema.bodies.c.sha256 == digest)
+            return connection.execute(query).scalar()
 
-        content = await self._world.run_sync(read, limiter=self._readers)
+        content = await self._read(read)
         if content is None:
             raise LookupError(f"the body {digest} is not stored any more")
         if hashlib.sha256(content).hexdigest() != digest:
             raise LookupError(f"the body {digest} is damaged on disk")
         return content
+
+    # -- retention ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def watched(self) -> Iterator[Container[str]]:
+        """What must not be dropped, whatever the journal says of it meanwhile: bodies that no event
+        names yet, and those that are put while this is open. Look at the journal inside of it."""
+        watch = set(self._unnamed)
+        self._watches.append(watch)
+        try:
+            yield watch
+        finally:
+            self._watches = [other for other in self._watches if other is not watch]
+
+    async def oldest(self, before: float, after: Stored | None) -> list[Stored]:
+        """A page of what was stored before `before`, the oldest first, behind `after`."""
+        table = schema.bodies
+        place = tuple_(table.c.stored_at, table.c.sha256)
+        query = select(table.c.sha256, table.c.size, table.c.stored_at).where(table.c.stored_at < before)
+        if after is not None:
+            query = query.where(place > (after.stored_at, after.sha256))
+        query = query.order_by(table.c.stored_at, table.c.sha256).limit(PRUNE_ROWS)
+
+        def read(connection: Connection) -> list[Stored]:
+            page: list[Stored] = []
+            total = 0
+            for row in connection.execute(query):
+                total += row.size
+                if page and total > PRUNE_BYTES:
+                    break
+                page.append(Stored(*row))
+            return page
+
+        return await self._read(read)
+
+    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None:
+        """Deletes these bodies, for good when it returns, but for those that are in `watch` now: what is
+        put from now on is stored after them."""
+        doomed: list[_Put | _Drop] = [_Drop(digest) for digest in digests if digest not in watch]
+        await self._commits.submit(doomed, 0)
+        for drop in doomed:
+            self._recent_bytes -= len(self._recent.pop(drop.sha256, b""))
+
+    # -- the inside ---------------------------------------------------------------------------------
+
+    async def _read(self, read: Callable[[Connection], T]) -> T:
+        def connected() -> T:
+            with database_errors("reading a body"), self._reader.connect() as connection:
+                return read(connection)
+
+        return await self._world.run_sync(connected, limiter=self._readers)
 
     def _remember(self, digest: str, content: bytes) -> None:
         """What was just put is about to be used: sent to a backend, or fetched by its client."""
@@ -78,11 +165,23 @@ class BodyStore:
         self._engine.dispose()
         self._reader.dispose()
 
-    def _commit(self, rows: list[dict[str, object]]) -> None:
+    def _commit(self, items: list[_Put | _Drop]) -> None:
         with database_errors("the body store could not commit"), self._connection.begin():
-            put = insert(schema.bodies)
-            # A copy that is there already may be damaged: this one is not.
-            whole = put.on_conflict_do_update(
-                index_elements=["sha256"], set_={"content": put.excluded.content}
-            )
-            self._connection.execute(whole, rows)
+            for kind, run in groupby(items, key=type):
+                self._connection.execute(_STATEMENTS[kind], [item._asdict() for item in run])
+
+
+def _put() -> Any:
+    put = insert(schema.bodies)
+    # A copy that is there already may be damaged: this one is not. And it may be old: another job needs
+    # it now.
+    young = func.max(schema.bodies.c.stored_at, put.excluded.stored_at)
+    return put.on_conflict_do_update(
+        index_elements=["sha256"], set_={"content": put.excluded.content, "stored_at": young}
+    )
+
+
+_STATEMENTS: dict[type, Any] = {
+    _Put: _put(),
+    _Drop: delete(schema.bodies).where(schema.bodies.c.sha256 == bindparam("sha256")),
+}

@@ -22,6 +22,8 @@ _WRITER_PRAGMAS: dict[str, tuple[str, object]] = {
     "synchronous": ("FULL", 2),
     "foreign_keys": ("ON", 1),
     "busy_timeout": ("5000", 5000),
+    # Some builds write zeros over all that is deleted: for bodies that is ten times the work.
+    "secure_delete": ("FAST", 2),
 }
 
 

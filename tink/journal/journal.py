@@ -10,14 +10,14 @@ Everything that `append` returned for is on stable storage.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import trio
-from sqlalchemy import Select, func, select
+from sqlalchemy import Connection, Select, func, select
 from sqlalchemy.exc import IntegrityError
 
 from tink import crash
@@ -27,6 +27,7 @@ from tink.domain.events import (
     IncarnationStarted,
     IncarnationStopped,
     JobAccepted,
+    JobDone,
     Record,
     Subject,
     TrainerStarted,
@@ -44,6 +45,7 @@ from tink.world import World
 
 Entry = tuple[Subject, AnyEvent]
 R = TypeVar("R", bound=rows.Row)
+T = TypeVar("T")
 
 
 class Journal:
@@ -136,13 +138,12 @@ class Journal:
             await trio.lowlevel.checkpoint()
             return self._acceptances[job.job_id]
 
-        def read() -> JobAccepted:
-            with database_errors("reading an event"), self._reader.connect() as connection:
-                event = store.event_of(connection, job.accepted_seq).event
-            assert isinstance(event, JobAccepted), f"event {job.accepted_seq} is no acceptance"
-            return event
+        def event(connection: Connection) -> JobAccepted:
+            found = store.event_of(connection, job.accepted_seq).event
+            assert isinstance(found, JobAccepted), f"event {job.accepted_seq} is no acceptance"
+            return found
 
-        return await self._world.run_sync(read, limiter=self._readers)
+        return await self.read(event)
 
     async def ops(self, model_id: str, after: int, upto: int) -> list[rows.Job]:
         """A model's jobs with after < op_no <= upto, in order: what a redo applies again."""
@@ -156,34 +157,22 @@ class Journal:
         """How long the model's operations behind op_no `after` ran."""
         table = schema.jobs
 
-        def read() -> float:
-            query = select(func.coalesce(func.sum(table.c.run_ms), 0.0)).where(
-                table.c.model_id == model_id, table.c.op_no > after
-            )
-            with database_errors("reading a model's jobs"), self._reader.connect() as connection:
-                return float(connection.execute(query).scalar_one())
+        total = select(func.coalesce(func.sum(table.c.run_ms), 0.0)).where(
+            table.c.model_id == model_id, table.c.op_no > after
+        )
+        return await self.read(lambda connection: float(connection.execute(total).scalar_one()))
 
-        return await self._world.run_sync(read, limiter=self._readers)
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """What `query`, which runs in a thread, finds: everything that is committed now."""
 
-    async def directories_loaded(self) -> set[str]:
-        """The directories that a model was loaded from, ever."""
-        table = schema.jobs
-
-        def read() -> set[str]:
-            query = select(table.c.directory).where(
-                table.c.op == "load_weights", table.c.directory.is_not(None)
-            )
-            with database_errors("reading the loads"), self._reader.connect() as connection:
-                return set(connection.execute(query).scalars())
+        def read() -> T:
+            with database_errors("reading the journal"), self._reader.connect() as connection:
+                return query(connection)
 
         return await self._world.run_sync(read, limiter=self._readers)
 
     async def _read(self, query: Select[Any], kind: type[R]) -> list[R]:
-        def read() -> list[R]:
-            with database_errors("reading the journal"), self._reader.connect() as connection:
-                return list(store.read_rows(connection, query, kind))
-
-        return await self._world.run_sync(read, limiter=self._readers)
+        return await self.read(lambda connection: list(store.read_rows(connection, query, kind)))
 
     # -- on the writer's thread ---------------------------------------------------------------------
 
@@ -230,6 +219,8 @@ class Journal:
 
     def _apply(self) -> None:
         for record in self._committed:
+            for digest in _bodies_named(record.event):
+                self.bodies.named(digest)
             if isinstance(record.event, JobAccepted):
                 self._acceptances[str(record.subject.job_id)] = record.event
             changes = project(record)
@@ -266,6 +257,13 @@ def prepare(home: Home) -> None:
             raise StartupError(str(error)) from error
         finally:
             engine.dispose()
+
+
+def _bodies_named(event: AnyEvent) -> Iterator[str]:
+    if isinstance(event, JobAccepted) and event.body_sha256 is not None:
+        yield event.body_sha256
+    elif isinstance(event, JobDone) and event.result_sha256 is not None:
+        yield event.result_sha256
 
 
 def _size(event: AnyEvent) -> int:

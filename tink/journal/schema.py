@@ -7,6 +7,8 @@ transaction. Times are seconds since the epoch, UTC. Changes here need a migrati
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -20,6 +22,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    TextClause,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -41,8 +44,17 @@ BigKey = BigInteger().with_variant(Integer(), "sqlite")
 # The condition of the partial index on open jobs, word for word in the queries that are to use it: a
 # database does not recognise it in bound parameters.
 OPEN_JOBS = text("state IN ('accepted', 'running')")
-# Of checkpoints and snapshots.
+# Of adapters, checkpoints and snapshots.
 LIVE = text("state = 'live'")
+# What retention asks for.
+LOADS = text("op = 'load_weights'")
+DAMAGED = text("state = 'damaged'")
+
+
+def _where(condition: TextClause) -> dict[str, Any]:
+    """Of a partial index."""
+    return {"sqlite_where": condition, "postgresql_where": condition}
+
 
 events = Table(
     "events",
@@ -173,13 +185,12 @@ jobs = Table(
     Index("uq_jobs_sampler_id_seq_id", "sampler_id", "seq_id", unique=True),
     Index("uq_jobs_model_id_op_no", "model_id", "op_no", unique=True),
     # Recovery reads open jobs only, however long the history is.
-    Index(
-        "ix_jobs_open",
-        "accepted_seq",
-        sqlite_where=OPEN_JOBS,
-        postgresql_where=OPEN_JOBS,
-    ),
+    Index("ix_jobs_open", "accepted_seq", **_where(OPEN_JOBS)),
     Index(None, "submitted_at"),
+    # Retention asks of a body who names it, and which states were loaded.
+    Index(None, "body_sha256", **_where(text("body_sha256 IS NOT NULL"))),
+    Index(None, "result_sha256", **_where(text("result_sha256 IS NOT NULL"))),
+    Index("ix_jobs_loads", "model_id", "op_no", **_where(LOADS)),
 )
 
 adapters = Table(
@@ -190,11 +201,14 @@ adapters = Table(
     Column("model_id", Text, ForeignKey("models.model_id"), nullable=False),
     Column("version", BigInteger, nullable=False),
     Column("job_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
     Column("directory", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("files", Json, nullable=False),
     Column("created_at", Double, nullable=False),
+    Column("deleted_at", Double),
     Index(None, "model_id", "version", unique=True),
+    Index("ix_adapters_live", "adapter_id", **_where(LIVE)),
 )
 
 adapter_placements = Table(
@@ -230,8 +244,7 @@ checkpoints = Table(
         "kind",
         "name",
         unique=True,
-        sqlite_where=LIVE,
-        postgresql_where=LIVE,
+        **_where(LIVE),
     ),
 )
 
@@ -248,6 +261,8 @@ snapshots = Table(
     Column("created_at", Double, nullable=False),
     Column("dropped_at", Double),
     Index(None, "model_id", "op_no"),
+    Index("ix_snapshots_live", "snapshot_id", **_where(LIVE)),
+    Index("ix_snapshots_damaged", "dropped_at", **_where(DAMAGED)),
 )
 
 # Bodies live beside the journal, with a writer lane of their own: eight of them would hold the events'
@@ -261,4 +276,6 @@ bodies = Table(
     Column("size", BigInteger, nullable=False),
     Column("stored_at", Double, nullable=False),
     Column("content", LargeBinary, nullable=False),
+    # Retention takes the oldest first.
+    Index("ix_bodies_stored_at", "stored_at", "sha256"),
 )

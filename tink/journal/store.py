@@ -139,6 +139,7 @@ _PRESENT: dict[str, TextClause | None] = {
     "models": None,
     "samplers": None,
     "jobs": schema.OPEN_JOBS,
+    "adapters": schema.LIVE,
     "checkpoints": schema.LIVE,
     "snapshots": schema.LIVE,
 }

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from tink import crash
+from tink.domain import ids
 from tink.errors import BackendError, NotFound, UserError
 from tink.trainer.protocol import File
 
@@ -34,12 +35,12 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Artifacts:
-    """The folder. `writer` makes names under `.tmp/` this process's own: its incarnation. Left-overs
-    of dead processes there can be deleted at any time when no trainer runs."""
+    """The folder. `writer` makes names under `.tmp/` this process's own: its incarnation. What a process
+    that has died left there is removed by the worker."""
 
     def __init__(self, root: Path, writer: str) -> None:
         self.root = root.resolve()
-        self._scratch = self.root / ".tmp"
+        self._scratch = self.root / ids.SCRATCH
         self._names = (f"{writer}-{number}" for number in count())
 
     def locate(self, path: str) -> Path:

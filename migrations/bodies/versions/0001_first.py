@@ -16,7 +16,9 @@ def upgrade() -> None:
         sa.Column("content", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("sha256"),
     )
+    op.create_index("ix_bodies_stored_at", "bodies", ["stored_at", "sha256"])
 
 
 def downgrade() -> None:
+    op.drop_index("ix_bodies_stored_at", "bodies")
     op.drop_table("bodies")

@@ -115,6 +115,7 @@ def upgrade() -> None:
         sa.Column("model_id", sa.Text(), nullable=False),
         sa.Column("version", sa.BigInteger(), nullable=False),
         sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
         sa.Column("directory", sa.Text(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column(
@@ -123,12 +124,20 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("deleted_at", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(["model_id"], ["models.model_id"], name=op.f("fk_adapters_model_id")),
         sa.PrimaryKeyConstraint("adapter_id", name=op.f("pk_adapters")),
     )
     with op.batch_alter_table("adapters", schema=None) as batch_op:
         batch_op.create_index(
             batch_op.f("ix_adapters_model_id_version"), ["model_id", "version"], unique=True
+        )
+        batch_op.create_index(
+            "ix_adapters_live",
+            ["adapter_id"],
+            unique=False,
+            sqlite_where=sa.text("state = 'live'"),
+            postgresql_where=sa.text("state = 'live'"),
         )
 
     op.create_table(
@@ -251,6 +260,27 @@ def upgrade() -> None:
             postgresql_where=sa.text("state IN ('accepted', 'running')"),
         )
         batch_op.create_index(batch_op.f("ix_jobs_submitted_at"), ["submitted_at"], unique=False)
+        batch_op.create_index(
+            batch_op.f("ix_jobs_body_sha256"),
+            ["body_sha256"],
+            unique=False,
+            sqlite_where=sa.text("body_sha256 IS NOT NULL"),
+            postgresql_where=sa.text("body_sha256 IS NOT NULL"),
+        )
+        batch_op.create_index(
+            batch_op.f("ix_jobs_result_sha256"),
+            ["result_sha256"],
+            unique=False,
+            sqlite_where=sa.text("result_sha256 IS NOT NULL"),
+            postgresql_where=sa.text("result_sha256 IS NOT NULL"),
+        )
+        batch_op.create_index(
+            "ix_jobs_loads",
+            ["model_id", "op_no"],
+            unique=False,
+            sqlite_where=sa.text("op = 'load_weights'"),
+            postgresql_where=sa.text("op = 'load_weights'"),
+        )
         batch_op.create_index("uq_jobs_model_id_op_no", ["model_id", "op_no"], unique=True)
         batch_op.create_index("uq_jobs_model_id_seq_id", ["model_id", "seq_id"], unique=True)
         batch_op.create_index("uq_jobs_sampler_id_seq_id", ["sampler_id", "seq_id"], unique=True)
@@ -275,6 +305,20 @@ def upgrade() -> None:
         batch_op.create_index(
             batch_op.f("ix_snapshots_model_id_op_no"), ["model_id", "op_no"], unique=False
         )
+        batch_op.create_index(
+            "ix_snapshots_live",
+            ["snapshot_id"],
+            unique=False,
+            sqlite_where=sa.text("state = 'live'"),
+            postgresql_where=sa.text("state = 'live'"),
+        )
+        batch_op.create_index(
+            "ix_snapshots_damaged",
+            ["dropped_at"],
+            unique=False,
+            sqlite_where=sa.text("state = 'damaged'"),
+            postgresql_where=sa.text("state = 'damaged'"),
+        )
 
 
 def downgrade() -> None:
@@ -284,6 +328,21 @@ def downgrade() -> None:
         batch_op.drop_index("uq_jobs_sampler_id_seq_id")
         batch_op.drop_index("uq_jobs_model_id_seq_id")
         batch_op.drop_index("uq_jobs_model_id_op_no")
+        batch_op.drop_index(
+            "ix_jobs_loads",
+            sqlite_where=sa.text("op = 'load_weights'"),
+            postgresql_where=sa.text("op = 'load_weights'"),
+        )
+        batch_op.drop_index(
+            batch_op.f("ix_jobs_result_sha256"),
+            sqlite_where=sa.text("result_sha256 IS NOT NULL"),
+            postgresql_where=sa.text("result_sha256 IS NOT NULL"),
+        )
+        batch_op.drop_index(
+            batch_op.f("ix_jobs_body_sha256"),
+            sqlite_where=sa.text("body_sha256 IS NOT NULL"),
+            postgresql_where=sa.text("body_sha256 IS NOT NULL"),
+        )
         batch_op.drop_index(batch_op.f("ix_jobs_submitted_at"))
         batch_op.drop_index(
             "ix_jobs_open",
@@ -307,6 +366,11 @@ def downgrade() -> None:
 
     op.drop_table("checkpoints")
     with op.batch_alter_table("adapters", schema=None) as batch_op:
+        batch_op.drop_index(
+            "ix_adapters_live",
+            sqlite_where=sa.text("state = 'live'"),
+            postgresql_where=sa.text("state = 'live'"),
+        )
         batch_op.drop_index(batch_op.f("ix_adapters_model_id_version"))
 
     op.drop_table("adapters")

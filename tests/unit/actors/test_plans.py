@@ -10,7 +10,7 @@ import pytest
 
 from tink.actors import plans
 from tink.actors.plans import Context, Plan
-from tink.domain import events, ids, rows
+from tink.domain import events, ids, requests, rows
 from tink.domain.events import JobAccepted, Record, Subject
 from tink.domain.projection import Ledger, fold, project
 from tink.errors import UserError
@@ -259,7 +259,7 @@ def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: st
     served = msgspec.structs.replace(SERVED, base_model="org/renamed", base_path=None, max_rank=1)
     job = _job(op, seq, state=state, op_no=7, directory=first.directory)
     again = plans.again(job, body, Context(ledger, served, 99.0))
-    if state == "failed" or op not in plans.MUTATING:
+    if state == "failed" or op not in requests.MUTATING:
         assert again == protocol.Skip()
     else:
         assert again == first.op
@@ -267,7 +267,7 @@ def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: st
 
 def test_what_a_redo_leaves_out_changes_no_state() -> None:
     changing = {"create_model", "load_weights", "forward_backward", "optim_step"}
-    assert changing == plans.MUTATING
+    assert changing == requests.MUTATING
     assert changing <= set(BODIES)
 
 

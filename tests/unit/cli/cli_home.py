@@ -9,6 +9,7 @@ import httpx
 import trio
 
 from tink.domain.events import (
+    AdapterExported,
     JobAccepted,
     JobDone,
     JobFailed,
@@ -115,6 +116,8 @@ async def _events(journal: Journal) -> None:
     await journal.append((_about(REFUSED), failed))
     StillWorld.time = BEGAN + 30
     await journal.append((_about(WAITING), JobAccepted(op="optim_step", seq_id=3, request="{}")))
+    exported = Subject(tenant="default", session_id=SESSION, model_id=MODEL, job_id="j", adapter_id="a")
+    await journal.append((exported, AdapterExported(version=1, directory="d", size_bytes=1500, files={})))
     sampler = SamplerCreated(sampler_id=SAMPLER, sampling_seq_id=0, base_model="tink/qwen3-tiny")
     await journal.append((Subject(tenant="default", session_id=SESSION), sampler))
     prompt = await journal.bodies.put(SECRET.encode())

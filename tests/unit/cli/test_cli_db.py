@@ -6,10 +6,13 @@ import hashlib
 import sqlite3
 
 import pytest
-from cli_home import MADE, TRAINED, files
+import trio
+from cli_home import BEGAN, MADE, RESULT, TRAINED, StillWorld, files
 
 from tink.cli import checks
+from tink.domain.events import BodiesPruned, Subject
 from tink.journal.home import Home
+from tink.journal.journal import Journal
 
 
 def alter(path, *statements):
@@ -119,6 +122,21 @@ def test_a_missing_body_is_found_even_when_quick(home, tink_json):
     code, document = tink_json("db", "check", "--home", home.root, "--quick")
     assert code == 1
     assert wrong(document)["bodies", "bodies"] == [f"the body {digest} of the job {TRAINED} is missing"]
+
+
+@pytest.mark.parametrize("before", [BEGAN + 10, BEGAN + 100])
+def test_a_body_that_was_pruned_is_not_missing_and_an_older_one_is(home, tink_json, before):
+    async def prune():
+        async with Journal.open(home, StillWorld(), version="0", settings_digest="0") as journal:
+            pruned = BodiesPruned(count=1, bytes=9, submitted_before=BEGAN, finished_before=before)
+            await journal.append((Subject(), pruned))
+
+    trio.run(prune)
+    digest = hashlib.sha256(RESULT).hexdigest()
+    alter(home.bodies, f"DELETE FROM bodies WHERE sha256 = '{digest}'")
+    problems = wrong(tink_json("db", "check", "--home", home.root)[1])
+    job_ended = BEGAN + 15
+    assert (problems == {}) == (before > job_ended)
 
 
 def test_a_missing_body_store_is_found(home, tink_json):

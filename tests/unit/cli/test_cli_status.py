@@ -10,7 +10,7 @@ import pytest
 import trio
 from cli_home import BEGAN, MODEL, SAMPLED, SECRET, SESSION, WAITING, StillWorld, files, write
 
-from tink.cli import probes
+from tink.cli import printing, probes
 from tink.journal.home import Home
 
 WORKER = {
@@ -132,15 +132,36 @@ def test_models_sessions_and_the_last_jobs_are_there(home, tink, tink_json):
     assert all(word in out for word in (MODEL, SESSION, SAMPLED, "2 done"))
 
 
+def test_the_disk_that_is_used_is_there(home, tink, tink_json):
+    disk = tink_json("status", "--home", home.root)[1]["disk"]
+    bodies = sum(path.stat().st_size for path in home.root.glob("bodies.sqlite*") if path.suffix != "-shm")
+    assert 0 < disk["bodies"] <= bodies
+    assert (disk["checkpoints"], disk["adapters"], disk["snapshots"]) == (0, 1500, 0)
+    assert "adapters 1.5 kB" in tink("status", "--home", home.root)[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (123456, "123 kB"),
+        (999950, "1000 kB"),
+        (5 * 10**9, "5 GB"),
+    ],
+)
+def test_a_size_has_three_digits_and_a_unit(count, shown):
+    assert printing.size(count) == shown
+
+
 def test_the_document_has_the_same_keys_whatever_runs(home, runs, tink_json):
     running = tink_json("status", "--home", home.root)[1]
     home.worker.unlink()
     home.trainer.unlink()
     stopped = tink_json("status", "--home", home.root)[1]
-    keys = (
-        "home version worker trainer events queue jobs models sessions last_models last_sessions last_jobs"
-    )
-    assert list(running) == list(stopped) == keys.split()
+    keys = "home version worker trainer events queue disk jobs models sessions last_models last_sessions"
+    assert list(running) == list(stopped) == [*keys.split(), "last_jobs"]
     assert list(running["worker"]) == list(stopped["worker"])
     assert list(running["trainer"]) == list(stopped["trainer"])
 

@@ -135,6 +135,11 @@ HISTORY: list[tuple[Subject, AnyEvent]] = [
     (MODEL, events.CheckpointDeleted(checkpoint_id="j", reason="overwritten")),
     (ME, events.SessionFinished(reason="done", detail="by hand")),
     (Subject(), events.IncarnationStopped(number=1, reason="stopped")),
+    (_about(MODEL, adapter_id="s:train:0@1"), events.AdapterDeleted(reason="idle")),
+    (
+        Subject(),
+        events.BodiesPruned(count=2, bytes=12, submitted_before=1.7e9, finished_before=1.6e9),
+    ),
 ]
 
 
@@ -217,7 +222,7 @@ def test_a_projection_fits_its_tables(kind: str) -> None:
 
 
 def test_history_without_a_projection_changes_nothing() -> None:
-    silent = {events.TrainerStarted, events.ClientFailed, events.Diverged}
+    silent = {events.TrainerStarted, events.ClientFailed, events.Diverged, events.BodiesPruned}
     for record in _records():
         assert (project(record) == []) == (type(record.event) in silent)
 

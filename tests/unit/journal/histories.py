@@ -50,7 +50,7 @@ def histories(draw: st.DrawFn, max_size: int = 25) -> list[Entry]:
     state = _State()
     found: list[Entry] = []
     for _ in range(draw(st.integers(1, max_size))):
-        steps = [_session, _client_failed, _trainer]
+        steps = [_session, _client_failed, _trainer, _pruned]
         if state.sessions:
             steps += [_session_changed, _model, _base_sampler]
         if state.models:
@@ -60,7 +60,7 @@ def histories(draw: st.DrawFn, max_size: int = 25) -> list[Entry]:
         if state.open:
             steps += [_job_goes_on] * 3
         if state.adapters:
-            steps += [_placed, _adapter_sampler]
+            steps += [_placed, _adapter_sampler, _adapter_deleted]
         if state.snapshots:
             steps += [_snapshot_dropped]
         if state.checkpoints:
@@ -209,6 +209,18 @@ def _placed(draw: st.DrawFn, state: _State) -> Entry:
     where = draw(st.sampled_from(["trainer", "vllm-0"]))
     placed = draw(st.sampled_from(["loading", "loaded", "unloading", "gone"]))
     return _with(adapter, replica=where), events.AdapterPlaced(state=placed)
+
+
+def _adapter_deleted(draw: st.DrawFn, state: _State) -> Entry:
+    adapter = state.adapters.pop(draw(st.integers(0, len(state.adapters) - 1)))
+    reason = draw(st.sampled_from(["finished", "idle", "deleted"]))
+    return adapter, events.AdapterDeleted(reason=reason)
+
+
+def _pruned(draw: st.DrawFn, state: _State) -> Entry:
+    return Subject(), events.BodiesPruned(
+        count=draw(counts), bytes=draw(counts), submitted_before=draw(floats), finished_before=draw(floats)
+    )
 
 
 def _base_sampler(draw: st.DrawFn, state: _State) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,18 @@ from tests.unit.journal.journal_kit import (
     stored_sessions,
 )
 from tink.domain import rows
-from tink.domain.events import AdapterExported, ClientFailed, JobAccepted, JobDone, Subject
+from tink.domain.events import (
+    AdapterDeleted,
+    AdapterExported,
+    ClientFailed,
+    JobAccepted,
+    JobDone,
+    Subject,
+)
 from tink.domain.projection import Ledger
 from tink.errors import JournalUnavailable, StartupError, tink_error
-from tink.journal import database, store
+from tink.journal import database, store, upkeep
+from tink.journal.bodies import Stored
 from tink.journal.database import reader_engine, writer_engine
 from tink.journal.home import Home
 from tink.journal.journal import prepare
@@ -165,7 +174,7 @@ async def test_every_call_of_the_journal_is_a_checkpoint(autojump_clock: MockClo
         with assert_checkpoints():
             assert await journal.ops("m", 0, 9) == []
         with assert_checkpoints():
-            assert await journal.directories_loaded() == set()
+            assert await journal.read(upkeep.loads) == []
 
 
 async def test_an_ended_job_leaves_the_ledger_and_is_found_again(
@@ -397,7 +406,7 @@ async def test_a_row_that_no_event_made_is_found_by_a_check(
     assert "incarnations[9]" in _checked(home)[0]
 
 
-async def test_an_adapter_that_a_former_worker_exported_is_looked_up(
+async def test_an_adapter_that_was_deleted_is_looked_up_and_one_that_lives_is_there(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     home = new_home(tmp_path)
@@ -411,8 +420,10 @@ async def test_an_adapter_that_a_former_worker_exported_is_looked_up(
         )
         made = await journal.adapter("m@1")
     async with opened(home) as journal:
+        assert journal.ledger.tables["adapters"] == {("m@1",): made}
+        await journal.append((Subject(model_id="m", adapter_id="m@1"), AdapterDeleted(reason="idle")))
         assert journal.ledger.tables["adapters"] == {}
-        assert await journal.adapter("m@1") == made
+        assert (await journal.adapter("m@1")).state == "idle"
         with pytest.raises(LookupError, match="m@2"):
             await journal.adapter("m@2")
 
@@ -450,7 +461,9 @@ async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path
         event.remove(journal._reader, "before_cursor_execute", note)
         one, ops, *tables = sent[:begun]
         by_key = sent[begun:]
-        open_jobs = next(s for s in tables if "FROM jobs" in s)
+        open_jobs, adapters, snapshots = [
+            next(s for s in tables if f"FROM {name}" in s) for name in ("jobs", "adapters", "snapshots")
+        ]
 
         def plan(statement: str) -> str:
             # Parameters as the reader binds them; a partial index needs its values in the text.
@@ -463,5 +476,42 @@ async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path
         assert "USING INDEX sqlite_autoindex_jobs_1 (job_id=?)" in plan(one)
         assert "USING INDEX uq_jobs_model_id_op_no (model_id=? AND op_no>? AND op_no<?)" in plan(ops)
         assert "ix_jobs_open" in plan(open_jobs)
+        assert "ix_adapters_live" in plan(adapters)
+        assert "ix_snapshots_live" in plan(snapshots)
         assert "SCAN" not in "".join(map(plan, by_key))
         assert len(by_key) == len(rows.TABLES)
+
+
+async def test_the_questions_of_retention_use_their_indexes(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    plans: list[str] = []
+    async with opened(new_home(tmp_path)) as journal:
+
+        def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *rest: object) -> None:
+            if not statement.startswith("EXPLAIN"):
+                found = connection.connection.cursor().execute(
+                    f"EXPLAIN QUERY PLAN {statement}", parameters
+                )
+                plans.append(" ".join(str(row[3]) for row in found))
+
+        for engine in (journal._reader, journal.bodies._reader):
+            event.listen(engine, "before_cursor_execute", explain)
+        await journal.read(partial(upkeep.jobs_naming, digests=["a", "b"], ended_since=1.0))
+        await journal.read(upkeep.loads)
+        await journal.read(partial(upkeep.last_requests, samplers=["s"]))
+        await journal.read(upkeep.trainers)
+        await journal.read(upkeep.last_checkpoint_end)
+        await journal.read(partial(upkeep.damaged_snapshots, since=1.0))
+        await journal.bodies.oldest(1.0, Stored("a", 1, 0.5))
+    naming, loads, requests, trainers, ended, damaged, oldest = plans
+    assert "ix_jobs_body_sha256" in naming
+    assert "ix_jobs_result_sha256" in naming
+    assert "ix_jobs_loads" in loads
+    assert "uq_jobs_sampler_id_seq_id (sampler_id=?)" in requests
+    assert "ix_events_kind_seq (kind=?)" in trainers
+    assert "ix_events_kind_seq (kind=?)" in ended
+    assert "ix_snapshots_damaged (dropped_at>?)" in damaged
+    assert "ix_bodies_stored_at" in oldest
+    assert not any("SCAN" in plan for plan in (naming, requests, trainers, ended, damaged, oldest))
+    assert "TEMP B-TREE" not in oldest

@@ -1,0 +1,118 @@
+"""The artifact folder as the worker sees it. Training servers publish directories in it, whole or not at
+all; the worker takes them away, whole or not at all, and never one that somebody is about to use."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+import trio
+
+from tink.domain import ids, rows
+from tink.errors import BackendError
+from tink.world import World
+
+# A directory on its way out, under the scratch folder.
+REMOVED = "removed-"
+
+_NAME = re.compile(r"(\d{8,})-[a-z_]+")
+
+log = structlog.get_logger()
+
+
+class ArtifactFolder:
+    """Directories are named relative to `root`, as in the journal."""
+
+    def __init__(self, root: Path, world: World) -> None:
+        self.root, self._world = root, world
+        self._scratch = root / ids.SCRATCH
+        self._used: Counter[str] = Counter()
+        self._going: set[str] = set()
+
+    @contextmanager
+    def use(self, directory: str | None) -> Iterator[None]:
+        """Around the time in which a directory is read or written and the journal does not say so yet: it
+        is not removed meanwhile. BackendError if it is being removed just now. None: there is none."""
+        if directory is None:
+            yield
+            return
+        if directory in self._going:
+            raise BackendError(f"{directory} is left over from before, and is being removed: try again")
+        self._used[directory] += 1
+        try:
+            yield
+        finally:
+            self._used[directory] -= 1
+            if not self._used[directory]:
+                del self._used[directory]
+
+    @property
+    def used(self) -> set[str]:
+        return set(self._used)
+
+    async def published(self, models: Collection[rows.Model]) -> list[str]:
+        """The directories that operations of these models have made. Nothing else in the folder, which
+        others may use too, is anybody's business: nor what has a number that a model has not come to, for
+        a journal that knows more than this one must have it."""
+
+        def look() -> list[str]:
+            found = []
+            for model in models:
+                parent = ids.model_directory(model.model_id)
+                for name in _names(self.root / parent):
+                    match = _NAME.fullmatch(name)
+                    if match is not None and int(match[1]) <= model.op_no:
+                        found.append(f"{parent}/{name}")
+            return found
+
+        return await self._world.run_sync(look)
+
+    async def remove(self, directory: str) -> bool:
+        """Removes a directory that nothing in the journal needs; False if it cannot be, or somebody is
+        using it. It is renamed first: whatever dies meanwhile, it is there whole or not at all."""
+        if directory in self._used or directory in self._going:
+            await trio.lowlevel.checkpoint()
+            return False
+        self._going.add(directory)
+        try:
+            removed = self._scratch / f"{REMOVED}{self._world.new_id()}"
+            return await self._world.run_sync(_remove, self.root / directory, removed)
+        finally:
+            self._going.discard(directory)
+
+    async def clear(self, dead: Collection[str]) -> None:
+        """Removes what is left under the scratch folder of removals that were cut short, and of training
+        servers whose incarnations are `dead`. A server of another worker is not among them."""
+
+        def clear() -> None:
+            for name in _names(self._scratch):
+                if name.startswith(REMOVED) or name.rpartition("-")[0] in dead:
+                    shutil.rmtree(self._scratch / name, ignore_errors=True)
+
+        await self._world.run_sync(clear)
+
+
+def _remove(directory: Path, removed: Path) -> bool:
+    try:
+        removed.parent.mkdir(parents=True, exist_ok=True)
+        directory.rename(removed)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        log.warning("directory not removed", directory=str(directory), reason=str(error))
+        return False
+    shutil.rmtree(removed, ignore_errors=True)
+    return True
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:  # not there (yet)
+        return []

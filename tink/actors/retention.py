@@ -1,0 +1,165 @@
+"""Retention: deletes what nothing needs any more, so that a worker can run for months on one disk.
+
+What may go is decided in tink/domain/retention.py. Here it goes, each thing in an order that a crash cannot
+hurt: first the event that says so, then the bytes; and what a crash has left is found by the next pass,
+which looks at what is there and asks who needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import structlog
+import trio
+
+from tink.actors.artifacts import ArtifactFolder
+from tink.domain import retention, rows
+from tink.domain.events import AdapterDeleted, AdapterPlaced, BodiesPruned, CheckpointDeleted, Subject
+from tink.domain.retention import Cutoffs
+from tink.errors import JournalUnavailable
+from tink.journal import upkeep
+from tink.journal.bodies import Stored
+from tink.journal.journal import Entry, Journal
+from tink.limits import EXPIRY_SECONDS, RETENTION_SECONDS
+from tink.world import World
+
+log = structlog.get_logger()
+
+
+class Retention:
+    """An actor. `hours`: how long bodies and unused adapters stay at least (TINK_RETENTION_HOURS)."""
+
+    def __init__(self, journal: Journal, folder: ArtifactFolder, world: World, *, hours: float) -> None:
+        self._journal, self._folder, self._world = journal, folder, world
+        self._seconds = hours * 3600
+        self._began = world.now(), world.monotonic()
+        self._last_requests: dict[str, float] = {}
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_bodies)
+            nursery.start_soon(self._keep_artifacts)
+
+    async def _keep_bodies(self) -> None:
+        while True:
+            try:
+                await self.prune_bodies()
+            except JournalUnavailable as error:
+                # Of a page that cannot be read only those who need it must know. A failed commit stops the
+                # worker without our help.
+                log.error("bodies not pruned", reason=str(error))
+            await trio.sleep(RETENTION_SECONDS)
+
+    async def _keep_artifacts(self) -> None:
+        """Everything, now and then; and soon when a checkpoint has come to its end."""
+        ended, passed = 0, -math.inf
+        while True:
+            await self.expire_checkpoints()
+            last_end = await self._journal.read(upkeep.last_checkpoint_end)
+            due = self._world.monotonic() - passed >= RETENTION_SECONDS
+            if due or last_end != ended:
+                await self.delete_adapters()
+                await self.remove_directories()
+                ended = last_end
+            if due:
+                passed = self._world.monotonic()
+            await trio.sleep(EXPIRY_SECONDS)
+
+    # -- bodies -------------------------------------------------------------------------------------
+
+    async def prune_bodies(self) -> None:
+        """Page by page, so that whoever stores a body waits for no more than one of them."""
+        cutoffs = self._cutoffs()
+        bodies, last = self._journal.bodies, None
+        while True:
+            with bodies.watched() as watch:
+                page: list[Stored] = await bodies.oldest(cutoffs.submitted, last)
+                if not page:
+                    return
+                digests = [body.sha256 for body in page]
+                jobs = await self._journal.read(
+                    partial(upkeep.jobs_naming, digests=digests, ended_since=cutoffs.used)
+                )
+                covers = retention.covered(self._journal.ledger)
+                needed = retention.bodies_needed(jobs, covers, cutoffs)
+                doomed = [b for b in page if b.sha256 not in needed and b.sha256 not in watch]
+                if doomed:
+                    pruned = BodiesPruned(
+                        count=len(doomed),
+                        bytes=sum(body.size for body in doomed),
+                        submitted_before=cutoffs.submitted,
+                        finished_before=cutoffs.used,
+                    )
+                    await self._journal.append((Subject(), pruned))
+                    await bodies.drop([body.sha256 for body in doomed], watch)
+                    log.info("bodies pruned", count=pruned.count, bytes=pruned.bytes)
+            last = page[-1]
+
+    # -- checkpoints and adapters -------------------------------------------------------------------
+
+    async def expire_checkpoints(self) -> None:
+        """Deletes those whose time is up."""
+        now = self._world.now()
+        async with self._journal.naming:
+            checkpoints = self._journal.ledger.table("checkpoints", rows.Checkpoint).values()
+            await self._journal.append(
+                *(
+                    (_about(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason="expired"))
+                    for c in checkpoints
+                    if c.state == "live" and c.expires_at is not None and c.expires_at <= now
+                )
+            )
+
+    async def delete_adapters(self) -> None:
+        """Those that nobody will sample from. Their files go with the other directories."""
+        ledger, before = self._journal.ledger, self._cutoffs().used
+        quiet = retention.quiet_samplers(ledger, before, self._last_requests)
+        made = {s: ledger.table("samplers", rows.Sampler)[(s,)].created_at for s in quiet}
+        asked = await self._journal.read(partial(upkeep.last_requests, samplers=quiet))
+        self._last_requests |= made | asked
+        async with self._journal.naming:  # no sampler is made meanwhile
+            entries: list[Entry] = []
+            for adapter, reason in retention.spare_adapters(ledger, before, self._last_requests):
+                entries.append((_about(adapter), AdapterDeleted(reason=reason)))
+                entries.append((_about(adapter, replica="trainer"), AdapterPlaced(state="gone")))
+            await self._journal.append(*entries)
+        for subject, event in entries:
+            if isinstance(event, AdapterDeleted):
+                log.info("adapter deleted", adapter=subject.adapter_id, reason=event.reason)
+        self._last_requests = {s: at for s, at in self._last_requests.items() if at >= before}
+
+    # -- directories --------------------------------------------------------------------------------
+
+    async def remove_directories(self) -> None:
+        """What operations have made and nothing needs: it has ended, or a crash left it behind, or it was
+        never journaled. What is needed is asked in an order in which nothing can slip through: the
+        directories that are there; then what lives or is open or about to be; then what may be redone, for
+        a job that is not open any more has ended by then."""
+        ledger, read = self._journal.ledger, self._journal.read
+        there = await self._folder.published(list(ledger.table("models", rows.Model).values()))
+        kept = retention.directories_kept(ledger) | self._folder.used
+        sampled = retention.sampled(ledger)
+        kept |= retention.loads_needed(await read(upkeep.loads), retention.covered(ledger))
+        # Of a version that was deleted just when its sampler was asked again.
+        kept.update(await read(partial(upkeep.adapter_directories, adapters=sampled)))
+        kept.update(await read(partial(upkeep.damaged_snapshots, since=self._cutoffs().used)))
+        for directory in there:
+            if directory not in kept and await self._folder.remove(directory):
+                log.info("directory removed", directory=directory)
+        # The last one that answered may live; one that has not answered yet has written nothing.
+        trainers = await read(upkeep.trainers)
+        await self._folder.clear(set(trainers) - set(trainers[-1:]))
+
+    def _cutoffs(self) -> Cutoffs:
+        return Cutoffs.at(self._now(), self._seconds)
+
+    def _now(self) -> float:
+        """By the wall clock, for times outlast processes; but a clock that is set forward while this one
+        runs makes nothing old."""
+        wall, monotonic = self._began
+        return min(self._world.now(), wall + self._world.monotonic() - monotonic)
+
+
+def _about(row: rows.Checkpoint | rows.Adapter, replica: str | None = None) -> Subject:
+    return Subject(tenant=row.tenant, model_id=row.model_id, adapter_id=row.adapter_id, replica=replica)

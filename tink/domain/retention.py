@@ -1,0 +1,174 @@
+"""What may go: which bodies, adapters and directories nothing needs any more. Pure: rows and times come
+in, names come out; tink/actors/retention.py deletes what they name.
+
+Everything here errs to one side: what is not known to be useless stays for the next pass. What has ended
+may still be in the ledger, or not any more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from tink.domain import rows
+from tink.domain.projection import Ledger
+from tink.domain.requests import MUTATING
+from tink.limits import LEAST_KEPT_SECONDS, SNAPSHOTS_KEPT
+
+Spare = tuple[rows.Adapter, Literal["finished", "idle", "deleted"]]
+
+
+class Cutoffs(NamedTuple):
+    """What belongs to the time before is kept only if something needs it. `submitted`: requests.
+    `used`: results, samplers' weights and damaged snapshots."""
+
+    submitted: float
+    used: float
+
+    @classmethod
+    def at(cls, now: float, kept_seconds: float) -> Cutoffs:
+        return cls(now - kept_seconds, now - max(kept_seconds, LEAST_KEPT_SECONDS))
+
+
+class Load(NamedTuple):
+    """An operation that has put a saved state into a model."""
+
+    model_id: str
+    op_no: int
+    directory: str
+
+
+# -- redo -------------------------------------------------------------------------------------------
+
+
+def covered(ledger: Ledger) -> dict[str, int]:
+    """For each model that may be redone, the last operation that no redo applies again: the one in the
+    oldest of the snapshots that are kept, for the newer one may turn out to be damaged; 0 as long as
+    there are fewer."""
+    taken: defaultdict[str, list[int]] = defaultdict(list)
+    for snapshot in ledger.table("snapshots", rows.Snapshot).values():
+        if snapshot.state == "live":
+            taken[snapshot.model_id].append(snapshot.op_no)
+    return {
+        model.model_id: sorted([0] * SNAPSHOTS_KEPT + taken[model.model_id])[-SNAPSHOTS_KEPT]
+        for model in ledger.table("models", rows.Model).values()
+        if model.state != "failed"
+    }
+
+
+def may_be_redone(job: rows.Job, covers: Mapping[str, int]) -> bool:
+    """Whether a redo could apply the job again. `covers` is what `covered` gave."""
+    return (
+        job.state == "done"
+        and job.op in MUTATING
+        and job.op_no is not None
+        and job.op_no > covers.get(str(job.model_id), math.inf)
+    )
+
+
+# -- bodies -----------------------------------------------------------------------------------------
+
+
+def bodies_needed(jobs: Iterable[rows.Job], covers: Mapping[str, int], cutoffs: Cutoffs) -> set[str]:
+    """The sha256 of each body that one of these jobs needs: as its request, which may have to be sent
+    (again), or as its result, which its client may fetch (again)."""
+    needed: set[str] = set()
+    for job in jobs:
+        if job.body_sha256 is not None and (
+            job.state in rows.OPEN or job.submitted_at >= cutoffs.submitted or may_be_redone(job, covers)
+        ):
+            needed.add(job.body_sha256)
+        if job.result_sha256 is not None and (job.finished_at or 0.0) >= cutoffs.used:
+            needed.add(job.result_sha256)
+    return needed
+
+
+# -- adapters ---------------------------------------------------------------------------------------
+
+
+def quiet_samplers(ledger: Ledger, before: float, last_requests: Mapping[str, float]) -> list[str]:
+    """The samplers that alone keep their version, and may have had no request since `before`, as far as
+    `last_requests` (by sampler) tells: it is worth looking up when the last one was."""
+    return [
+        sampler.sampler_id
+        for _, samplers in _unnamed(ledger)
+        for sampler in samplers
+        if last_requests.get(sampler.sampler_id, sampler.created_at) < before
+    ]
+
+
+def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, float]) -> Iterator[Spare]:
+    """The live versions that nobody will sample from, and why. One with a live checkpoint or an open job
+    stays, and so does one that has a sampler of an open session with a request since `before`; a sampler
+    that is not in `last_requests` counts as such."""
+    made_for_one = {
+        sampler.adapter_id
+        for sampler in ledger.table("samplers", rows.Sampler).values()
+        if sampler.model_path is None
+    }
+    for adapter, samplers in _unnamed(ledger):
+        if any(last_requests.get(sampler.sampler_id, math.inf) >= before for sampler in samplers):
+            continue
+        if adapter.adapter_id not in made_for_one:
+            yield adapter, "deleted"
+        else:
+            yield adapter, "idle" if samplers else "finished"
+
+
+def _unnamed(ledger: Ledger) -> Iterator[tuple[rows.Adapter, list[rows.Sampler]]]:
+    """The live versions without a live checkpoint and an open job, with their samplers of open sessions."""
+    sessions = ledger.table("sessions", rows.Session)
+    samplers: defaultdict[str | None, list[rows.Sampler]] = defaultdict(list)
+    for sampler in ledger.table("samplers", rows.Sampler).values():
+        if sessions[(sampler.session_id,)].state == "open":
+            samplers[sampler.adapter_id].append(sampler)
+    used: set[str | None] = {*sampled(ledger)}
+    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
+        if checkpoint.state == "live":
+            used.add(checkpoint.adapter_id)
+    for adapter in ledger.table("adapters", rows.Adapter).values():
+        if adapter.state == "live" and adapter.adapter_id not in used:
+            yield adapter, samplers[adapter.adapter_id]
+
+
+def sampled(ledger: Ledger) -> set[str]:
+    """The versions that open jobs sample from."""
+    samplers = ledger.table("samplers", rows.Sampler)
+    jobs = ledger.table("jobs", rows.Job).values()
+    found = {
+        samplers[(job.sampler_id,)].adapter_id
+        for job in jobs
+        if job.sampler_id is not None and job.state in rows.OPEN
+    }
+    return {adapter_id for adapter_id in found if adapter_id is not None}
+
+
+# -- directories ------------------------------------------------------------------------------------
+
+
+def directories_kept(ledger: Ledger) -> set[str]:
+    """The directories that rows of the ledger need: of checkpoints, adapters and snapshots that live, and
+    of open jobs. Not in the ledger is what a redo would load (`loads_needed`)."""
+    models = ledger.table("models", rows.Model)
+    kept = {
+        str(job.directory)
+        for job in ledger.table("jobs", rows.Job).values()
+        if job.state in rows.OPEN and job.directory is not None
+    }
+    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
+        if checkpoint.state == "live":
+            kept.add(checkpoint.directory)
+    for adapter in ledger.table("adapters", rows.Adapter).values():
+        if adapter.state == "live":
+            kept.add(adapter.directory)
+    for snapshot in ledger.table("snapshots", rows.Snapshot).values():
+        if snapshot.state == "live" and models[(snapshot.model_id,)].state != "failed":
+            kept.add(snapshot.directory)
+    return kept
+
+
+def loads_needed(loads: Iterable[Load], covers: Mapping[str, int]) -> set[str]:
+    """The directories of those loads that a redo could do again."""
+    return {load.directory for load in loads if load.op_no > covers.get(load.model_id, math.inf)}

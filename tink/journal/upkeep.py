@@ -1,0 +1,70 @@
+"""What retention asks the journal that is not in its ledger: the blocking half, called from threads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sqlalchemy import Connection, and_, func, or_, select
+
+from tink.domain import rows
+from tink.domain.events import TrainerStarted
+from tink.domain.retention import Load
+from tink.journal import schema, store
+
+# Ids in one question.
+CHUNK = 500
+
+
+def jobs_naming(connection: Connection, digests: Collection[str], ended_since: float) -> list[rows.Job]:
+    """The jobs that have one of these bodies as their request, or as their result if they have ended since
+    then: the same result may belong to thousands."""
+    table = schema.jobs
+    result = and_(table.c.result_sha256.in_(digests), table.c.finished_at >= ended_since)
+    query = select(table).where(or_(table.c.body_sha256.in_(digests), result))
+    return [rows.Job(**row) for row in connection.execute(query).mappings()]
+
+
+def loads(connection: Connection) -> list[Load]:
+    """Every saved state that was ever loaded into a model."""
+    table = schema.jobs
+    query = select(table.c.model_id, table.c.op_no, table.c.directory)
+    return [Load(*row) for row in connection.execute(query.where(schema.LOADS, table.c.state == "done"))]
+
+
+def last_requests(connection: Connection, samplers: list[str]) -> dict[str, float]:
+    """When each of these samplers had its last request; without those that never had one."""
+    table = schema.jobs
+    found: dict[str, float] = {}
+    for start in range(0, len(samplers), CHUNK):
+        asked = table.c.sampler_id.in_(samplers[start : start + CHUNK])
+        query = select(table.c.sampler_id, func.max(table.c.submitted_at)).where(asked)
+        found |= {row[0]: row[1] for row in connection.execute(query.group_by(table.c.sampler_id))}
+    return found
+
+
+def adapter_directories(connection: Connection, adapters: Collection[str]) -> list[str]:
+    table = schema.adapters
+    query = select(table.c.directory).where(table.c.adapter_id.in_(adapters))
+    return list(connection.execute(query).scalars())
+
+
+def damaged_snapshots(connection: Connection, since: float) -> list[str]:
+    """The directories of snapshots that were found to be damaged since then."""
+    table = schema.snapshots
+    query = select(table.c.directory).where(schema.DAMAGED, table.c.dropped_at >= since)
+    return list(connection.execute(query).scalars())
+
+
+def last_checkpoint_end(connection: Connection) -> int:
+    """The number of the last event that ended a checkpoint; 0 if none did."""
+    table = schema.events
+    query = select(func.max(table.c.seq)).where(table.c.kind == "checkpoint_deleted")
+    return int(connection.execute(query).scalar() or 0)
+
+
+def trainers(connection: Connection) -> list[str]:
+    """The incarnations of the training servers that have answered, the last one last."""
+    table = schema.events
+    query = select(table.c.seq).where(table.c.kind == "trainer_started").order_by(table.c.seq)
+    found = [store.event_of(connection, seq).event for seq in connection.execute(query).scalars().all()]
+    return [event.incarnation for event in found if isinstance(event, TrainerStarted)]
