@@ -26,7 +26,7 @@ SELDOM = re.compile(r"worker\.(opened|spawned|restored|snapshot-.*)|trainer\.(bo
 # Passed only if the trainer is a new one.
 BEFORE_BOTH = re.compile(r"worker\.(spawned|restored|redone)|trainer\..*")
 # A point that was not reached after so long counts for nothing, and its process is just killed.
-POINT_SECONDS = 20.0
+POINT_SECONDS = 60.0
 # Of the other kills one out of four comes while the one before is still being recovered from, at most so
 # long after it.
 OVERLAP, OVERLAP_SECONDS = 0.25, 3.0
