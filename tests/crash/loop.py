@@ -36,8 +36,6 @@ from tests.crash.judge import ClientErrors, Played, examine, judge, table
 from tests.crash.killer import Kill, Killer, Stuck, drawn, each_point
 from tests.crash.runs import Run, both, say
 from tests.live import LiveServer
-from tests.processes import kill as kill_process
-from tests.processes import trainers_of
 
 # Short, so that there is often a snapshot to take and to put back.
 SNAPSHOT_SECONDS = 0.3
@@ -79,8 +77,6 @@ def serving(home: Path, kills: int) -> Iterator[LiveServer]:
             number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
         }
         server.close()
-        for pid in trainers_of(home):
-            kill_process(pid)
         for number, handler in former.items():
             signal.signal(number, handler)
 

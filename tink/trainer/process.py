@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from tink import crash
 from tink.errors import StartupError
 from tink.limits import TRAINER_GRACE
 from tink.logs import configure_logs
+from tink.trainer import engines
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Engine
 from tink.trainer.preload import Preloaded
@@ -49,8 +49,6 @@ log = structlog.get_logger("tink.trainer")
 KEEP_ALIVE = 3600.0
 
 
-# Of the extra `hf`, by the name that is imported.
-NEEDED = ("torch", "transformers", "safetensors", "tokenizers")
 # Of transformers, which imports a class when it is named.
 NAMED = ("AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationMixin", "PreTrainedModel")
 
@@ -89,7 +87,7 @@ class Ready(msgspec.Struct, frozen=True):
 def run(options: Options, world: World | None = None) -> int:
     """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
     crash.arm(options.crash_at)
-    check_engine()
+    engines.check()
     _check(options)
     configure_logs("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -105,15 +103,6 @@ def _listen(options: Options, world: World) -> int:
     with world.listen(options.host, options.port) as listener:
         trio.run(_serve, options, listener, world)
     return 0
-
-
-def check_engine() -> None:
-    """Raises StartupError if what the engine needs is not installed."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise StartupError(
-            f"the engine 'hf' needs {', '.join(missing)}, not installed here: pip install 'tink[hf]'"
-        )
 
 
 def _check(options: Options) -> None:
