@@ -89,6 +89,8 @@ def loop(root: Path, kills: list[Kill], seed: int, *, strict: bool) -> bool:
     runs = both(seed)
     disturbed = play(root / "disturbed", runs, kills)
     say(f"{len(kills)} kills in {time.monotonic() - began:.0f} s; now undisturbed")
+    # It takes seconds to make, and is the same.
+    shutil.copytree(root / "disturbed" / "models", root / "undisturbed" / "models")
     undisturbed = play(root / "undisturbed", both(seed, [run.made for run in runs]), [])
     count = sum(len(values) for values in undisturbed.numbers.values())
     line, well = judge(disturbed, undisturbed, logged.count)
