@@ -18,8 +18,9 @@ import structlog
 from tink import crash
 from tink.world import World
 
-# One that was killed so soon would be killed again: whoever started this process shall decide.
-SHORT_LIFE_SECONDS = 1.0
+# So many that were killed so soon, one after the other: another would be killed as well, and whoever
+# started this process shall decide.
+SHORT_LIVES, SHORT_LIFE_SECONDS = 3, 1.0
 
 log = structlog.get_logger("tink.trainer")
 
@@ -34,9 +35,10 @@ class Preloaded:
 
     def serve(self) -> int:
         """Returns twice: in each child the status of its run; in the parent the status of the child that
-        ended by itself or was told to by SIGTERM, which is handed on. A child that was killed after a short
-        life takes the parent with it, by the same signal."""
+        ended by itself or was told to by SIGTERM, which is handed on. The last of SHORT_LIVES takes the
+        parent with it, by the same signal."""
         signal.signal(signal.SIGTERM, self._hand_on)
+        short = 0
         while True:
             born = self._world.monotonic()
             self._child = pid = os.fork()
@@ -52,7 +54,8 @@ class Preloaded:
                 return code
             if self._told:
                 break
-            if self._world.monotonic() - born < SHORT_LIFE_SECONDS:
+            short = short + 1 if self._world.monotonic() - born < SHORT_LIFE_SECONDS else 0
+            if short == SHORT_LIVES:
                 os.kill(os.getpid(), -code)
             log.warning("the server was killed, the next one is forked", pid=pid, signal=-code)
         return 0
