@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+
+from tests.processes import kill_trainers
 
 START_SECONDS = 120.0
 
@@ -116,5 +117,4 @@ class LiveServer:
                 self.process.wait(timeout=40)
             except subprocess.TimeoutExpired:
                 self.kill()
-        with contextlib.suppress(OSError, ValueError):
-            self.kill_trainer()
+        kill_trainers(self.home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -15,9 +16,25 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def trainers_of(home: Path) -> list[int]:
-    """The training servers that were started for this home."""
+    """The processes of the training server of this home: itself, and the parent that it was forked from."""
     ready = os.fsencode(home / "trainer.json")
     return [pid for pid, arguments in _running().items() if ready in arguments]
+
+
+def server_of(home: Path) -> int | None:
+    """The training server itself, if one runs."""
+    try:
+        pid = int(json.loads((home / "trainer.json").read_text())["pid"])
+    except (OSError, ValueError):
+        return None
+    return pid if pid in trainers_of(home) else None
+
+
+def kill_trainers(home: Path) -> None:
+    """All of them; the parent may have forked another one meanwhile."""
+    while pids := trainers_of(home):
+        for pid in pids:
+            kill(pid)
 
 
 def kill(pid: int) -> None:

@@ -13,13 +13,15 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import httpx
 import trio
 
 from tink.errors import StartupError
 from tink.limits import BACKLOG
+
+if TYPE_CHECKING:  # not everyone who needs a clock speaks HTTP
+    import httpx
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tests.crash.runs import Run, say
 from tests.live import LiveServer
 from tests.processes import kill as kill_process
-from tests.processes import trainers_of
+from tests.processes import kill_trainers, server_of
 from tink.crash import POINTS
 
 # Every second kill is followed by one at a crash point: a third of all are.
@@ -23,10 +23,11 @@ POINTED = 0.5
 # A point is passed up to so often before it kills, unless a process seldom gets there.
 PASSES = 3
 SELDOM = re.compile(r"worker\.(opened|spawned|restored|snapshot-.*)|trainer\.(bound|loading|restoring)")
-# Passed only if the trainer is a new one.
-BEFORE_BOTH = re.compile(r"worker\.(spawned|restored|redone)|trainer\..*")
+# Passed only if the trainer is a new one, or by the first that a worker starts.
+AFTER_BOTH = re.compile(r"worker\.(restored|redone)")
+AFTER_ALL = re.compile(r"worker\.spawned|trainer\..*")
 # A point that was not reached after so long counts for nothing, and its process is just killed.
-POINT_SECONDS = 20.0
+POINT_SECONDS = 60.0
 # Of the other kills one out of four comes while the one before is still being recovered from, at most so
 # long after it.
 OVERLAP, OVERLAP_SECONDS = 0.25, 3.0
@@ -35,7 +36,10 @@ RESULTS, DELAY_SECONDS = 6, 0.3
 STUCK_SECONDS = 120.0
 LOOK_SECONDS = 0.01
 
-Victim = Literal["worker", "trainer", "both"]
+# "trainer" is the training server; "both" it and the worker; "all" its parent as well, from which the next
+# one would be forked.
+Victim = Literal["worker", "trainer", "both", "all"]
+VICTIMS: tuple[Victim, ...] = ("worker", "trainer", "both", "worker", "trainer", "both", "all")
 How = Literal["at a random time", "during a recovery", "at a crash point"]
 
 
@@ -61,7 +65,7 @@ def drawn(kills: int, seed: int) -> list[Kill]:
     planned: list[Kill] = []
     while len(planned) < kills:
         point = draw.choice(list(POINTS)) if draw.random() < POINTED else None
-        victim = _before(point) if point else draw.choice(("worker", "trainer", "both"))
+        victim = _before(point) if point else draw.choice(VICTIMS)
         if planned and draw.random() < OVERLAP:
             planned.append(Kill(victim, None, draw.uniform(0, OVERLAP_SECONDS)))
         else:
@@ -75,14 +79,16 @@ def each_point() -> list[Kill]:
     """Every crash point once. A worker that has just died at one can be sent to the next at once."""
     planned: list[Kill] = []
     for point in POINTS:
-        if not planned or planned[-1].victim == "trainer" or _before(point) == "both":
+        if not planned or planned[-1].victim == "trainer" or _before(point) != "worker":
             planned.append(Kill(_before(point), after=1))
         planned.append(_at(point, 1))
     return planned
 
 
 def _before(point: str) -> Victim:
-    return "both" if BEFORE_BOTH.fullmatch(point) else "worker"
+    if AFTER_ALL.fullmatch(point):
+        return "all"
+    return "both" if AFTER_BOTH.fullmatch(point) else "worker"
 
 
 def _at(point: str, nth: int) -> Kill:
@@ -152,21 +158,21 @@ class Killer:
             results = self._count() + kill.after
             self._wait(lambda: self._count() >= results)
         self._wait(lambda: False, seconds=kill.delay)
-        if kill.victim != "worker":
+        home = self.server.home
+        if kill.victim in ("trainer", "both"):
             # After another kill there may be none for a moment.
-            self._wait(lambda: trainers_of(self.server.home))
+            self._wait(lambda: server_of(home) is not None)
+        server = server_of(home)
         done = Done(kill.victim, how, time.monotonic())
-        if kill.victim != "worker":
-            self._kill_trainers()
+        if kill.victim in ("trainer", "both") and server is not None:
+            kill_process(server)
+        if kill.victim == "all":
+            kill_trainers(home)
         if kill.victim != "trainer":
             self.server.kill()
-        if kill.victim == "both":
-            self._kill_trainers()  # the worker may have been quick
+        if kill.victim == "all":
+            kill_trainers(home)  # the worker may have been quick
         return done
-
-    def _kill_trainers(self) -> None:
-        for pid in trainers_of(self.server.home):
-            kill_process(pid)
 
     def _start_worker(self, following: Kill | None) -> None:
         """Unless it runs. It, or the first trainer that it starts, is told where the next kill is."""

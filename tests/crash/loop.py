@@ -36,8 +36,6 @@ from tests.crash.judge import ClientErrors, Played, examine, judge, table
 from tests.crash.killer import Kill, Killer, Stuck, drawn, each_point
 from tests.crash.runs import Run, both, say
 from tests.live import LiveServer
-from tests.processes import kill as kill_process
-from tests.processes import trainers_of
 
 # Short, so that there is often a snapshot to take and to put back.
 SNAPSHOT_SECONDS = 0.3
@@ -81,8 +79,6 @@ def serving(home: Path, kills: int) -> Iterator[LiveServer]:
             number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
         }
         server.close()
-        for pid in trainers_of(home):
-            kill_process(pid)
         for number, handler in former.items():
             signal.signal(number, handler)
 
@@ -95,6 +91,8 @@ def loop(root: Path, kills: list[Kill], seed: int, *, strict: bool) -> bool:
     runs = both(seed)
     disturbed = play(root / "disturbed", runs, kills)
     say(f"{len(kills)} kills in {time.monotonic() - began:.0f} s; now undisturbed")
+    # It takes seconds to make, and is the same.
+    shutil.copytree(root / "disturbed" / "models", root / "undisturbed" / "models")
     undisturbed = play(root / "undisturbed", both(seed, [run.made for run in runs]), [])
     count = sum(len(values) for values in undisturbed.numbers.values())
     line, well = judge(disturbed, undisturbed, logged.count)

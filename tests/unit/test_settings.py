@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -162,8 +163,8 @@ def served(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TINK_HOME", str(tmp_path / "home"))
     seen = []
-    monkeypatch.setattr(serve.trio, "run", lambda _serve, settings, _world: seen.append(settings))
-    monkeypatch.setattr(serve, "configure_logs", lambda _level: None)
+    monkeypatch.setattr(serve.trio, "run", lambda _serve, settings, *_: seen.append(settings))
+    monkeypatch.setattr(serve.World, "listen", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(serve, "_raise_file_limit", lambda: None)
     return seen
 

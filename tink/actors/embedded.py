@@ -1,8 +1,9 @@
-"""The embedded training server: a child process of the worker, that outlives it.
+"""The embedded training server: a process that outlives the worker, and the parent that forks it.
 
 A worker that is killed leaves its trainer, with everything it holds, to the next worker of the same
-home, which adopts it; without one the trainer ends by itself after a while. A trainer that dies, or that
-does not answer for STUCK_SECONDS, is replaced.
+home, which adopts it; without one the trainer ends by itself after a while. A trainer that is killed is
+followed by the next one of its parent (tink/trainer/preload.py); if that is gone too, or a trainer does not
+answer for STUCK_SECONDS, the worker starts both anew.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from tink.world import World
 
 # Health is answered off the training thread, so this much silence is a stuck process, not a busy one.
 STUCK_SECONDS = 30.0
-# Binding the port; the model is loaded after that.
-START_SECONDS = 120.0
+# Importing torch from a slow disk, and binding the port; the model is loaded after that.
+START_SECONDS = 300.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
 # Of the worker's environment, what its trainer must not inherit.
@@ -67,23 +68,32 @@ class EmbeddedTrainer:
     async def find(self) -> Endpoint:
         """A running server of this configuration: the present one, else a new one."""
         record = self._record()
-        if record is not None:
-            endpoint = Endpoint(f"http://127.0.0.1:{record.port}", self._token)
-            if self._of_this_configuration() and await self._answers(endpoint, record):
+        if record is not None and self._of_this_configuration():
+            endpoint = self._endpoint(record)
+            if await self._answers(endpoint, record):
                 self._silent_since = None
                 return endpoint
-            ours = (
-                self._of_this_configuration() and self._alive(record.pid) and self._is_trainer(record.pid)
-            )
-            if ours and not self._stuck():
-                return endpoint  # starting, or slow: the link asks again
-            await self._end(record.pid)
+            if self._runs(record.pid):
+                if not self._stuck():
+                    return endpoint  # starting, or slow: the link asks again
+                await self.stop()
         return await self._start()
 
     async def stop(self) -> None:
-        """Ends the server, even one that has not said yet that it runs. The journal has all it knew."""
-        for pid in self._trainers():
-            await self._end(pid)
+        """Ends the server, even one that has not said yet that it runs: SIGTERM, and SIGKILL for what does
+        not listen. The journal has all it knew."""
+        self._silent_since = None
+        pids = self._trainers()
+        for pid in pids:
+            log.info("stopping trainer", pid=pid)
+            _signal(pid, signal.SIGTERM)
+        with trio.move_on_after(STOP_SECONDS):
+            await self._wait_for_death(pids)
+        while pids := self._trainers():  # again: its parent may have been quicker
+            for pid in pids:
+                _signal(pid, signal.SIGKILL)
+            await self._wait_for_death(pids)
+        self._home.trainer.unlink(missing_ok=True)
 
     # -- the present one ----------------------------------------------------------------------------
 
@@ -91,6 +101,9 @@ class EmbeddedTrainer:
         with contextlib.suppress(OSError, msgspec.DecodeError):
             return msgspec.json.decode(self._home.trainer.read_bytes(), type=TrainerRecord)
         return None
+
+    def _endpoint(self, record: TrainerRecord) -> Endpoint:
+        return Endpoint(f"http://127.0.0.1:{record.port}", self._token)
 
     async def _answers(self, endpoint: Endpoint, record: TrainerRecord) -> bool:
         try:
@@ -126,28 +139,17 @@ class EmbeddedTrainer:
         return False
 
     def _trainers(self) -> list[int]:
-        """All of this home that run, with a record or without."""
-        record, child = self._record(), self._child
+        """All processes of this home's server: itself, and the parent that it was forked from."""
         pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()} if PROC.is_dir() else set()
-        pids |= {one.pid for one in (record, child) if one is not None}
-        return [pid for pid in pids if self._alive(pid) and self._is_trainer(pid)]
+        pids |= {one.pid for one in (self._record(), self._child) if one is not None}
+        return [pid for pid in pids if self._runs(pid)]
 
-    async def _end(self, pid: int) -> None:
-        """SIGTERM, and SIGKILL for one that does not listen. Only a process that is our trainer."""
-        self._silent_since = None
-        if self._alive(pid) and self._is_trainer(pid):
-            log.info("stopping trainer", pid=pid)
-            _signal(pid, signal.SIGTERM)
-            with trio.move_on_after(STOP_SECONDS):
-                await self._wait_for_death(pid)
-            if self._alive(pid):
-                _signal(pid, signal.SIGKILL)
-                await self._wait_for_death(pid)
-        self._home.trainer.unlink(missing_ok=True)
+    def _runs(self, pid: int) -> bool:
+        return self._alive(pid) and self._is_trainer(pid)
 
-    async def _wait_for_death(self, pid: int) -> None:
+    async def _wait_for_death(self, pids: list[int]) -> None:
         """By looking: an adopted process is nobody's child here."""
-        while self._alive(pid):  # noqa: ASYNC110
+        while any(self._alive(pid) for pid in pids):  # noqa: ASYNC110
             await trio.sleep(POLL_SECONDS)
 
     def _is_trainer(self, pid: int) -> bool:
@@ -162,29 +164,43 @@ class EmbeddedTrainer:
     # -- a new one ----------------------------------------------------------------------------------
 
     async def _start(self) -> Endpoint:
-        # One that was just started when its worker was killed is on no record, and would stay beside this.
+        left = self._trainers() if self._of_this_configuration() else []
+        if left:
+            # The server was killed and its parent forks the next one; or their worker was killed while they
+            # were starting.
+            log.info("a trainer is about to serve", pids=left)
+            endpoint = await self._said(left)
+            if endpoint is not None:
+                return endpoint
         await self.stop()
-        self._home.trainer.unlink(missing_ok=True)
         self._home.trainer_command.write_text(self._signature)
         self._child = await self._world.run_sync(self._spawn)
         crash.point("worker.spawned")
         log.info("starting trainer", pid=self._child.pid, log=str(self.log_file))
-        with trio.move_on_after(START_SECONDS):
-            while self._child.poll() is None:
-                record = self._record()
-                if record is not None and record.pid == self._child.pid:
-                    self._silent_since = None
-                    return Endpoint(f"http://127.0.0.1:{record.port}", self._token)
-                await trio.sleep(POLL_SECONDS)
+        endpoint = await self._said([self._child.pid])
+        if endpoint is not None:
+            return endpoint
         status = self._child.poll()
         if status is None:
-            await self._end(self._child.pid)
+            await self.stop()
         if status is not None and status < 0:
             raise TrainerGone(f"the trainer was killed by signal {-status} while it started")
         raise StartupError(
             f"the trainer did not start ({'no answer' if status is None else f'exit status {status}'}); "
             f"the end of {self.log_file}:\n{self._last_lines()}"
         )
+
+    async def _said(self, pids: list[int]) -> Endpoint | None:
+        """Where one of these, or a child of theirs, says that it serves. None if they have all ended, or
+        nothing was said for START_SECONDS."""
+        with trio.move_on_after(START_SECONDS):
+            while any(self._alive(pid) for pid in pids):
+                record = self._record()
+                if record is not None and self._runs(record.pid):
+                    self._silent_since = None
+                    return self._endpoint(record)
+                await trio.sleep(POLL_SECONDS)
+        return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self.log_file.open("ab") as output:
@@ -216,7 +232,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _command(settings: Settings, home: Home) -> list[str]:
-    command = [sys.executable, "-m", "tink.trainer", "--home", str(home.root)]
+    command = [sys.executable, "-m", "tink.trainer", "--preload", "--home", str(home.root)]
     command += ["--artifacts", str(settings.artifact_root), "--ready-file", str(home.trainer)]
     command += ["--slots", str(settings.max_workers), "--threads", str(settings.trainer_threads)]
     command += ["--orphan-seconds", str(settings.trainer_orphan_seconds)]

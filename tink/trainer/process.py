@@ -5,20 +5,25 @@
 It listens before the model is loaded, so that its supervisor sees it at once. SIGTERM lets the ops
 that run finish (for TRAINER_GRACE seconds) and exits 0; SIGINT is ignored, because a Ctrl-C reaches
 the whole process group and the supervisor decides what it means.
+
+With --preload this process imports the engine first and then only waits, while a child of it serves; a
+child that is killed is followed by another one at once (preload.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +37,10 @@ from tink import crash
 from tink.errors import StartupError
 from tink.limits import TRAINER_GRACE
 from tink.logs import configure_logs
+from tink.trainer import engines
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Engine
+from tink.trainer.preload import Preloaded
 from tink.trainer.server import Trainer, application
 from tink.world import World
 
@@ -42,15 +49,16 @@ log = structlog.get_logger("tink.trainer")
 KEEP_ALIVE = 3600.0
 
 
-# Of the extra `hf`, by the name that is imported.
-NEEDED = ("torch", "transformers", "safetensors", "tokenizers")
+# Of transformers, which imports a class when it is named.
+NAMED = ("AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationMixin", "PreTrainedModel")
 
 
 @dataclass(frozen=True)
 class Options:
     """`model` None: the built-in tiny one, made under `home`. `artifacts` None: `home`/artifacts.
     `orphan_seconds`: exit when no worker has called for so long; 0 is never. `token`: what callers
-    must carry, needed to listen on anything but loopback. `crash_at`: TINK_CRASH_AT."""
+    must carry, needed to listen on anything but loopback. `preload`: serve in a child, and in another one
+    when that is killed. `crash_at`: TINK_CRASH_AT."""
 
     home: Path
     host: str = "127.0.0.1"
@@ -63,6 +71,7 @@ class Options:
     threads: int = 1
     ready_file: Path | None = None
     orphan_seconds: float = 0.0
+    preload: bool = False
     token: str | None = None
     crash_at: str = ""
 
@@ -78,23 +87,22 @@ class Ready(msgspec.Struct, frozen=True):
 def run(options: Options, world: World | None = None) -> int:
     """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
     crash.arm(options.crash_at)
-    check_engine()
+    engines.check()
     _check(options)
     configure_logs("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     world = world or World()
+    serve = partial(_listen, options, world)
+    if not options.preload:
+        return serve()
+    _import_engine()
+    return Preloaded(serve, world).serve()
+
+
+def _listen(options: Options, world: World) -> int:
     with world.listen(options.host, options.port) as listener:
         trio.run(_serve, options, listener, world)
     return 0
-
-
-def check_engine() -> None:
-    """Raises StartupError if what the engine needs is not installed."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise StartupError(
-            f"the engine 'hf' needs {', '.join(missing)}, not installed here: pip install 'tink[hf]'"
-        )
 
 
 def _check(options: Options) -> None:
@@ -156,6 +164,29 @@ def _config(listener: socket.socket) -> hypercorn.config.Config:
     return config
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """For what is made once and stays: to look through it for garbage again and again would take a fifth
+    of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@_uncollected()
+def _import_engine() -> None:
+    """What `_build` would import, but for the classes of the model itself."""
+    transformers = import_module("transformers")
+    for name in NAMED:
+        getattr(transformers, name)
+    import_module("tink.trainer.tiny")
+    import_module("tink.trainer.engines.hf")
+
+
+@_uncollected()
 def _build(options: Options, incarnation: str) -> Engine:
     """In a thread: importing torch and reading the model takes seconds."""
     from tink.trainer import tiny
@@ -222,6 +253,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, default=4, help=f"models that compute at once ({shown})")
     parser.add_argument("--threads", type=int, default=1, help=f"of torch, for each of them ({shown})")
     parser.add_argument("--ready-file", type=Path, help="written once the port is bound: pid, port")
+    parser.add_argument(
+        "--preload",
+        action="store_true",
+        help="import the engine first, then serve in a child: if that is killed, in another one at once",
+    )
     parser.add_argument(
         "--orphan-seconds",
         type=float,

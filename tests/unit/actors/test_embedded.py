@@ -22,7 +22,8 @@ from tink.settings import Settings
 from tink.world import World
 
 # Answers /v1/health as its second argument says: "ready", "refuse" (401) or "silent"; "exit" ends at once,
-# and "quiet" never says that it runs. Ends by SIGTERM, or not at all if it is "deaf".
+# "late" takes its time to say that it runs, and "quiet" never does; "forked" serves in children. Ends by
+# SIGTERM, or not at all if it is "deaf".
 STUB = """
 import http.server, json, os, signal, sys, time
 ready, mode = sys.argv[1], sys.argv[2]
@@ -31,6 +32,8 @@ if mode == "exit":
     sys.exit(3)
 if mode == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while mode == "forked" and os.fork():
+    os.wait()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if mode == "silent":
@@ -47,8 +50,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-if mode == "quiet":
-    time.sleep(1000)
+if mode in ("late", "quiet"):
+    time.sleep(2 if mode == "late" else 1000)
 scratch = ready + ".tmp"
 with open(scratch, "w") as file:
     json.dump(dict(pid=os.getpid(), port=server.server_address[1], incarnation=f"i{os.getpid()}"), file)
@@ -131,7 +134,7 @@ async def test_a_dead_one_is_replaced(home: Home, adopted: bool) -> None:
     await trainer.find()
     (before,) = _pids(home)
     os.kill(before, 9)
-    await trainer._wait_for_death(before)
+    await trainer._wait_for_death([before])
     if adopted:
         trainer = _trainer(home)
     await trainer.find()
@@ -182,14 +185,61 @@ async def test_a_stop_while_it_starts_leaves_nothing_behind(home: Home) -> None:
     assert _pids(home) == []
 
 
-async def test_one_that_a_killed_worker_was_just_starting_does_not_stay(home: Home) -> None:
-    """It is on no record yet; the next worker, which cannot call it, ends it before it starts its own."""
+async def test_one_that_a_killed_worker_was_just_starting_is_adopted(home: Home) -> None:
+    with trio.move_on_after(0.3):
+        await _trainer(home, "late").find()
+    before = _pids(home)
+    assert len(before) == 1
+    await _trainer(home, "late").find()
+    assert _pids(home) == before
+
+
+async def test_one_that_a_killed_worker_started_in_vain_does_not_stay(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with trio.move_on_after(0.3):
         await _trainer(home, "quiet").find()
     (before,) = _pids(home)
-    await _trainer(home).find()
-    (after,) = _pids(home)
-    assert after != before
+    monkeypatch.setattr(embedded, "START_SECONDS", 0.3)
+    with pytest.raises(StartupError):
+        await _trainer(home, "quiet").find()
+    assert before not in _pids(home)
+
+
+async def _forked(home: Home) -> tuple[EmbeddedTrainer, int, int]:
+    """A trainer whose server is forked: its parent's pid, and the server's."""
+    trainer = _trainer(home, "forked")
+    await trainer.find()
+    record = trainer._record()
+    assert record is not None
+    (parent,) = set(_pids(home)) - {record.pid}
+    return trainer, parent, record.pid
+
+
+async def test_one_whose_parent_forks_another_is_not_started_again(home: Home) -> None:
+    """The parent has its child's command line; the worker waits for what the next child says."""
+    trainer, parent, server = await _forked(home)
+    kill(server)
+    await trainer._wait_for_death([server])
+    await trainer.find()
+    pids = _pids(home)
+    assert parent in pids
+    assert server not in pids
+    assert len(pids) == 2
+    await trainer.stop()
+    assert _pids(home) == []
+
+
+async def test_one_whose_parent_is_killed_goes_on_until_it_dies_itself(home: Home) -> None:
+    trainer, parent, server = await _forked(home)
+    kill(parent)
+    await trainer._wait_for_death([parent])
+    await trainer.find()
+    assert _pids(home) == [server]
+    kill(server)
+    await trainer._wait_for_death([server])
+    await trainer.find()
+    assert len(set(_pids(home)) - {parent, server}) == 2
 
 
 async def test_the_first_trainer_alone_is_told_where_to_crash(

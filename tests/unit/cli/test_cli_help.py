@@ -10,7 +10,7 @@ import pytest
 
 import tink as package
 from tink.cli.main import COMMANDS, parser
-from tink.trainer import process
+from tink.trainer import engines, process
 
 
 def subcommands(of, prefix=()):
@@ -88,7 +88,7 @@ def test_the_trainer_hands_its_options_on(tink, monkeypatch, tmp_path):
 
 def test_the_trainer_without_its_libraries_says_what_to_install(tink, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(process, "find_spec", lambda name: None if name == "torch" else found(name))
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "torch" else found(name))
     code, out, err = tink("trainer")
     assert (code, out) == (2, "")
     assert err == "tink trainer: the engine 'hf' needs torch, not installed here: pip install 'tink[hf]'\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -106,6 +107,24 @@ def test_a_run_over_http(tmp_path: Path, model_dir: Path) -> None:
             (sequence,) = sampled(msgspec.msgpack.decode(answer, type=SampleReply).body).sequences
             assert len(sequence.tokens) == 20
         child.process.send_signal(signal.SIGINT)
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("told to stop")
+        assert child.process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_a_preloaded_server_that_is_killed_is_followed_by_another(tmp_path: Path, model_dir: Path) -> None:
+    with started(tmp_path, "--preload", "--model", str(model_dir)) as child:
+        child.wait_for("event=ready")
+        first = child.ready
+        os.kill(first["pid"], signal.SIGKILL)
+        child.wait_for("the server was killed")
+        child.wait_for("event=ready")
+        second = json.loads((tmp_path / "ready.json").read_bytes())
+        assert second["pid"] != first["pid"]
+        assert second["incarnation"] != first["incarnation"]
+        health = httpx.get(f"http://127.0.0.1:{second['port']}/v1/health").json()
+        assert (health["state"], health["incarnation"]) == ("ready", second["incarnation"])
         child.process.send_signal(signal.SIGTERM)
         child.wait_for("told to stop")
         assert child.process.wait(20) == 0

@@ -1,0 +1,136 @@
+"""The worker with its HTTP side, from an open port until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from functools import partial
+
+import hypercorn.config
+import hypercorn.trio
+import msgspec
+import structlog
+import trio
+from starlette.applications import Starlette
+
+import tink
+from tink.actors.embedded import EmbeddedTrainer
+from tink.actors.router import Router
+from tink.actors.worker import open_worker
+from tink.api.app import create_app
+from tink.api.auth import Auth
+from tink.journal.home import Home, WorkerRecord
+from tink.journal.journal import Journal
+from tink.limits import BACKLOG
+from tink.logs import configure_logs
+from tink.settings import Settings
+from tink.world import World
+
+# Requests in flight get this long to be answered after SIGTERM; polls are told to come again.
+DRAIN_SECONDS = 10.0
+
+log = structlog.get_logger()
+
+
+async def serve(settings: Settings, home: Home, world: World, listener: socket.socket) -> None:
+    """The caller holds the home's lock. Raises StartupError, and JournalUnavailable at any time."""
+    configure_logs(settings.log_level)
+    async with Journal.open(
+        home, world, version=tink.__version__, settings_digest=settings.digest
+    ) as journal:
+        trainer = EmbeddedTrainer(settings, home, world)
+        async with open_worker(journal, trainer.find, settings, world) as router:
+            app = create_app(
+                router.ask,
+                auth=Auth(settings.tenants),
+                artifacts=settings.artifact_root,
+                secret=home.load_secret(),
+                world=world,
+            )
+            await _listen(app, listener, router, settings, home, trainer)
+        await trainer.stop()
+    log.info("stopped")
+
+
+async def _listen(
+    app: Starlette,
+    listener: socket.socket,
+    router: Router,
+    settings: Settings,
+    home: Home,
+    trainer: EmbeddedTrainer,
+) -> None:
+    """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
+    port = listener.getsockname()[1]
+    # On all interfaces: this machine dials itself, and others its name.
+    anywhere = settings.host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
+    local = "127.0.0.1" if anywhere else settings.host
+    public = socket.gethostname() if anywhere else settings.host
+    config = hypercorn.config.Config()
+    # hypercorn owns the socket from here, and closes it first when it stops.
+    config.bind = [f"fd://{listener.detach()}"]
+    config.errorlog = None
+    config.accesslog = None
+    # Above the SDK's 45 s for one poll.
+    config.keep_alive_timeout = 75.0
+    config.graceful_timeout = DRAIN_SECONDS
+    config.backlog = BACKLOG
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_await_signals, stop)
+        async with trio.open_nursery() as serving:
+            serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
+            await serving.start(serve)
+            record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
+            home.worker.write_bytes(msgspec.json.encode(record))
+            print(_banner(settings, _url(public, port), trainer), flush=True)
+            try:
+                await stop.wait()
+            finally:
+                home.worker.unlink(missing_ok=True)
+            log.info("stopping", drain_seconds=DRAIN_SECONDS)
+            router.release_waiters()
+        nursery.cancel_scope.cancel()
+
+
+async def _await_signals(
+    stop: trio.Event, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            if stop.is_set():
+                # The second one: what is open is in the journal, and the trainer ends by itself.
+                print("tink serve: stopped at once", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            stop.set()
+
+
+def _banner(settings: Settings, url: str, trainer: EmbeddedTrainer) -> str:
+    model = settings.hf_model_name or settings.hf_model or "tink/qwen3-tiny (built in)"
+    if settings.tenants:
+        auth = f"API keys of {len(set(settings.tenants.values()))} tenant(s); clients pass TINKER_API_KEY"
+        key = "tml-..."
+    else:
+        auth, key = "none: everyone who reaches the port is one tenant", "tml-local"
+    rows = [
+        ("mode", settings.routes.mode),
+        ("model", model),
+        (
+            "trainer",
+            f"embedded, HuggingFace engine, {settings.max_workers} adapters at once, "
+            f"log in {trainer.log_file}",
+        ),
+        ("database", f"SQLite, {settings.home / 'journal.sqlite'}"),
+        ("artifacts", str(settings.artifact_root)),
+        ("auth", auth),
+        ("address", url),
+        ("connect", f"export TINKER_BASE_URL={url} TINKER_API_KEY={key}"),
+    ]
+    return "\n".join([f"tink {tink.__version__}", *(f"  {name:<10}{value}" for name, value in rows)])
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
