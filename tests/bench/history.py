@@ -1,7 +1,7 @@
 """A journal as a worker leaves it after a long time, written in bulk by the journal's own code.
 
 Training runs side by side, supervised and reinforcement learning, with all that belongs to them, and worker
-after worker; then clients whose jobs are open. The same numbers give the same journal.
+after worker; then clients whose jobs are open. The same arguments give the same journal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Entry = tuple[Subject, AnyEvent]
 Put = Callable[[bytes], str]
 
 TENANT, BASE = "default", "tink/qwen3-tiny"
-FIRST_AT, EVENT_SECONDS = 1_700_000_000.0, 1.0
+# A million events are six days: younger than what retention takes away.
+EVENT_SECONDS = 0.5
 # Events of one transaction.
 BATCH = 5_000
 # Clients of each kind at a time, and what each of them does.
@@ -40,9 +41,9 @@ REQUEST_BYTES, RESULT_BYTES = 800, 400
 OPEN_PER_CLIENT, RUNNING = 250, 4
 
 
-def write(home: Home, *, wanted: int, open_jobs: int, seed: int = 0) -> int:
+def write(home: Home, *, wanted: int, open_jobs: int, until: float, seed: int = 0) -> int:
     """Makes the journal and the bodies in an empty home; returns how many events it has: `wanted`, or up
-    to a training step more."""
+    to a training step more. The last one is of the time `until`."""
     home.make()
     prepare(home)
     rng = random.Random(seed)
@@ -56,11 +57,12 @@ def write(home: Home, *, wanted: int, open_jobs: int, seed: int = 0) -> int:
     engines = writer_engine(home.journal), writer_engine(home.bodies)
     try:
         with engines[0].connect() as journal, engines[1].connect() as bodies:
-            numbered = _records(_history(rng, put, wanted, open_jobs))
+            began = until - wanted * EVENT_SECONDS
+            numbered = _records(_history(rng, put, wanted, open_jobs), began)
             written = 0
             while batch := list(itertools.islice(numbered, BATCH)):
                 with bodies.begin():  # first, as the worker does
-                    _write_bodies(bodies, new)
+                    _write_bodies(bodies, new, batch[0].at)
                 with journal.begin():
                     store.write(journal, batch)
                 written = batch[-1].seq
@@ -70,9 +72,9 @@ def write(home: Home, *, wanted: int, open_jobs: int, seed: int = 0) -> int:
             engine.dispose()
 
 
-def _write_bodies(connection: Connection, new: dict[str, bytes]) -> None:
+def _write_bodies(connection: Connection, new: dict[str, bytes], at: float) -> None:
     stored = [
-        {"sha256": digest, "size": len(content), "stored_at": FIRST_AT, "content": content}
+        {"sha256": digest, "size": len(content), "stored_at": at, "content": content}
         for digest, content in new.items()
     ]
     if stored:
@@ -80,11 +82,11 @@ def _write_bodies(connection: Connection, new: dict[str, bytes]) -> None:
     new.clear()
 
 
-def _records(entries: Iterable[Entry]) -> Iterator[Record]:
+def _records(entries: Iterable[Entry], began: float) -> Iterator[Record]:
     incarnation = 0
     for seq, (subject, event) in enumerate(entries, 1):
         incarnation += isinstance(event, events.IncarnationStarted)
-        yield Record(seq, FIRST_AT + seq * EVENT_SECONDS, incarnation, subject, event)
+        yield Record(seq, began + seq * EVENT_SECONDS, incarnation, subject, event)
 
 
 def _history(rng: random.Random, put: Put, wanted: int, open_jobs: int) -> Iterator[Entry]:

@@ -52,10 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="tink-bench-") as folder:
         fresh, long = Home(Path(folder) / "fresh"), Home(arguments.home or Path(folder) / "long")
-        history.write(fresh, wanted=0, open_jobs=0)
+        history.write(fresh, wanted=0, open_jobs=0, until=time.time())
         if not long.journal.exists():
             began = time.monotonic()
-            written = history.write(long, wanted=arguments.events, open_jobs=arguments.open)
+            written = history.write(
+                long, wanted=arguments.events, open_jobs=arguments.open, until=time.time()
+            )
             yield Figure("events", written, "events")
             yield Figure("events_written", written / (time.monotonic() - began), "events/s")
         # In turn: the machine may get slower or faster meanwhile.
