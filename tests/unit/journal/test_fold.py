@@ -25,7 +25,7 @@ FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 def _present(ledger: Ledger) -> Ledger:
     """What of it a worker has in memory from its start."""
     kept = Ledger()
-    for name in ("sessions", "models", "samplers", "jobs", "checkpoints", "snapshots"):
+    for name in ("sessions", "models", "samplers", "jobs", "adapters", "checkpoints", "snapshots"):
         kept.tables[name] = {key: row for key, row in ledger.tables[name].items() if not row.ended}
     return kept
 
