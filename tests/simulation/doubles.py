@@ -106,6 +106,8 @@ class Network(httpx.AsyncBaseTransport):
             try:
                 if trainer.app is not None:
                     answer = await httpx.ASGITransport(trainer.app).handle_async_request(request)
+            except Died:
+                pass  # killed in one of its threads: whoever called it sees a connection that ends
             finally:
                 trainer.connections.discard(alive)
         if answer is None or trainer.app is None:
