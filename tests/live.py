@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -19,10 +20,19 @@ START_SECONDS = 120.0
 
 
 class LiveServer:
-    """`tink serve` in a process of its own, on a home of its own. `url` stays the same over restarts."""
+    """`tink serve` in a process of its own, on a home of its own. `url` stays the same over restarts.
+    `program` is the module that serves; `limit` is called in the new process before it begins."""
 
-    def __init__(self, home: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        program: str = "tink.cli.main",
+        limit: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> None:
         self.home = home
+        self.program, self.limit = program, limit
         self.environment = environment
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -33,12 +43,12 @@ class LiveServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, *, wait: bool = True) -> None:
-        with self.log.open("ab") as log:
+        with self._open_log() as log:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
-                    "tink.cli.main",
+                    self.program,
                     "serve",
                     "--home",
                     str(self.home),
@@ -48,9 +58,13 @@ class LiveServer:
                 env={**os.environ, **self.environment},
                 stdout=log,
                 stderr=log,
+                preexec_fn=self.limit,
             )
         if wait:
             self.wait_until_ready()
+
+    def _open_log(self) -> IO[bytes]:
+        return self.log.open("ab")
 
     def wait_until_listening(self) -> None:
         """Until it answers; its trainer may still be starting."""
@@ -99,6 +113,11 @@ class LiveServer:
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(timeout=60)
+
+    def wait_for_exit(self, seconds: float = 60.0) -> int:
+        """Until it ends by itself; returns the exit status."""
+        assert self.process is not None
+        return self.process.wait(timeout=seconds)
 
     def trainer_pid(self) -> int:
         return int(json.loads((self.home / "trainer.json").read_text())["pid"])

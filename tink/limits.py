@@ -76,6 +76,47 @@ CHECKED_EVENTS = 5_000
 # Keys of one query: every build of SQLite takes so many parameters.
 SQL_KEYS = 400
 
+# -- a database, or a disk, that is slow ----------------------------------------------------------
+
+# Another process has a lock on the database: so long a commit waits for it before the worker stops.
+LOCK_SECONDS = 60.0
+# A commit that takes longer is told of while it lasts.
+SLOW_COMMIT_SECONDS = 10.0
+
+# -- a trainer that does not answer, or answers wrongly ---------------------------------------------
+
+CONNECT_SECONDS = 5.0
+# Health is answered off the training thread: a look that takes longer is a silent process.
+HEALTH_SECONDS = 5.0
+# Between two looks at a healthy trainer; they also tell it that its worker lives.
+BEAT_SECONDS = 2.0
+# Between two looks at one that is loading its model.
+LOADING_SECONDS = 0.2
+# So many silent looks in a row, beside the first one, are a stuck process. They are counted, and not
+# timed: a worker that was itself stopped for an hour has missed one.
+SILENT_LOOKS = 5
+# A call for an operation or a sample asks the trainer to hold it so long, and then is made again.
+HOLD_SECONDS = 20.0
+# On top of the seconds that a call asks to be held: an answer that comes later is too late.
+GRACE_SECONDS = 15.0
+# A poll that comes back with nothing sooner than this was not held, and the next one is.
+POLL_SECONDS = 1.0
+# Writing or reading all of a model's state: gigabytes, on a disk that others use too.
+STATE_SECONDS = 600.0
+# Above what 1,024 samples of 32k tokens weigh.
+MAX_ANSWER = 512 * 1024 * 1024
+# Between two calls that failed: the first pause, which doubles, and the longest.
+PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
+# A trainer whose health is well and whose answers to one job are not, so often in a row, is replaced.
+WRONG_ANSWERS = 12
+# An operation without progress for so long is told of. (TINK_HANG_SECONDS ends it.)
+IDLE_SECONDS = 300.0
+# A trainer imports torch, from a slow disk, and binds its port within this; the model is loaded after that.
+START_SECONDS = 300.0
+# A trainer that is told to stop gets so long before it is killed.
+STOP_SECONDS = 20.0
+
 # -- trainer ----------------------------------------------------------------------------------------
 
 TRAINER_QUEUE = 256

@@ -66,6 +66,11 @@ class Settings:
         "TINK_RETENTION_HOURS",
         "how long requests, results and weights that are sampled no more stay; inf is for ever",
     )
+    hang_seconds: float = _setting(
+        1800.0,
+        "TINK_HANG_SECONDS",
+        "a trainer whose operation makes no progress for so long is ended; 0: never",
+    )
     max_attempts: int = _setting(
         3, "TINK_MAX_ATTEMPTS", "how often a job is sent to a backend that dies of it before it fails"
     )
@@ -146,6 +151,7 @@ class Settings:
             "TINK_TRAINER_ORPHAN_SECONDS": (self.trainer_orphan_seconds, 0),
             "TINK_SNAPSHOT_SECONDS": (self.snapshot_seconds, 0.0),
             "TINK_RETENTION_HOURS": (self.retention_hours, 0.0),
+            "TINK_HANG_SECONDS": (self.hang_seconds, 0.0),
         }
         for name, (value, bound) in least.items():
             if not value >= bound:

@@ -50,7 +50,7 @@ class Cluster:
     ) -> AsyncIterator[Cluster]:
         cluster = cls(folder, seed, loss=loss, **settings)
         async with trio.open_nursery() as nursery:
-            cluster._nursery = nursery
+            cluster._nursery = cluster.trainer.supervisor = nursery
             await cluster.start_trainer()
             await cluster.start_worker()
             yield cluster

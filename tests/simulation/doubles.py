@@ -128,6 +128,8 @@ class SimulatedTrainer:
         # A request that holds these bytes kills it.
         self.deadly: bytes | None = None
         self.disk_full = False
+        self.incarnation = ""
+        self.supervisor: trio.Nursery | None = None
         self._world: SimulatedWorld | None = None
         self._scope: trio.CancelScope | None = None
 
@@ -140,6 +142,7 @@ class SimulatedTrainer:
                 trainer = Trainer(world, 2, nursery)
                 await trainer.load(lambda: HashEngine(self))
                 self.app = application(trainer, None)
+                self.incarnation = trainer.incarnation
                 self._network.trainer = self
                 task_status.started()
                 await trio.sleep_forever()
@@ -153,8 +156,13 @@ class SimulatedTrainer:
         for connection in list(self.connections):
             connection.cancel()
 
-    async def find(self) -> Endpoint:
+    async def find(self, unfit: str | None) -> Endpoint:
+        """As the embedded one's supervisor: one that is unfit is ended, and another started."""
         await trio.lowlevel.checkpoint()
+        if self.app is not None and self.incarnation == unfit:
+            self.kill()
+            assert self.supervisor is not None
+            await self.supervisor.start(self.run)
         return Endpoint("http://trainer.sim")
 
 

@@ -1,15 +1,18 @@
-"""How often a job may be out at a training server that ends: a job that kills its server must not do so
-for ever, nor take others with it."""
+"""How often a job may be sent: a job that kills its training server must not do so for ever, nor take
+others with it, and a server that answers wrongly must not be asked as fast as it answers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from tink import crash
+from tink.actors.backoff import Backoff
 from tink.actors.trainer_link import Life, TrainerLink
+from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
 from tink.errors import BackendError
+from tink.limits import WRONG_ANSWERS
 
 
 class Attempts:
@@ -21,13 +24,21 @@ class Attempts:
     ) -> None:
         self._link, self._job, self._begin, self._most = link, job, begin, most
         self._begun_in: str | None = None
+        self._backoff = Backoff()
+        # The life whose last answer was wrong, what it had applied then, and how often in a row.
+        self._wrong_in: tuple[str, int | None] = ("", None)
+        self._wrong = 0
 
     @asynccontextmanager
     async def call(self) -> AsyncIterator[Life]:
-        """Around one call: the life of the server to make it to. Waits until there is one. Raises
+        """Around one call: the life of the server to make it to. Waits until there is one, and after a
+        call that failed in it a while longer each time; one that fails too often is replaced. Raises
         BackendError when the attempts are used up."""
         while True:
             life = await self._link.life()
+            if life.incarnation == self._wrong_in[0]:
+                await self._backoff.pause()
+                life = await self._link.life()
             if self._begun_in is None and self._job.attempts and not self._link.is_new(life):
                 self._begun_in = life.incarnation  # only the worker has changed: the attempt goes on
             fresh = self._begun_in != life.incarnation
@@ -43,5 +54,21 @@ class Attempts:
                     await self._begin()
                     crash.point("worker.started")
                     self._begun_in = life.incarnation
-                yield life
+                with self._counting(life):
+                    yield life
                 return
+
+    @contextmanager
+    def _counting(self, life: Life) -> Iterator[None]:
+        try:
+            yield
+        except (TrainerGone, Refused) as error:
+            place = life.incarnation, life.applied.get(str(self._job.model_id))
+            if place != self._wrong_in:
+                self._wrong_in, self._wrong = place, 0
+                self._backoff.reset()
+            # A server that is busy says so, and is right.
+            self._wrong += not (isinstance(error, Refused) and error.refusal.error == "busy")
+            if self._wrong >= WRONG_ANSWERS:
+                self._link.replace(life, f"{self._wrong} answers in a row were wrong, the last: {error}")
+            raise

@@ -2,8 +2,8 @@
 
 A worker that is killed leaves its trainer, with everything it holds, to the next worker of the same
 home, which adopts it; without one the trainer ends by itself after a while. A trainer that is killed is
-followed by the next one of its parent (tink/trainer/preload.py); if that is gone too, or a trainer does not
-answer for STUCK_SECONDS, the worker starts both anew.
+followed by the next one of its parent (tink/trainer/preload.py); if that is gone too, the worker starts both
+anew. One that is silent for SILENT_LOOKS, or that the link finds unfit, is killed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from tink.actors.trainer_link import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
 from tink.journal.home import Home, TrainerRecord
+from tink.limits import HEALTH_SECONDS, SILENT_LOOKS, START_SECONDS, STOP_SECONDS
 from tink.settings import Settings
+from tink.trainer import protocol
 from tink.world import World
 
-# Health is answered off the training thread, so this much silence is a stuck process, not a busy one.
-STUCK_SECONDS = 30.0
-# Importing torch from a slow disk, and binding the port; the model is loaded after that.
-START_SECONDS = 300.0
-STOP_SECONDS = 20.0
+# Between two looks at a process that is starting or ending.
 POLL_SECONDS = 0.05
 # Of the worker's environment, what its trainer must not inherit.
 WITHHELD = frozenset({"TINK_API_KEYS", "TINK_CRASH_AT"})
 PROC = Path("/proc")
+# States of a process, as the kernel says them: dead and not yet reaped; stopped, by a signal or a debugger.
+DEAD, STOPPED = frozenset("ZX"), frozenset("Tt")
 
 log = structlog.get_logger()
 
@@ -53,8 +53,6 @@ class EmbeddedTrainer:
         # For the first trainer alone: else none could live.
         self._crash_at = settings.crash_at if settings.crash_at.startswith("trainer.") else ""
         self._child: subprocess.Popen[bytes] | None = None
-        self._silent_since: float | None = None
-        self._silent_last = 0.0
 
     @property
     def _signature(self) -> str:
@@ -65,35 +63,36 @@ class EmbeddedTrainer:
     def log_file(self) -> Path:
         return self._home.logs / "trainer.log"
 
-    async def find(self) -> Endpoint:
-        """A running server of this configuration: the present one, else a new one."""
+    async def find(self, unfit: str | None = None) -> Endpoint:
+        """A running server of this configuration: the present one, else a new one. Waits for one that is
+        silent, but not for ever. The present one is killed if its incarnation is `unfit`."""
         record = self._record()
         if record is not None and self._of_this_configuration():
-            endpoint = self._endpoint(record)
-            if await self._answers(endpoint, record):
-                self._silent_since = None
-                return endpoint
+            if record.incarnation != unfit and await self._serves(record):
+                return self._endpoint(record)
             if self._runs(record.pid):
-                if not self._stuck():
-                    return endpoint  # starting, or slow: the link asks again
-                await self.stop()
+                # It holds nothing that is needed, and whether it would listen is not known.
+                log.info("killing trainer", pid=record.pid)
+                _signal(record.pid, signal.SIGKILL)
+                await self._wait_for_death([record.pid])
         return await self._start()
 
     async def stop(self) -> None:
         """Ends the server, even one that has not said yet that it runs: SIGTERM, and SIGKILL for what does
         not listen. The journal has all it knew."""
-        self._silent_since = None
         pids = self._trainers()
         for pid in pids:
             log.info("stopping trainer", pid=pid)
-            _signal(pid, signal.SIGTERM)
+            # A stopped process hears no SIGTERM.
+            _signal(pid, signal.SIGKILL if _state(pid) in STOPPED else signal.SIGTERM)
         with trio.move_on_after(STOP_SECONDS):
             await self._wait_for_death(pids)
         while pids := self._trainers():  # again: its parent may have been quicker
             for pid in pids:
                 _signal(pid, signal.SIGKILL)
             await self._wait_for_death(pids)
-        self._home.trainer.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is left of it names a process that is no more
+            self._home.trainer.unlink(missing_ok=True)
 
     # -- the present one ----------------------------------------------------------------------------
 
@@ -105,32 +104,39 @@ class EmbeddedTrainer:
     def _endpoint(self, record: TrainerRecord) -> Endpoint:
         return Endpoint(f"http://127.0.0.1:{record.port}", self._token)
 
-    async def _answers(self, endpoint: Endpoint, record: TrainerRecord) -> bool:
+    async def _serves(self, record: TrainerRecord) -> bool:
+        """Whether it answers, within SILENT_LOOKS. False at once when it is dead, or not ours."""
+        began = self._world.monotonic()
+        for _ in range(SILENT_LOOKS):
+            next_look = trio.current_time() + HEALTH_SECONDS
+            health = await self._health(record)
+            if health is not None:
+                return health.state != "broken"
+            if not self._runs(record.pid):
+                return False
+            with trio.move_on_at(next_look):
+                await self._wait_for_death([record.pid])
+                return False
+        silent = round(self._world.monotonic() - began)
+        log.error("trainer is stuck", pid=record.pid, silent_seconds=silent)
+        return False
+
+    async def _health(self, record: TrainerRecord) -> protocol.Health | None:
+        endpoint = self._endpoint(record)
         try:
             async with TrainerClient.connect(
                 endpoint.url, self._world, slots=1, token=endpoint.token
             ) as client:
-                return (await client.health()).incarnation == record.incarnation
+                health = await client.health()
         except (TrainerGone, Refused):
-            return False  # Refused: another one's server, on the port that ours had
-
-    def _stuck(self) -> bool:
-        now = self._world.monotonic()
-        # Two silences with a long time between them are two, and not one long one.
-        if self._silent_since is None or now - self._silent_last > STUCK_SECONDS:
-            self._silent_since = now
-        self._silent_last = now
-        return now - self._silent_since > STUCK_SECONDS
+            return None  # Refused: another one's server, on the port that ours had
+        return health if health.incarnation == record.incarnation else None
 
     def _alive(self, pid: int) -> bool:
         if self._child is not None and self._child.pid == pid:
             return self._child.poll() is None
-        try:
-            # Signal 0 also reaches a zombie, which is dead: Linux says so in the third field.
-            os.kill(pid, 0)
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
+        state = _state(pid)
+        return state is not None and state not in DEAD
 
     def _of_this_configuration(self) -> bool:
         """Whether the trainer that a former worker left was started as this one would start it."""
@@ -173,8 +179,9 @@ class EmbeddedTrainer:
             if endpoint is not None:
                 return endpoint
         await self.stop()
-        self._home.trainer_command.write_text(self._signature)
-        self._child = await self._world.run_sync(self._spawn)
+        with self._home.writing():
+            self._home.trainer_command.write_text(self._signature)
+            self._child = await self._world.run_sync(self._spawn)
         crash.point("worker.spawned")
         log.info("starting trainer", pid=self._child.pid, log=str(self.log_file))
         endpoint = await self._said([self._child.pid])
@@ -191,15 +198,16 @@ class EmbeddedTrainer:
         )
 
     async def _said(self, pids: list[int]) -> Endpoint | None:
-        """Where one of these, or a child of theirs, says that it serves. None if they have all ended, or
-        nothing was said for START_SECONDS."""
-        with trio.move_on_after(START_SECONDS):
-            while any(self._alive(pid) for pid in pids):
-                record = self._record()
-                if record is not None and self._runs(record.pid):
-                    self._silent_since = None
-                    return self._endpoint(record)
-                await trio.sleep(POLL_SECONDS)
+        """Where one of these, or a child of theirs, says that it serves. None if they have all ended, one is
+        stopped, or nothing was said for START_SECONDS."""
+        # Counted, and not timed: a worker that was stopped meanwhile gives them their time all the same.
+        for _ in range(int(START_SECONDS / POLL_SECONDS)):
+            record = self._record()
+            if record is not None and self._runs(record.pid):
+                return self._endpoint(record)
+            if not any(self._alive(pid) for pid in pids) or any(_state(pid) in STOPPED for pid in pids):
+                break
+            await trio.sleep(POLL_SECONDS)
         return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -224,6 +232,13 @@ class EmbeddedTrainer:
     def _last_lines(self, count: int = 5) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()[-count:]
         return "\n".join(f"  {line[:300]}" for line in lines)
+
+
+def _state(pid: int) -> str | None:
+    """One letter; None if there is no such process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return None
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

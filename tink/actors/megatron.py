@@ -22,7 +22,7 @@ from tink.actors import plans
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
-from tink.actors.settling import BUSY_SECONDS, Release, Settle, request_of
+from tink.actors.settling import Release, Settle, request_of
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
@@ -31,7 +31,7 @@ from tink.domain.events import Diverged, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
-from tink.limits import MAX_OPEN_JOBS
+from tink.limits import HOLD_SECONDS, MAX_OPEN_JOBS
 from tink.trainer import protocol
 from tink.world import World
 
@@ -179,8 +179,9 @@ class MegatronActor:
 
     async def _send(self, job: rows.Job, op_no: int, plan: plans.Plan) -> protocol.OpReply:
         """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
-        a server that came back without its state is brought up to date first. Raises BackendError when
-        the job's attempts are used up."""
+        a server that came back without its state is brought up to date first, and one that knows another
+        history is replaced. Raises BackendError when the job's attempts are used up, or the op is one that
+        the server will never take."""
         model_id = str(job.model_id)
         begin = partial(self._begin_attempt, job, op_no, plan)
         attempts = Attempts(self._link, job, begin, most=self._max_attempts)
@@ -196,19 +197,16 @@ class MegatronActor:
                 self._link.lost(life)
             except Refused as error:
                 log.warning("training call refused", job=job.job_id, reason=str(error))
-                if error.refusal.applied is not None:
-                    life.applied[model_id] = error.refusal.applied
-                match error.refusal.error:
-                    case "busy":
-                        await trio.sleep(BUSY_SECONDS)
-                    case "gap":
-                        pass  # `applied` now says what it lacks
-                    case "no_model":
-                        life.applied.pop(model_id, None)
-                    case "stale_incarnation":
-                        self._link.lost(life)
-                    case _:
-                        raise
+                if error.invalid:
+                    raise
+                if error.contradicts:
+                    self._link.replace(life, f"it contradicts the journal: {error}")
+                elif error.refusal.error == "gap":
+                    life.applied[model_id] = error.refusal.applied or 0
+                elif error.refusal.error == "no_model":
+                    life.applied.pop(model_id, None)
+                elif error.refusal.error != "busy":
+                    self._link.lost(life)
 
     def _request(self, life: Life, job: rows.Job, op_no: int, op: protocol.Op) -> protocol.OpRequest:
         return protocol.OpRequest(
@@ -220,6 +218,7 @@ class MegatronActor:
             op=op,
             # The lane is serial: what came before this op has its terminal event.
             acked=op_no - 1,
+            wait=HOLD_SECONDS,
         )
 
     async def _bring_up(self, life: Life, model_id: str, upto: int) -> None:

@@ -13,7 +13,7 @@ from tink.domain import events, ids, requests, rows
 from tink.domain.events import AnyEvent, JobAccepted, Subject
 from tink.domain.projection import Ledger
 from tink.errors import UserError
-from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
+from tink.limits import HOLD_SECONDS, LONGEST_TTL, MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
 from tink.trainer import protocol
 
 Entry = tuple[Subject, AnyEvent]
@@ -401,6 +401,7 @@ def sampling(
         topk_sample_logprobs=request.topk_sample_logprobs,
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
         targets=targets,
+        wait=HOLD_SECONDS,
     )
 
 

@@ -39,6 +39,8 @@ Send = Callable[[str], None]
 Withdraw = Callable[[str], bool]
 Actor = Literal["train", "sample"]
 
+GAP_LOOKS = 10
+
 SKIPPED = "this sequence number was skipped: it had not come {seconds:.0f} s after later ones; submit again"
 
 
@@ -429,7 +431,9 @@ class Router:
         """Skips numbers that do not come while later ones wait."""
         lane = self._lane(model_id)
         while (gap := lane.gap()) is not None:
-            await trio.sleep(SEQ_GAP_SECONDS)
+            # In parts: a worker that was stopped for an hour has waited for one of them.
+            for _ in range(GAP_LOOKS):
+                await trio.sleep(SEQ_GAP_SECONDS / GAP_LOOKS)
             on_its_way = any(job_id.startswith(f"{model_id}:") for job_id in self._accepting)
             if lane.gap() != gap or on_its_way:
                 continue

@@ -9,7 +9,7 @@ from tink import crash
 from tink.actors import plans
 from tink.actors.attempts import Attempts
 from tink.actors.mailbox import Mailbox
-from tink.actors.settling import BUSY_SECONDS, Settle, request_of
+from tink.actors.settling import Settle, request_of
 from tink.actors.trainer_link import TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
@@ -107,7 +107,7 @@ class SamplerActor:
         return None if sampler.adapter_id is None else await self._journal.adapter(sampler.adapter_id)
 
     async def _send(self, job: rows.Job, request: protocol.SampleRequest) -> protocol.SampleReply:
-        """Raises BackendError when the job's attempts are used up."""
+        """Raises BackendError when the job's attempts are used up, or the server will never take it."""
 
         async def begin() -> None:
             started = JobStarted(attempt=job.attempts + 1, backend="trainer")
@@ -122,7 +122,9 @@ class SamplerActor:
                 log.warning("sampling call lost", job=job.job_id, reason=str(error))
                 self._link.lost(life)
             except Refused as error:
-                # Busy, or the answer was kept for us no longer: the same request again.
-                if error.answered not in (404, 429):
+                if error.invalid:
                     raise
-                await trio.sleep(BUSY_SECONDS)
+                log.warning("sampling call refused", job=job.job_id, reason=str(error))
+                # Busy, or the answer was kept for us no longer: the same request again, of the same life.
+                if error.refusal.error not in ("busy", "no_sample"):
+                    self._link.lost(life)

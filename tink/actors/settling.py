@@ -11,9 +11,6 @@ from tink.errors import BackendError, UserError
 from tink.journal.journal import Journal
 from tink.limits import MAX_ZSTD_WINDOW
 
-# Before a call that a full trainer refused is made again.
-BUSY_SECONDS = 0.1
-
 # Called with a job's id: once its terminal event is durable, its waiters may be told; and once nothing is
 # left to do with its model, the model's next job may run.
 Settle = Callable[[str], Awaitable[None]]

@@ -13,7 +13,7 @@ import trio
 from tink import crash
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.trainer_link import Life
-from tink.backends.trainer import Refused
+from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import ids, rows
 from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
 from tink.errors import BackendError
@@ -60,7 +60,7 @@ class Snapshots:
                 break
             request = RestoreRequest(life.incarnation, life.lease, model_id, snapshot.directory)
             try:
-                applied = (await life.client.restore(request)).applied
+                restored = (await life.client.restore(request)).applied
             except Refused as error:
                 if error.refusal.error == "not_behind":  # restored by a call whose answer was lost
                     life.applied[model_id] = applied = error.refusal.applied or applied
@@ -70,7 +70,9 @@ class Snapshots:
                 log.error("snapshot damaged", model=model_id, op_no=snapshot.op_no, reason=str(error))
                 await self._drop(snapshot, "damaged")
                 continue
-            life.applied[model_id] = applied
+            if restored != snapshot.op_no:
+                raise TrainerGone(f"the trainer restored op {restored}, not {snapshot.op_no}")
+            life.applied[model_id] = applied = restored
             log.info("restored", model=model_id, op_no=applied)
             crash.point("worker.restored")
             break
@@ -83,6 +85,8 @@ class Snapshots:
         request = SnapshotRequest(life.incarnation, life.lease, model_id, directory)
         with self._folder.use(directory):
             reply = await life.client.snapshot(request)
+            if reply.applied != job.op_no:
+                raise BackendError(f"the trainer took a snapshot of op {reply.applied}, not {job.op_no}")
             crash.point("worker.snapshot-published")
             taken = SnapshotTaken(
                 snapshot_id=f"{model_id}#{reply.applied}",

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import structlog
-import trio
 
+from tink.actors.backoff import Backoff
 from tink.errors import JournalUnavailable, StartupError
 from tink.world import World
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 async def supervise(name: str, run: Callable[[], Awaitable[None]], world: World) -> None:
     """Runs `run()` for ever. Raises what a restart cannot mend: JournalUnavailable, StartupError."""
-    pause = FIRST_PAUSE
+    backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
     while True:
         started = world.monotonic()
         try:
@@ -29,8 +29,7 @@ async def supervise(name: str, run: Callable[[], Awaitable[None]], world: World)
         except* (JournalUnavailable, StartupError):
             raise
         except* Exception:
-            log.exception("actor crashed", actor=name, restart_in=pause)
+            log.exception("actor crashed", actor=name, restart_in=backoff.next)
         if world.monotonic() - started > CALM_SECONDS:
-            pause = FIRST_PAUSE
-        await trio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+            backoff.reset()
+        await backoff.pause()

@@ -13,18 +13,15 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
+from tink.actors.backoff import Backoff
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
 from tink.errors import StartupError
 from tink.journal.journal import Journal
+from tink.limits import BEAT_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
 from tink.trainer import protocol
 from tink.world import World
-
-# Between two looks at a healthy server; they also tell it that its worker lives.
-BEAT_SECONDS = 2.0
-# Between two looks at one that does not answer (yet).
-RETRY_SECONDS = 0.2
 
 log = structlog.get_logger()
 
@@ -36,8 +33,8 @@ class Endpoint:
 
 
 # Makes sure that a server runs, and says where: an embedded one is started, or adopted from the worker
-# before this one.
-Find = Callable[[], Awaitable[Endpoint]]
+# before this one. The one of the incarnation that it is called with is unfit: another must take its place.
+Find = Callable[[str | None], Awaitable[Endpoint]]
 
 
 @dataclass
@@ -57,12 +54,21 @@ class Life:
 class TrainerLink:
     """An actor: `run()` keeps the link, everything else reads it."""
 
-    def __init__(self, find: Find, journal: Journal, world: World, *, slots: int) -> None:
+    def __init__(
+        self, find: Find, journal: Journal, world: World, *, slots: int, hang_seconds: float
+    ) -> None:
+        """`hang_seconds`: an operation without progress for so long is taken for hung; 0: none is."""
         self._find, self._journal, self._world, self._slots = find, journal, world, slots
+        self._hang_seconds = hang_seconds
         self._life: Life | None = None
         self._arrived = trio.Event()
         self._arrived_once = False
         self._look = trio.Event()
+        self._backoff = Backoff()
+        self._unfit: str | None = None
+        self._failures = 0  # to begin a life, in a row
+        self._told: str | None = None  # why the server is lost
+        self._idle: set[str] = set()  # jobs whose operations were told of
         # What the journal says of the last server, if models of its are there: they bind the home to it.
         self._served = journal.last_trainer
         self._exposures = trio.Condition()
@@ -112,6 +118,12 @@ class TrainerLink:
             self._arrived = trio.Event()
             self._look.set()
 
+    def replace(self, life: Life, reason: str) -> None:
+        """This life cannot be used any more, though it answers: another server takes its place."""
+        if self._life is not None and self._life.incarnation == life.incarnation:
+            self._condemn(life.incarnation, reason)
+            self.lost(self._life)
+
     @property
     def present(self) -> Life | None:
         """The life of now, if there is one."""
@@ -122,7 +134,7 @@ class TrainerLink:
         configuration; a later one is tried again and again."""
         while True:
             try:
-                endpoint = await self._find()
+                endpoint = await self._find(self._unfit)
                 async with TrainerClient.connect(
                     endpoint.url, self._world, slots=self._slots, token=endpoint.token
                 ) as client:
@@ -130,11 +142,21 @@ class TrainerLink:
             except (TrainerGone, Refused, StartupError) as error:
                 if isinstance(error, StartupError) and not self._arrived_once:
                     raise
-                log.warning("trainer lost", reason=str(error))
+                self._tell(str(error))
             finally:
                 if self._life is not None:
                     self.lost(self._life)
-            await trio.sleep(RETRY_SECONDS)
+            await self._backoff.pause()
+
+    def _tell(self, reason: str) -> None:
+        """Once, and not at every look."""
+        if reason != self._told:
+            self._told = reason
+            log.warning("trainer lost", reason=reason)
+
+    def _condemn(self, incarnation: str, reason: str) -> None:
+        self._unfit = incarnation
+        log.error("trainer is replaced", reason=reason)
 
     async def _keep(self, client: TrainerClient) -> None:
         """Follows one server until a call fails (TrainerGone)."""
@@ -148,23 +170,44 @@ class TrainerLink:
                 )
             if health.state == "broken":
                 raise StartupError(f"the trainer at {client.url} is broken: {health.detail}")
-            if health.state == "loading":
-                await trio.sleep(RETRY_SECONDS)
-                continue
+            if health.incarnation == self._unfit:
+                raise TrainerGone(f"the trainer at {client.url} is being replaced")
             if known is not None and known != health.incarnation:
                 raise TrainerGone(f"the trainer at {client.url} was restarted")
             known = health.incarnation
+            if health.state == "loading":
+                await trio.sleep(LOADING_SECONDS)
+                continue
+            self._watch(client, health)
             if self._life is None:
-                self._life = await self._begin(client)
+                self._life = await self._begin(client, health.incarnation)
                 self._arrived_once = True
                 self._arrived.set()
             with trio.move_on_after(BEAT_SECONDS):
                 await self._look.wait()
 
-    async def _begin(self, client: TrainerClient) -> Life:
+    def _watch(self, client: TrainerClient, health: protocol.Health) -> None:
+        """Health is answered beside the work: that work goes on is told by its progress alone. Raises
+        TrainerGone for a server whose work hangs."""
+        for work in health.running:
+            if 0 < self._hang_seconds < work.idle:
+                hung = f"{work.job_id} has made no progress for {work.idle:.0f} s"
+                self._condemn(health.incarnation, f"{hung} (TINK_HANG_SECONDS={self._hang_seconds:g})")
+                raise TrainerGone(f"the trainer at {client.url} hangs: {hung}")
+            if work.idle > IDLE_SECONDS and work.job_id not in self._idle:
+                log.warning("no progress", job=work.job_id, seconds=round(work.idle))
+                self._idle.add(work.job_id)
+        self._idle &= {work.job_id for work in health.running if work.idle > IDLE_SECONDS}
+
+    async def _begin(self, client: TrainerClient, incarnation: str) -> Life:
         try:
             info, state = await client.info(), await client.state()
-        except Refused as error:
+            self._check_state(client, incarnation, info, state)
+        except (TrainerGone, Refused) as error:
+            self._failures += 1
+            if self._failures >= WRONG_ANSWERS:
+                self._failures = 0
+                self._condemn(incarnation, f"its health is well, and nothing else: {error}")
             raise TrainerGone(str(error)) from error
         self._check_base(info)
         life = Life(
@@ -182,17 +225,41 @@ class TrainerLink:
             max_context=info.max_context,
             base_path=info.base_path,
         )
+        again = started == self._served and self._arrived_once and self._told is None
         if started != self._served:
             await self._journal.append((Subject(replica="trainer"), started))
             self._served = started
-        log.info(
-            "trainer ready",
-            url=client.url,
-            engine=info.engine,
-            model=info.base_model,
-            holds=len(state.models),
-        )
+        if not again:
+            log.info(
+                "trainer ready",
+                url=client.url,
+                engine=info.engine,
+                model=info.base_model,
+                holds=len(state.models),
+            )
+        self._told, self._failures = None, 0
+        self._backoff.reset()
         return life
+
+    def _check_state(
+        self, client: TrainerClient, incarnation: str, info: protocol.Info, state: protocol.State
+    ) -> None:
+        """What it says of itself must be of one server, and no other history than the journal's: a journal
+        that was restored from a backup is behind a trainer that went on. Raises TrainerGone."""
+        if not info.incarnation == state.incarnation == incarnation:
+            raise TrainerGone(f"the trainer at {client.url} answers for several")
+        wrong = None
+        if state.lease > self._journal.incarnation:
+            wrong = f"it has served worker {state.lease}, this one is {self._journal.incarnation}"
+        for model in self._journal.ledger.table("models", rows.Model).values():
+            held = state.models.get(model.model_id)
+            if held is not None and held.applied > model.op_no:
+                wrong = (
+                    f"it has applied op {held.applied} of {model.model_id}, the journal has {model.op_no}"
+                )
+        if wrong is not None:
+            self._condemn(incarnation, f"it is ahead of the journal: {wrong}")
+            raise TrainerGone(f"the trainer at {client.url} is ahead of the journal")
 
     def _check_base(self, info: protocol.Info) -> None:
         """A home's models live on one base: their redo on another one would be another run."""

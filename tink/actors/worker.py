@@ -30,7 +30,13 @@ async def open_worker(
     routes = settings.routes
     training_slots = settings.max_workers if routes.training == "hf" else 1
     # Long polls of every slot, and the link's own calls beside them.
-    link = TrainerLink(find, journal, world, slots=training_slots + SAMPLE_SLOTS + 2)
+    link = TrainerLink(
+        find,
+        journal,
+        world,
+        slots=training_slots + SAMPLE_SLOTS + 2,
+        hang_seconds=settings.hang_seconds,
+    )
     folder = ArtifactFolder(settings.artifact_root, world)
     router = Router(journal, Catalogue(journal, link, routes, settings.artifact_root, world), world)
     megatron = MegatronActor(

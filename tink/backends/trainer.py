@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import httpx
@@ -11,32 +12,44 @@ import msgspec
 import trio
 
 from tink.errors import BackendError
+from tink.limits import (
+    CONNECT_SECONDS,
+    GRACE_SECONDS,
+    HEALTH_SECONDS,
+    MAX_ANSWER,
+    POLL_SECONDS,
+    STATE_SECONDS,
+)
 from tink.trainer import protocol
 from tink.trainer.protocol import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
 from tink.world import World
 
 T = TypeVar("T")
-
-CONNECT_SECONDS = 5.0
-# Health is answered off the training thread: this long without an answer is a stuck process.
-HEALTH_SECONDS = 5.0
-# Writing or reading all of a model's state: gigabytes, on a disk that others use too.
-STATE_SECONDS = 600.0
-# On top of the seconds that a call asks to be held.
-GRACE_SECONDS = 15.0
+R = TypeVar("R", OpReply, SampleReply)
 
 
 class TrainerGone(BackendError):
-    """No connection, a broken answer or none in time: whether the call was applied is not known. Ask
-    again by op_no."""
+    """No connection, a wrong answer, a broken one or none in time: whether the call was applied is not
+    known. Ask again by op_no."""
 
 
 class Refused(BackendError):
-    """The trainer answered (with HTTP status `answered`), and did nothing. `refusal` says why."""
+    """The trainer answered (with HTTP status `answered`) with a refusal, which says why. Those of the
+    protocol's table have done nothing; of others (a 500) that is not known."""
 
     def __init__(self, status: int, refusal: Refusal) -> None:
         super().__init__(refusal.message)
         self.answered, self.refusal = status, refusal
+
+    @property
+    def invalid(self) -> bool:
+        """The request will never be taken, and nothing was done."""
+        return self.refusal.error in ("malformed", "too_large")
+
+    @property
+    def contradicts(self) -> bool:
+        """What the trainer knows of the model, or of its worker, is another history than the journal's."""
+        return self.refusal.error in ("result_gone", "op_reused", "fenced")
 
 
 class TrainerClient:
@@ -69,21 +82,55 @@ class TrainerClient:
 
     async def op(self, request: OpRequest) -> OpReply:
         """Sends an op and waits for its end, through as many long polls as it takes."""
-        reply = await self._call("POST", "/v1/ops", OpReply, protocol.encode(request), request.wait)
-        while reply.state not in ("done", "failed"):
-            path = f"/v1/ops/{request.model_id}/{request.op_no}?wait={request.wait}"
-            reply = await self._call("GET", path, OpReply, None, request.wait)
-            if reply.incarnation != request.incarnation:
-                raise TrainerGone(f"the trainer at {self.url} was restarted while it worked")
-        return reply
+        poll = f"/v1/ops/{request.model_id}/{request.op_no}?wait={request.wait}"
+        check = partial(self._check_op, request)
+        return await self._to_its_end(
+            "/v1/ops", protocol.encode(request), poll, OpReply, request.wait, check
+        )
 
     async def sample(self, request: SampleRequest) -> SampleReply:
         """Sends a sample and waits for its end. A pure function of the request: may be sent again."""
-        reply = await self._call("POST", "/v1/samples", SampleReply, protocol.encode(request), request.wait)
-        while reply.state not in ("done", "failed"):
-            path = f"/v1/samples/{request.sample_id}?wait={request.wait}"
-            reply = await self._call("GET", path, SampleReply, None, request.wait)
-        return reply
+        poll = f"/v1/samples/{request.sample_id}?wait={request.wait}"
+        check, body = partial(self._check_sample, request), protocol.encode(request)
+        return await self._to_its_end("/v1/samples", body, poll, SampleReply, request.wait, check)
+
+    async def _to_its_end(
+        self, post: str, body: bytes, poll: str, kind: type[R], wait: float, check: Callable[[R], None]
+    ) -> R:
+        call = partial(self._call, "POST", post, kind, body, wait)
+        while True:
+            # A call that is not held, though nothing has ended, is paced here.
+            earliest = trio.current_time() + min(wait, POLL_SECONDS)
+            reply = await call()
+            check(reply)
+            if reply.state in ("done", "failed"):
+                return reply
+            await trio.sleep_until(earliest)
+            call = partial(self._call, "GET", poll, kind, None, wait)
+
+    def _check_op(self, request: OpRequest, reply: OpReply) -> None:
+        """An answer that belongs to another operation must not become the result of this one."""
+        if reply.incarnation != request.incarnation:
+            raise TrainerGone(f"the trainer at {self.url} was restarted while it worked")
+        asked, answered = (request.model_id, request.op_no), (reply.model_id, reply.op_no)
+        if asked != answered:
+            raise TrainerGone(
+                f"the trainer at {self.url} was asked for op {asked[1]} of {asked[0]} and answered for "
+                f"op {answered[1]} of {answered[0]}"
+            )
+        self._check_end(reply.state, done=reply.result is not None, failed=reply.failure is not None)
+
+    def _check_sample(self, request: SampleRequest, reply: SampleReply) -> None:
+        if reply.sample_id != request.sample_id:
+            raise TrainerGone(
+                f"the trainer at {self.url} was asked for {request.sample_id} and answered for "
+                f"{reply.sample_id}"
+            )
+        self._check_end(reply.state, done=True, failed=reply.failure is not None)
+
+    def _check_end(self, state: str, *, done: bool, failed: bool) -> None:
+        if not {"done": done, "failed": failed}.get(state, True):
+            raise TrainerGone(f"the trainer at {self.url} says {state}, and no more")
 
     async def snapshot(self, request: protocol.SnapshotRequest) -> protocol.SnapshotReply:
         """Repeating it is harmless: what is published under the path is found there."""
@@ -109,23 +156,30 @@ class TrainerClient:
         if self._client.is_closed:
             # The link gave this server up while a call through it was being polled.
             raise TrainerGone(f"the link to the trainer at {self.url} is closed")
+        content = bytearray()
         try:
             # One deadline for the whole exchange: a trickle of bytes would reset httpx's own time-outs.
-            with trio.fail_after(seconds):
-                answer = await self._client.request(
+            with trio.fail_after(seconds) as scope:
+                async with self._client.stream(
                     method,
                     path,
                     content=body,
                     headers={"Content-Type": protocol.MEDIA_TYPE} if body is not None else {},
                     timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
-                )
+                ) as answer:
+                    async for part in answer.aiter_bytes():
+                        content += part
+                        if len(content) > MAX_ANSWER:
+                            scope.cancel()  # not a break: httpx's generators end by exceptions alone
         except (httpx.HTTPError, trio.TooSlowError) as error:
             reason = str(error) or type(error).__name__
+            if len(content) > MAX_ANSWER:
+                reason = f"its answer is longer than {MAX_ANSWER} bytes"
             raise TrainerGone(f"the trainer at {self.url} does not answer: {reason}") from error
         if answer.status_code in (200, 202):
-            return answer.content
+            return bytes(content)
         with self._decoding():
-            raise Refused(answer.status_code, msgspec.msgpack.decode(answer.content, type=Refusal))
+            raise Refused(answer.status_code, msgspec.msgpack.decode(content, type=Refusal))
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import tink
 from tink.errors import JournalUnavailable, TinkError, tink_error
+from tink.logs import write_line
 
 EPILOG = """\
 examples:
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if cause is None:
             raise
         for line in str(cause).splitlines():
-            print(f"tink {chosen.command}: {line}", file=sys.stderr)
+            write_line(f"tink {chosen.command}: {line}")
         # Fail-stop: what was acknowledged is safe, and a supervisor should start the worker again.
         return 3 if isinstance(cause, JournalUnavailable) else 2
 

@@ -10,7 +10,6 @@ from functools import partial
 
 import hypercorn.config
 import hypercorn.trio
-import msgspec
 import structlog
 import trio
 from starlette.applications import Starlette
@@ -24,7 +23,7 @@ from tink.api.auth import Auth
 from tink.journal.home import Home, WorkerRecord
 from tink.journal.journal import Journal
 from tink.limits import BACKLOG
-from tink.logs import configure_logs
+from tink.logs import configure_logs, write_line
 from tink.settings import Settings
 from tink.world import World
 
@@ -84,12 +83,12 @@ async def _listen(
             serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
             await serving.start(serve)
             record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
-            home.worker.write_bytes(msgspec.json.encode(record))
-            print(_banner(settings, _url(public, port), trainer), flush=True)
+            home.announce(record)
+            write_line(_banner(settings, _url(public, port), trainer), sys.stdout)
             try:
                 await stop.wait()
             finally:
-                home.worker.unlink(missing_ok=True)
+                home.withdraw()
             log.info("stopping", drain_seconds=DRAIN_SECONDS)
             router.release_waiters()
         nursery.cancel_scope.cancel()
@@ -103,7 +102,7 @@ async def _await_signals(
         async for number in signals:
             if stop.is_set():
                 # The second one: what is open is in the journal, and the trainer ends by itself.
-                print("tink serve: stopped at once", file=sys.stderr, flush=True)
+                write_line("tink serve: stopped at once")
                 os._exit(128 + number)
             stop.set()
 

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
-from tink.journal.database import database_errors, reader_engine, writer_engine
+from tink.journal.database import OpenFiles, database_errors, reader_engine, writer_engine
 from tink.limits import BODY_BATCH_BYTES, BODY_CACHE_BYTES, PRUNE_BYTES, PRUNE_ROWS, READ_CONNECTIONS
 from tink.world import World
 
@@ -49,6 +49,7 @@ class BodyStore:
         self._world = world
         self._engine = writer_engine(path)
         self._connection = self._engine.connect()
+        self._files = OpenFiles(path)
         self._reader = reader_engine(path)
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._recent: OrderedDict[str, bytes] = OrderedDict()
@@ -57,7 +58,7 @@ class BodyStore:
         self._unnamed: Counter[str] = Counter()
         self._watches: list[set[str]] = []
         self._commits: GroupCommit[_Put | _Drop] = GroupCommit(
-            self._commit, world, max_bytes=BODY_BATCH_BYTES
+            self._commit, world, name="bodies", max_bytes=BODY_BATCH_BYTES
         )
 
     async def put(self, content: bytes) -> str:
@@ -160,6 +161,9 @@ class BodyStore:
     async def run(self) -> None:
         await self._commits.run()
 
+    async def watch(self) -> None:
+        await self._commits.watch()
+
     def close(self) -> None:
         self._connection.close()
         self._engine.dispose()
@@ -169,6 +173,7 @@ class BodyStore:
         with database_errors("the body store could not commit"), self._connection.begin():
             for kind, run in groupby(items, key=type):
                 self._connection.execute(_STATEMENTS[kind], [item._asdict() for item in run])
+        self._files.check()
 
 
 def _put() -> Any:

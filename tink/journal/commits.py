@@ -11,11 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import structlog
 import trio
 
 from tink.errors import JournalUnavailable
-from tink.limits import BATCH_ROWS
+from tink.limits import BATCH_ROWS, SLOW_COMMIT_SECONDS
 from tink.world import World
+
+log = structlog.get_logger()
 
 Item = TypeVar("Item")
 
@@ -38,11 +41,14 @@ class GroupCommit(Generic[Item]):
         commit: Callable[[list[Item]], None],
         world: World,
         *,
+        name: str,
         max_bytes: int,
         max_items: int = BATCH_ROWS,
         then: Callable[[], None] = lambda: None,
     ) -> None:
         self._commit, self._world, self._then = commit, world, then
+        self._name = name
+        self._began: float | None = None  # when the commit that is under way began
         self._max_bytes, self._max_items = max_bytes, max_items
         self._open: _Batch[Item] = _Batch()
         self._work = trio.Event()
@@ -110,10 +116,23 @@ class GroupCommit(Generic[Item]):
             self._end(JournalUnavailable("the journal is closed"))
             raise
 
+    async def watch(self) -> None:
+        """Tells of a commit that takes long, once, while it does: a disk that hangs says nothing."""
+        told: float | None = None
+        while True:
+            await trio.sleep(SLOW_COMMIT_SECONDS / 2)
+            if self._began is None or self._began == told:
+                continue
+            took = self._world.monotonic() - self._began
+            if took > SLOW_COMMIT_SECONDS:
+                told = self._began
+                log.warning("a commit takes long", to=self._name, seconds=round(took))
+
     async def _commit_open(self) -> None:
         batch, self._open = self._open, _Batch()
         self._work = trio.Event()
         self._make_room()
+        self._began = self._world.monotonic()
         try:
             # Shielded as a whole: a batch that was taken is committed, or its waiters hear of an error.
             with trio.CancelScope(shield=True):
@@ -127,6 +146,7 @@ class GroupCommit(Generic[Item]):
                 raise unavailable from error
             raise
         finally:
+            self._began = None
             batch.done.set()
 
     def _end(self, error: JournalUnavailable) -> None:

@@ -4,6 +4,8 @@ for is read back: a file system or a build that does not honour it stops the sta
 from __future__ import annotations
 
 import contextlib
+import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,17 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from tink.errors import JournalUnavailable, StartupError
-from tink.limits import READ_CONNECTIONS
+from tink.limits import LOCK_SECONDS, READ_CONNECTIONS
 
 # pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
 _WRITER_PRAGMAS: dict[str, tuple[str, object]] = {
     "journal_mode": ("WAL", "wal"),
     "synchronous": ("FULL", 2),
     "foreign_keys": ("ON", 1),
-    "busy_timeout": ("5000", 5000),
     # Some builds write zeros over all that is deleted: for bodies that is ten times the work.
     "secure_delete": ("FAST", 2),
+    # Another process that holds a lock is waited for so long (milliseconds).
+    "busy_timeout": (f"{int(LOCK_SECONDS * 1000)}", int(LOCK_SECONDS * 1000)),
 }
 
 
@@ -72,6 +75,47 @@ def reader_engine(path: Path) -> Engine:
     return engine
 
 
+def check_writable(path: Path) -> None:
+    """Raises StartupError for a file that may only be read. SQLite would open it without a word, and make
+    others beside it that may only be read too."""
+    for file in (path, _beside(path, "wal"), _beside(path, "shm")):
+        if file.exists() and not os.access(file, os.W_OK):
+            raise StartupError(f"{file} cannot be written: it is read-only")
+
+
+class OpenFiles:
+    """The files of a database that is open for writing. SQLite goes on writing to one that was deleted or
+    replaced meanwhile, though nobody will ever read that again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._opened = self._present()
+
+    def check(self) -> None:
+        """Raises JournalUnavailable if they are not the ones at their paths any more."""
+        if self._present() != self._opened:
+            raise JournalUnavailable(
+                f"{self._path} or its -wal file was deleted or replaced while the worker ran: put it back, "
+                "or restore a backup"
+            )
+
+    def _present(self) -> list[tuple[int, int] | None]:
+        return [_identity(path) for path in (self._path, _beside(self._path, "wal"))]
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """The file that SQLite keeps beside the database."""
+    return path.with_name(f"{path.name}-{kind}")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 @contextlib.contextmanager
 def database_errors(what: str) -> Iterator[None]:
     """SQLAlchemy's errors as JournalUnavailable, without statement or parameters."""
@@ -79,4 +123,6 @@ def database_errors(what: str) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
+        if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            what += f", another process has held a lock for {LOCK_SECONDS:g} s"
         raise JournalUnavailable(f"{what}: {cause}") from error

@@ -70,12 +70,18 @@ class Home:
 
     def make(self) -> None:
         """Creates the folders, readable by their owner only. Raises StartupError if it cannot."""
-        try:
+        with self.writing():
             for folder in (self.root, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             probe = self.root / ".writable"
             probe.touch()
             probe.unlink()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what makes or changes files here. Raises StartupError when that cannot be done."""
+        try:
+            yield
         except OSError as error:
             raise StartupError(
                 f"the home {self.root} cannot be used: {error.strerror or error}; "
@@ -85,7 +91,8 @@ class Home:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held for the worker's life; the kernel drops it when the process dies, however it dies."""
-        handle = os.open(self.root / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self.writing():
+            handle = os.open(self.root / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,16 +101,32 @@ class Home:
                 raise StartupError(
                     f"another worker (pid {owner}) is using {self.root}: stop it, or pass another --home"
                 ) from None
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            with contextlib.suppress(OSError):  # no room: it is for people only
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(os.getpid()).encode(), 0)
             yield
         finally:
             os.close(handle)
 
     def load_secret(self) -> bytes:
-        """32 random bytes that sign download links; made once."""
-        with contextlib.suppress(FileExistsError):
-            handle = os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(os.urandom(32))
-        return self.secret.read_bytes()
+        """32 random bytes that sign download links; made once, and never half: an empty key is no key."""
+        with self.writing():
+            if not self.secret.exists():
+                scratch = self.secret.with_name("secret.new")
+                handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(os.urandom(32))
+                    file.flush()
+                    os.fsync(handle)
+                scratch.replace(self.secret)
+            return self.secret.read_bytes()
+
+    def announce(self, record: WorkerRecord) -> None:
+        """Says how to reach the running worker. Raises StartupError if it cannot."""
+        with self.writing():
+            self.worker.write_bytes(msgspec.json.encode(record))
+
+    def withdraw(self) -> None:
+        """The worker stops, and a home that cannot be written must not hold it up."""
+        with contextlib.suppress(OSError):
+            self.worker.unlink(missing_ok=True)

@@ -37,7 +37,13 @@ from tink.errors import JournalUnavailable, StartupError
 from tink.journal import revisions, schema, store
 from tink.journal.bodies import BodyStore
 from tink.journal.commits import GroupCommit
-from tink.journal.database import database_errors, reader_engine, writer_engine
+from tink.journal.database import (
+    OpenFiles,
+    check_writable,
+    database_errors,
+    reader_engine,
+    writer_engine,
+)
 from tink.journal.home import Home
 from tink.journal.revisions import Database
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
@@ -55,6 +61,7 @@ class Journal:
         self._home, self._world = home, world
         self._engine = writer_engine(home.journal)
         self._connection = self._engine.connect()
+        self._files = OpenFiles(home.journal)
         self._reader = reader_engine(home.journal)
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._seq = 0
@@ -62,7 +69,7 @@ class Journal:
         self._acceptances: dict[str, JobAccepted] = {}  # of open jobs
         self._recent: OrderedDict[str, rows.Job] = OrderedDict()
         self._commits: GroupCommit[Entry] = GroupCommit(
-            self._commit, world, max_bytes=BATCH_BYTES, then=self._apply
+            self._commit, world, name="journal", max_bytes=BATCH_BYTES, then=self._apply
         )
         # Held by whoever decides from the ledger that a name is free, until he has committed it: sampler
         # numbers come from several places.
@@ -88,6 +95,8 @@ class Journal:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(journal._commits.run)
                 nursery.start_soon(journal.bodies.run)
+                nursery.start_soon(journal._commits.watch)
+                nursery.start_soon(journal.bodies.watch)
                 opened = IncarnationStarted(
                     number=journal.incarnation,
                     boot_id=world.new_id(),
@@ -185,6 +194,7 @@ class Journal:
         try:
             with database_errors("the journal could not commit"), self._connection.begin():
                 store.write(self._connection, records)
+            self._files.check()
         except JournalUnavailable as error:
             if isinstance(error.__cause__, IntegrityError):
                 raise JournalUnavailable(
@@ -245,6 +255,7 @@ def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
     databases: dict[Database, Path] = {"journal": home.journal, "bodies": home.bodies}
     for database, path in databases.items():
+        check_writable(path)
         engine = writer_engine(path)
         try:
             with database_errors(f"{path} cannot be opened"), engine.connect() as connection:

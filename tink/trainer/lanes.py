@@ -7,8 +7,8 @@ away cancels nothing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import assert_never
 from weakref import WeakValueDictionary
 
@@ -21,6 +21,7 @@ from tink.errors import TinkError
 from tink.limits import MAX_OP_WAIT
 from tink.trainer.engines.base import Engine
 from tink.trainer.ledger import CANCELLED, Book, Ledger, Outcome, failure_of
+from tink.trainer.progress import Work, working
 from tink.trainer.protocol import (
     CreateModel,
     ExportAdapter,
@@ -60,7 +61,7 @@ class Lanes:
         self._finishing = False
         self._moving: set[str] = set()
         self._ended: dict[tuple[str, int], trio.Event] = {}
-        self._began: dict[str, float] = {}
+        self._work: dict[str, Work] = {}
         # A model's lock is there while somebody holds or wants it.
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
 
@@ -91,24 +92,21 @@ class Lanes:
         return self._ledger.state()
 
     def running(self) -> list[Running]:
-        now = self._world.monotonic()
-        return [
-            Running(one.model_id, one.op_no, one.job_id, now - self._began[one.model_id])
-            for one in self._ledger.running()
-        ]
+        return [work.running() for work in self._work.values()]
 
     async def snapshot(self, request: SnapshotRequest) -> SnapshotReply:
         """Between two operations of the model. A TinkError has published nothing."""
         self._ledger.admit(request.incarnation, request.lease)
         async with self._turn(request.model_id):
             book = self._ledger.book(request.model_id)
-            files = await self._world.run_sync(
-                self._engine.snapshot,
-                request.model_id,
-                request.path,
-                msgspec.msgpack.encode(book),
-                f"snapshot:{request.model_id}:{book.applied}",
-            )
+            with self._working(request.model_id, book.applied, "snapshot"):
+                files = await self._world.run_sync(
+                    self._engine.snapshot,
+                    request.model_id,
+                    request.path,
+                    msgspec.msgpack.encode(book),
+                    f"snapshot:{request.model_id}:{book.applied}",
+                )
         log.info("snapshot", model=request.model_id, applied=book.applied, path=request.path)
         return SnapshotReply(book.applied, files)
 
@@ -119,7 +117,7 @@ class Lanes:
         async with self._turn(model_id):
             encoded = await self._world.run_sync(self._engine.read_book, request.path)
             book = msgspec.msgpack.decode(encoded, type=Book)
-            with self._ledger.restoring(model_id, book):
+            with self._ledger.restoring(model_id, book), self._working(model_id, book.applied, "restore"):
                 await self._world.run_sync(self._engine.restore, model_id, request.path)
         log.info("restored", model=model_id, applied=book.applied, path=request.path)
         return RestoreReply(book.applied)
@@ -145,6 +143,16 @@ class Lanes:
         async with lock, self._slots:
             yield
 
+    @contextmanager
+    def _working(self, model_id: str, op_no: int, job_id: str) -> Iterator[Work]:
+        """Within `_turn`: a model has one work at a time."""
+        work = self._work[model_id] = Work(self._world.monotonic, model_id, op_no, job_id)
+        try:
+            with working(work):
+                yield work
+        finally:
+            del self._work[model_id]
+
     async def _move(self, model_id: str) -> None:
         while request := self._ledger.head(model_id):
             async with self._turn(model_id):
@@ -160,16 +168,16 @@ class Lanes:
     async def _perform(self, request: OpRequest) -> Outcome:
         if not self._ledger.start(request.model_id):
             return Outcome(request.job_id, "failed", failure=CANCELLED)
-        self._began[request.model_id] = self._world.monotonic()
         result = failure = None
-        try:
-            result = await self._world.run_sync(apply, self._engine, request)
-        except TinkError as error:
-            failure = failure_of(error)
-        except Exception as error:  # the engine's boundary: the job failed, the server goes on
-            log.exception("engine error", model=request.model_id, op_no=request.op_no)
-            failure = failure_of(error)
-        run_ms = (self._world.monotonic() - self._began.pop(request.model_id)) * 1000
+        with self._working(request.model_id, request.op_no, request.job_id) as work:
+            try:
+                result = await self._world.run_sync(apply, self._engine, request)
+            except TinkError as error:
+                failure = failure_of(error)
+            except Exception as error:  # the engine's boundary: the job failed, the server goes on
+                log.exception("engine error", model=request.model_id, op_no=request.op_no)
+                failure = failure_of(error)
+            run_ms = work.seconds * 1000
         log.info(
             "op",
             model=request.model_id,

@@ -305,11 +305,6 @@ class Ledger:
     def open_count(self) -> int:
         return sum(len(account.open) for account in self._accounts.values())
 
-    def running(self) -> Iterator[OpRequest]:
-        for account in self._accounts.values():
-            if account.open and account.open[0].running:
-                yield account.open[0].request
-
     def _account(self, model_id: str) -> Account:
         account = self._accounts.get(model_id)
         if account is None:

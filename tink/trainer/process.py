@@ -18,7 +18,6 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -36,7 +35,7 @@ import trio
 from tink import crash
 from tink.errors import StartupError
 from tink.limits import TRAINER_GRACE
-from tink.logs import configure_logs
+from tink.logs import configure_logs, write_line
 from tink.trainer import engines
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Engine
@@ -47,6 +46,7 @@ from tink.world import World
 log = structlog.get_logger("tink.trainer")
 
 KEEP_ALIVE = 3600.0
+ORPHAN_LOOKS = 10
 
 
 # Of transformers, which imports a class when it is named.
@@ -139,7 +139,7 @@ async def _serve(options: Options, listener: socket.socket, world: World) -> Non
             nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation))
             nursery.start_soon(_await_sigterm, stop)
             if options.orphan_seconds:
-                nursery.start_soon(_await_silence, trainer, options.orphan_seconds, world, stop)
+                nursery.start_soon(_await_silence, trainer, options.orphan_seconds, stop)
             await stop.wait()
             with trio.move_on_after(TRAINER_GRACE) as grace:
                 await trainer.finish()
@@ -228,11 +228,14 @@ async def _await_sigterm(stop: trio.Event) -> None:
             stop.set()
 
 
-async def _await_silence(trainer: Trainer, seconds: float, world: World, stop: trio.Event) -> None:
+async def _await_silence(trainer: Trainer, seconds: float, stop: trio.Event) -> None:
     """A worker that was killed leaves its child behind; the child notices by itself."""
-    while (silence := world.monotonic() - trainer.called_at) < seconds:
-        left = seconds - silence
-        await trio.sleep(left)
+    # In parts: a trainer that was itself stopped for an hour has missed the calls of one of them.
+    quiet = 0
+    while quiet < ORPHAN_LOOKS:
+        called_at = trainer.called_at
+        await trio.sleep(seconds / ORPHAN_LOOKS)
+        quiet = quiet + 1 if trainer.called_at == called_at else 0
     log.info("no worker has called", seconds=seconds)
     stop.set()
 
@@ -286,5 +289,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options(parser.parse_args(arguments)))
     except StartupError as error:
-        print(f"tink trainer: {error}", file=sys.stderr)
+        write_line(f"tink trainer: {error}")
         return 2

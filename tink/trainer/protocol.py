@@ -279,10 +279,15 @@ class RestoreReply(Message, frozen=True):
 
 
 class Running(Message, frozen=True):
+    """What the server computes just now, and for how long: an operation; a snapshot or a restore (its
+    `job_id` says which, `op_no` is what the model has applied); a sample (no `model_id`, and its id as
+    `job_id`). `idle`: seconds since it last showed progress. A server that cannot tell leaves it out."""
+
     model_id: str
     op_no: int
     job_id: str
     seconds: float
+    idle: float = 0.0
 
 
 class Health(Message, frozen=True):

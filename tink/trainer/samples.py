@@ -24,7 +24,8 @@ from tink.limits import (
 )
 from tink.trainer.engines.base import Engine
 from tink.trainer.ledger import Refused, failure_of
-from tink.trainer.protocol import SampleReply, SampleRequest
+from tink.trainer.progress import Work, working
+from tink.trainer.protocol import Running, SampleReply, SampleRequest
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
@@ -53,6 +54,7 @@ class Samples:
         self._entries: dict[str, Entry] = {}
         self._kept: dict[str, Entry] = {}
         self._kept_bytes = 0
+        self._work: dict[str, Work] = {}
         self._finishing = False
 
     async def finish(self) -> None:
@@ -60,6 +62,9 @@ class Samples:
         self._finishing = True
         for _ in range(SAMPLE_SLOTS):
             await self._slots.acquire_on_behalf_of(object())
+
+    def running(self) -> list[Running]:
+        return [work.running() for work in self._work.values()]
 
     async def submit(self, request: SampleRequest) -> SampleReply:
         """Waits at most `request.wait` seconds. A known sample_id joins what there is."""
@@ -96,9 +101,11 @@ class Samples:
             if self._finishing:
                 return
             entry.reply = SampleReply("running", request.sample_id)
-            began = self._world.monotonic()
+            work = Work(self._world.monotonic, "", 0, request.sample_id)
+            self._work[request.sample_id] = work
             try:
-                sampled = await self._world.run_sync(self._engine.sample, request)
+                with working(work):
+                    sampled = await self._world.run_sync(self._engine.sample, request)
             except TinkError as error:
                 entry.reply = SampleReply("failed", request.sample_id, failure=failure_of(error))
             except Exception as error:  # the engine's boundary: the sample failed, the server goes on
@@ -111,13 +118,15 @@ class Samples:
                     sampled.body,
                     sampled.tokens_in,
                     sampled.tokens_out,
-                    run_ms=(self._world.monotonic() - began) * 1000,
+                    run_ms=work.seconds * 1000,
                 )
+            finally:
+                del self._work[request.sample_id]
         log.info(
             "sample",
             sample=request.sample_id,
             state=entry.reply.state,
-            ms=round((self._world.monotonic() - began) * 1000, 1),
+            ms=round(work.seconds * 1000, 1),
             tokens_in=entry.reply.tokens_in,
             tokens_out=entry.reply.tokens_out,
             failure=entry.reply.failure.message if entry.reply.failure else None,

@@ -104,7 +104,8 @@ class Trainer:
             return Health(PROTOCOL, self.incarnation, "broken", self._broken)
         if self._serving is None:
             return Health(PROTOCOL, self.incarnation, "loading")
-        return Health(PROTOCOL, self.incarnation, "ready", running=self._serving.lanes.running())
+        running = [*self._serving.lanes.running(), *self._serving.samples.running()]
+        return Health(PROTOCOL, self.incarnation, "ready", running=running)
 
     @property
     def serving(self) -> Serving:

@@ -4,6 +4,7 @@ process is ever touched. A stub in a real process stands for the trainer."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ import trio
 from tests.processes import kill, trainers_of
 from tink.actors import embedded
 from tink.actors.embedded import EmbeddedTrainer
+from tink.backends import trainer as client
 from tink.errors import StartupError
 from tink.journal.home import Home
 from tink.settings import Settings
 from tink.world import World
 
-# Answers /v1/health as its second argument says: "ready", "refuse" (401) or "silent"; "exit" ends at once,
-# "late" takes its time to say that it runs, and "quiet" never does; "forked" serves in children. Ends by
-# SIGTERM, or not at all if it is "deaf".
+# Answers /v1/health as its second argument says: "ready", "broken", "refuse" (401) or "silent"; "exit" ends
+# at once, "late" takes its time to say that it runs, and "quiet" never does; "forked" serves in children.
+# Ends by SIGTERM, or not at all if it is "deaf".
 STUB = """
 import http.server, json, os, signal, sys, time
 ready, mode = sys.argv[1], sys.argv[2]
@@ -39,7 +41,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mode == "silent":
             self.connection.close()
             return
-        health = dict(protocol="tink-train/1", incarnation=f"i{os.getpid()}", state="ready")
+        state = "broken" if mode == "broken" else "ready"
+        health = dict(protocol="tink-train/1", incarnation=f"i{os.getpid()}", state=state)
         body = json.dumps(health).encode()
         if mode == "refuse":
             body = b"\\x82\\xa5error\\xacunauthorized\\xa7message\\xa2no"
@@ -58,16 +61,6 @@ with open(scratch, "w") as file:
 os.rename(scratch, ready)
 server.serve_forever()
 """
-
-
-class Clock(World):
-    """Time goes by a stuck trainer's patience between two looks."""
-
-    time = 0.0
-
-    def monotonic(self) -> float:
-        self.time += embedded.STUCK_SECONDS * 0.6
-        return self.time
 
 
 @pytest.fixture
@@ -89,7 +82,7 @@ _made: list[EmbeddedTrainer] = []
 
 def _trainer(home: Home, mode: str = "ready", *more: str) -> EmbeddedTrainer:
     """As each worker makes its own."""
-    trainer = EmbeddedTrainer(Settings(home=home.root), home, Clock())
+    trainer = EmbeddedTrainer(Settings(home=home.root), home, World())
     _made.append(trainer)
     trainer._command = [sys.executable, "-S", "-c", STUB, str(home.trainer), mode, *more]
     return trainer
@@ -142,14 +135,77 @@ async def test_a_dead_one_is_replaced(home: Home, adopted: bool) -> None:
     assert after != before
 
 
-async def test_one_that_is_silent_is_given_time_and_then_replaced(home: Home) -> None:
-    trainer = _trainer(home, "silent")
+async def test_one_that_is_silent_is_given_time_and_then_replaced(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "HEALTH_SECONDS", 0.1)
+    first = _trainer(home, "silent")
+    await first.find()
+    before = _pids(home)
+    with trio.move_on_after(0.05 + 0.1 * (embedded.SILENT_LOOKS - 1)):
+        await first.find()
+    assert _pids(home) == before
+    await first.find()
+    assert len(_pids(home)) == 1
+    assert _pids(home) != before
+
+
+async def test_one_that_speaks_again_is_kept(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "HEALTH_SECONDS", 0.2)
+    trainer = _trainer(home)
+    endpoint = await trainer.find()
+    (pid,) = _pids(home)
+    os.kill(pid, signal.SIGSTOP)
+    async with trio.open_nursery() as nursery:
+        found = []
+
+        async def find() -> None:
+            found.append(await trainer.find())
+
+        nursery.start_soon(find)
+        await trio.sleep(0.3)
+        assert found == []
+        os.kill(pid, signal.SIGCONT)
+    assert found == [endpoint]
+    assert _pids(home) == [pid]
+
+
+@pytest.mark.parametrize("how", ["stuck", "at the stop"])
+async def test_a_stopped_process_is_killed_at_once(
+    home: Home, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It cannot hear a SIGTERM, so there is nothing to wait for."""
+    monkeypatch.setattr(embedded, "HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr(client, "HEALTH_SECONDS", 0.1)
+    trainer = _trainer(home)
+    await trainer.find()
+    (pid,) = _pids(home)
+    os.kill(pid, signal.SIGSTOP)
+    with trio.fail_after(embedded.STOP_SECONDS / 2):
+        if how == "stuck":
+            await trainer.find()
+        else:
+            await trainer.stop()
+    assert pid not in _pids(home)
+
+
+async def test_one_that_is_unfit_is_replaced_though_it_answers(home: Home) -> None:
+    trainer = _trainer(home)
+    await trainer.find()
+    (pid,) = _pids(home)
+    await trainer.find(f"i{pid + 1}")
+    assert _pids(home) == [pid]
+    await trainer.find(f"i{pid}")
+    assert len(_pids(home)) == 1
+    assert _pids(home) != [pid]
+
+
+async def test_one_that_could_not_load_its_model_is_not_adopted(home: Home) -> None:
+    """What was wrong may have been mended since."""
+    trainer = _trainer(home, "broken")
     await trainer.find()
     before = _pids(home)
     await trainer.find()
-    assert _pids(home) == before
-    for _ in range(2):
-        await trainer.find()
     assert len(_pids(home)) == 1
     assert _pids(home) != before
 
@@ -242,18 +298,45 @@ async def test_one_whose_parent_is_killed_goes_on_until_it_dies_itself(home: Hom
     assert len(set(_pids(home)) - {parent, server}) == 2
 
 
+async def test_one_that_is_killed_for_its_silence_is_followed_by_the_next_of_its_parent(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr(client, "HEALTH_SECONDS", 0.1)
+    trainer, parent, child = await _forked(home)
+    os.kill(child, signal.SIGSTOP)
+    await trainer.find()
+    assert parent in _pids(home)
+    assert child not in _pids(home)
+    assert len(_pids(home)) == 2
+
+
+async def test_one_whose_parent_is_stopped_too_does_not_wait_for_it(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr(client, "HEALTH_SECONDS", 0.1)
+    trainer, parent, child = await _forked(home)
+    for pid in (parent, child):
+        os.kill(pid, signal.SIGSTOP)
+    with trio.fail_after(embedded.STOP_SECONDS):
+        await trainer.find()
+    assert not {parent, child} & set(_pids(home))
+    assert len(_pids(home)) == 2
+
+
 async def test_the_first_trainer_alone_is_told_where_to_crash(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINK_CRASH_AT", "trainer.kept")
     monkeypatch.setenv("TINK_API_KEYS", "tml-secret=alice")
-    trainer = EmbeddedTrainer(Settings(home=home.root, crash_at="trainer.kept"), home, Clock())
+    trainer = EmbeddedTrainer(Settings(home=home.root, crash_at="trainer.kept"), home, World())
     first, second = trainer._environment(), trainer._environment()
     assert first["TINK_CRASH_AT"] == "trainer.kept"
     assert "TINK_CRASH_AT" not in second
     assert "TINK_API_KEYS" not in first
     # A point of the worker is its own affair.
-    of_the_worker = EmbeddedTrainer(Settings(home=home.root, crash_at="worker.body"), home, Clock())
+    of_the_worker = EmbeddedTrainer(Settings(home=home.root, crash_at="worker.body"), home, World())
     assert "TINK_CRASH_AT" not in of_the_worker._environment()
 
 

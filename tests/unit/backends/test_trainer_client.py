@@ -13,7 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from tink.backends.trainer import GRACE_SECONDS, Refused, TrainerClient, TrainerGone
+from tink.backends import trainer
+from tink.backends.trainer import Refused, TrainerClient, TrainerGone
+from tink.limits import GRACE_SECONDS
 from tink.trainer import protocol
 from tink.trainer.protocol import OpReply, OpRequest, OpResult, Refusal, SampleReply, SampleRequest
 from tink.world import World
@@ -62,7 +64,9 @@ async def every_call(client: TrainerClient) -> list[BaseException | None]:
     return found
 
 
-async def test_an_op_is_sent_once_and_then_polled_by_its_number_until_it_ends() -> None:
+async def test_an_op_is_sent_once_and_then_polled_by_its_number_until_it_ends(
+    autojump_clock: MockClock,
+) -> None:
     asked: list[str] = []
     states = iter(["queued", "running", "running", "done"])
 
@@ -78,7 +82,7 @@ async def test_an_op_is_sent_once_and_then_polled_by_its_number_until_it_ends() 
     assert asked == ["POST /v1/ops", poll, poll, poll]
 
 
-async def test_a_sample_is_polled_in_the_same_way() -> None:
+async def test_a_sample_is_polled_in_the_same_way(autojump_clock: MockClock) -> None:
     asked: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -91,7 +95,7 @@ async def test_a_sample_is_polled_in_the_same_way() -> None:
     assert asked == ["POST", "GET", "GET"]
 
 
-async def test_a_server_of_another_life_in_a_poll_is_a_lost_call() -> None:
+async def test_a_server_of_another_life_in_a_poll_is_a_lost_call(autojump_clock: MockClock) -> None:
     replies = iter([packed(reply("running"), 202), packed(reply("done", incarnation="i2"))])
     async with talking_to(lambda request: next(replies)) as client:
         with pytest.raises(TrainerGone, match="restarted while it worked"):
@@ -195,6 +199,61 @@ async def test_a_trickle_of_bytes_does_not_hold_a_call_for_ever(autojump_clock: 
     async with talking_to(answer) as client:
         with trio.fail_after(60), pytest.raises(TrainerGone):
             await client.op(OP)
+
+
+@pytest.mark.parametrize("first", ["running", "done"])
+@pytest.mark.parametrize(
+    "wrong", [{"model_id": "s:train:1"}, {"op_no": 4}, {"incarnation": "i2"}, {"result": None}]
+)
+async def test_an_answer_for_another_op_or_without_its_result_is_a_lost_call(
+    autojump_clock: MockClock, first: str, wrong: dict[str, object]
+) -> None:
+    replies = iter([reply(first), reply("done")] if first == "running" else [reply("done")])
+    answers = [*replies]
+    answers[-1] = msgspec.structs.replace(answers[-1], **wrong)
+    left = iter(answers)
+    async with talking_to(lambda request: packed(next(left))) as client:
+        with pytest.raises(TrainerGone):
+            await client.op(OP)
+
+
+async def test_an_answer_for_another_sample_is_a_lost_call() -> None:
+    async with talking_to(lambda request: packed(SampleReply("done", "another"))) as client:
+        with pytest.raises(TrainerGone, match="answered for another"):
+            await client.sample(SAMPLE)
+
+
+async def test_an_answer_over_its_limit_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "MAX_ANSWER", 10_000)
+    sent = 0
+
+    class Flood(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            nonlocal sent
+            while True:
+                await trio.lowlevel.checkpoint()
+                sent += 1000
+                yield bytes(1000)
+
+    async with talking_to(lambda request: httpx.Response(200, stream=Flood())) as client:
+        for error in await every_call(client):
+            assert type(error) is TrainerGone
+            assert "longer than 10000 bytes" in str(error)
+    assert sent <= 5 * 12_000
+
+
+async def test_polls_that_are_not_held_are_paced(autojump_clock: MockClock) -> None:
+    asked = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        return packed(reply("running"), 202)
+
+    async with talking_to(answer) as client:
+        with trio.move_on_after(60.0):
+            await client.op(OP)
+    assert asked <= 61
 
 
 async def test_a_call_through_a_link_that_was_closed_is_a_lost_call() -> None:

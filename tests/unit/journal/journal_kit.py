@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 
 from tink.domain.events import AnyEvent, SessionCreated, Subject
+from tink.errors import JournalUnavailable, tink_error
 from tink.journal.database import reader_engine
 from tink.journal.home import Home
 from tink.journal.journal import Journal, prepare
@@ -92,6 +93,19 @@ def stored_sessions(home: Home) -> set[str]:
             return set(rows.scalars())
     finally:
         engine.dispose()
+
+
+@contextmanager
+def stops_with(reason: str) -> Iterator[None]:
+    """JournalUnavailable, and nothing else, in however many groups."""
+    try:
+        yield
+    except Exception as raised:
+        error = tink_error(raised)
+        assert isinstance(error, JournalUnavailable)
+        assert reason in str(error)
+    else:
+        raise AssertionError("it went on")
 
 
 async def cancel_at(step: int, fn: Callable[[], Awaitable[None]]) -> bool:

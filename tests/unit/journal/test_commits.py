@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from tests.unit.journal.journal_kit import InlineWorld, cancel_at
 from tink.errors import JournalUnavailable
 from tink.journal.commits import GroupCommit
+from tink.limits import SLOW_COMMIT_SECONDS
 
 
 class Disk:
@@ -32,7 +34,9 @@ class Disk:
         return [item for batch in self.batches for item in batch]
 
     def writer(self, world: InlineWorld, *, max_bytes: int = 100, max_items: int = 10) -> GroupCommit[str]:
-        return GroupCommit(self.commit, world, max_bytes=max_bytes, max_items=max_items, then=self.then)
+        return GroupCommit(
+            self.commit, world, name="disk", max_bytes=max_bytes, max_items=max_items, then=self.then
+        )
 
 
 async def test_nobody_is_told_before_the_commit_has_ended(autojump_clock: MockClock) -> None:
@@ -261,3 +265,23 @@ async def test_a_writer_that_is_cancelled_anywhere_tells_everyone_the_truth(
                 await wait_all_tasks_blocked()
         assert sorted(told) == list("abcdef")
         assert {item for item, kept in told.items() if kept} <= set(disk.items)
+
+
+async def test_a_commit_that_hangs_is_told_of_once_while_it_does(autojump_clock: MockClock) -> None:
+    disk, world = Disk(), InlineWorld()
+    writer = disk.writer(world)
+    world.block = trio.Event()
+    with capture_logs() as lines:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run)
+            nursery.start_soon(writer.watch)
+            nursery.start_soon(writer.submit, ["a"], 1)
+            await trio.sleep(0.9 * SLOW_COMMIT_SECONDS)
+            assert lines == []
+            await trio.sleep(5 * SLOW_COMMIT_SECONDS)
+            assert [line["event"] for line in lines] == ["a commit takes long"]
+            world.block.set()
+            await trio.sleep(5 * SLOW_COMMIT_SECONDS)
+            nursery.cancel_scope.cancel()
+    assert len(lines) == 1
+    assert disk.items == ["a"]

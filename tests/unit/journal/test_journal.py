@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tests.unit.journal.journal_kit import (
     new_home,
     opened,
     session,
+    stops_with,
     stored_sessions,
 )
 from tink.domain import rows
@@ -63,19 +62,6 @@ def _checked(home: Home) -> list[str]:
         found = store.check(connection)
     engine.dispose()
     return found
-
-
-@contextmanager
-def stops_with(reason: str) -> Iterator[None]:
-    """JournalUnavailable, and nothing else, in however many groups."""
-    try:
-        yield
-    except Exception as raised:
-        error = tink_error(raised)
-        assert isinstance(error, JournalUnavailable)
-        assert reason in str(error)
-    else:
-        raise AssertionError("it went on")
 
 
 async def test_what_append_returned_for_is_on_disk_and_in_the_ledger(

@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import trio
 from trainer_kit import body, logprobs, sampled, supervised
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tink.errors import StartupError
 from tink.trainer import process
@@ -155,3 +157,28 @@ def test_other_machines_need_a_token(tmp_path: Path, host: str) -> None:
 def test_a_bad_option_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert process.main(["--home", str(tmp_path), "--slots", "0"]) == 2
     assert capsys.readouterr().err == "tink trainer: --slots and --threads must be 1 or more\n"
+
+
+class Called:
+    """A trainer, as far as its calls go."""
+
+    called_at = 0.0
+
+
+async def test_a_trainer_that_was_itself_stopped_is_no_orphan(mock_clock: MockClock) -> None:
+    """It could not hear its worker: what it missed is not held against that one."""
+    trainer, stop = Called(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(process._await_silence, trainer, 600.0, stop)
+        for called_at in range(5):
+            await wait_all_tasks_blocked()
+            mock_clock.jump(3600.0)
+            await wait_all_tasks_blocked()
+            assert not stop.is_set()
+            trainer.called_at = called_at + 1.0
+            mock_clock.jump(60.0)
+        for _ in range(11):
+            assert not stop.is_set()
+            await wait_all_tasks_blocked()
+            mock_clock.jump(60.0)
+        await stop.wait()

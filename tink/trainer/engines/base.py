@@ -3,7 +3,8 @@
 Every method is called off the Trio thread; those of one model never at the same time, those of
 different models and `sample` in any combination. A method that raises has changed nothing: a TinkError
 says what was wrong with the request (UserError) or with this server; anything else is a bug or want of
-memory, and is reported as the server's.
+memory, and is reported as the server's. One that takes long says `progress.beat()` now and then: without
+it a worker takes it for hung, in the end.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from tink.trainer.engines.adamw import Moments
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.engines.frozen import Frozen
 from tink.trainer.engines.lora import Adapter
+from tink.trainer.progress import beat
 from tink.trainer.protocol import (
     CreateModel,
     ExportAdapter,
@@ -238,6 +239,7 @@ class HFEngine:
                 if backward:
                     crash.point("trainer.forward")
                     gradient += adapter.gradient(each.sum())
+                beat()
         metrics = {"loss:sum": total, "tokens:sum": float(batch.tokens)}
         body = batches.encode(logprobs, metrics)
         result = OpResult(body=body, metrics=metrics, loss=total, tokens=batch.tokens)

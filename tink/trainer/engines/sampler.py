@@ -22,6 +22,7 @@ from tink.trainer.engines import drawing, lora, scores
 from tink.trainer.engines.base import Sampled
 from tink.trainer.engines.frozen import Frozen
 from tink.trainer.engines.stops import Stops
+from tink.trainer.progress import beat
 from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 
@@ -81,6 +82,7 @@ def _generate(
     with lora.using(adapter):
         logits = frozen.logits(hidden).expand(len(rows), -1)
         for step in range(limit):
+            beat()
             logprobs = logits.log_softmax(-1)
             if not torch.isfinite(logprobs.amax(-1)).all():
                 raise UserError("the model's logits are not finite: its training has diverged")

@@ -1,0 +1,54 @@
+"""Signs of life from inside an operation: a long one that goes on is told from one that hangs.
+
+The server makes a `Work` and runs the engine within `working`; whatever the engine loops over, it says
+`beat()` in each turn. The work travels in the context, which a thread inherits from the task that started
+it, so that nothing in between has to hand it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from tink.trainer.protocol import Running
+
+
+class Work:
+    """What the server computes for one model or sample. `clock` is monotonic, in seconds."""
+
+    def __init__(self, clock: Callable[[], float], model_id: str, op_no: int, job_id: str) -> None:
+        self._clock = clock
+        self._model_id, self._op_no, self._job_id = model_id, op_no, job_id
+        self._began = self._beaten = clock()
+
+    def beat(self) -> None:
+        self._beaten = self._clock()
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._began
+
+    def running(self) -> Running:
+        idle = self._clock() - self._beaten
+        return Running(self._model_id, self._op_no, self._job_id, self.seconds, idle)
+
+
+_working: ContextVar[Work | None] = ContextVar("working", default=None)
+
+
+@contextmanager
+def working(work: Work) -> Iterator[None]:
+    """What runs in the body, threads that it starts included, is this work."""
+    token = _working.set(work)
+    try:
+        yield
+    finally:
+        _working.reset(token)
+
+
+def beat() -> None:
+    """The work of this context goes on. Without one, nothing."""
+    work = _working.get()
+    if work is not None:
+        work.beat()
