@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 import trio
 from structlog.testing import capture_logs
@@ -17,27 +16,21 @@ from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.doubles import Network, SimulatedWorld
+from tests.simulation.scenario import batch, json, step
 from tink.domain import messages
 from tink.limits import SEQ_GAP_SECONDS, WRONG_ANSWERS
 from tink.trainer import protocol
 
 Answer = Callable[[httpx.Request], httpx.Response | None]
-PROMPT = msgspec.json.encode({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]}})
-
-
-def _step(seq: int) -> bytes:
-    return msgspec.json.encode({"model_id": "", "seq_id": seq, "adam_params": {"learning_rate": 0.1}})
+PROMPT = json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]})
 
 
 async def _train(cluster: Cluster, model: str, first: int, last: int) -> list[object]:
-    """The results of jobs `first` to `last` of a model; odd ones are batches, even ones steps."""
+    """The results of jobs `first` to `last`, one after the other; odd ones are batches, even ones steps."""
     results = []
     for seq in range(first, last + 1):
-        if seq % 2:
-            await cluster.submit(model, seq, "forward_backward", f"batch {seq}".encode())
-        else:
-            await cluster.submit(model, seq, "optim_step", _step(seq))
-        outcome = await cluster.outcome(f"{model}:{seq}")
+        job = await (batch if seq % 2 else step)(cluster, model, seq)
+        outcome = await cluster.outcome(job)
         assert outcome.state == "done", outcome.error
         results.append(outcome.body or outcome.result)
     return results
@@ -301,11 +294,11 @@ async def test_a_worker_that_was_stopped_skips_no_number(autojump_clock: MockClo
     """Its clock has gone on and it has not: those who were to send the number had no time for it."""
     async with Cluster.running(tmp_path) as cluster:
         model = await _model(cluster)
-        await cluster.submit(model, 2, "optim_step", _step(2))
+        await step(cluster, model, 2)
         for _ in range(5):
             await trio.sleep(1.0)
             autojump_clock.jump(2 * SEQ_GAP_SECONDS)
-        await cluster.submit(model, 1, "forward_backward", b"batch 1")
+        await batch(cluster, model, 1)
         assert (await cluster.outcome(f"{model}:1")).state == "done"
         assert (await cluster.outcome(f"{model}:2")).state == "done"
 
@@ -364,7 +357,7 @@ async def test_the_time_to_live_of_a_checkpoint_is_by_the_clock(
 ) -> None:
     async with Cluster.running(tmp_path) as cluster:
         model = await _model(cluster)
-        save = msgspec.json.encode({"model_id": model, "seq_id": 1, "path": "one", "ttl_seconds": 3600})
+        save = json(model_id=model, seq_id=1, path="one", ttl_seconds=3600)
         await cluster.submit(model, 1, "save_weights", save)
         await cluster.outcome(f"{model}:1")
         set_clock(seconds)

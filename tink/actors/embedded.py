@@ -2,8 +2,8 @@
 
 A worker that is killed leaves its trainer, with everything it holds, to the next worker of the same
 home, which adopts it; without one the trainer ends by itself after a while. A trainer that is killed is
-followed by the next one of its parent (tink/trainer/preload.py); if that is gone too, the worker starts both
-anew. One that is silent for SILENT_LOOKS, or that the link finds unfit, is killed.
+followed by the next one of its parent (tink/trainer/preload.py); if that is gone too, the worker starts
+both anew. One that is silent for SILENT_LOOKS, or that the link finds unfit, is killed.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ class EmbeddedTrainer:
         )
 
     async def _said(self, pids: list[int]) -> Endpoint | None:
-        """Where one of these, or a child of theirs, says that it serves. None if they have all ended, one is
-        stopped, or nothing was said for START_SECONDS."""
+        """Where one of these, or a child of theirs, says that it serves. None if they have all ended, one
+        is stopped, or nothing was said for START_SECONDS."""
         # Counted, and not timed: a worker that was stopped meanwhile gives them their time all the same.
         for _ in range(int(START_SECONDS / POLL_SECONDS)):
             record = self._record()
