@@ -151,6 +151,9 @@ class Log:
     def text(self) -> str:
         return self._server.output()[self._from :]
 
+    def wait_for(self, words: str) -> None:
+        self._server._wait(lambda: words in self.text, f"did not print {words!r}")
+
     def count(self, words: str) -> int:
         return sum(words in line for line in self.text.splitlines())
 
@@ -486,7 +489,7 @@ def test_a_home_that_turns_read_only_while_it_runs_stops_nothing_that_is_open(
     def turn() -> None:
         server.home.chmod(0o500)
         server.kill_trainer()
-        server.wait_for_output("cannot be used: Permission denied")
+        log.wait_for("cannot be used: Permission denied")
         time.sleep(1.0)
         assert log.count("cannot be used: Permission denied") == 1
         server.home.chmod(0o700)

@@ -179,6 +179,7 @@ class EmbeddedTrainer:
             if endpoint is not None:
                 return endpoint
         await self.stop()
+        self._home.probe()  # where it could not say that it serves
         with self._home.writing():
             self._home.trainer_command.write_text(self._signature)
             self._child = await self._world.run_sync(self._spawn)

@@ -73,6 +73,11 @@ class Home:
         with self.writing():
             for folder in (self.root, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.probe()
+
+    def probe(self) -> None:
+        """Raises StartupError if no file can be made here."""
+        with self.writing():
             probe = self.root / ".writable"
             probe.touch()
             probe.unlink()
