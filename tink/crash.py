@@ -32,6 +32,8 @@ POINTS = {
     "worker.snapshot-published": "a snapshot is published; it is not journaled",
     "worker.snapshot-journaled": "a snapshot is journaled; the one it replaces is not dropped",
     "worker.snapshot-dropped": "a snapshot is dropped in the journal; its files are there",
+    "worker.bodies-pruned": "bodies are pruned in the journal; they are still stored",
+    "worker.removing": "a directory is out of its place; its files are there",
     "trainer.bound": "the port is bound; the ready file is not written",
     "trainer.loading": "the ready file is written; the model is not loaded",
     "trainer.taken": "it is an operation's turn; nothing was computed",

@@ -22,7 +22,10 @@ from tink.crash import POINTS
 POINTED = 0.5
 # A point is passed up to so often before it kills, unless a process seldom gets there.
 PASSES = 3
-SELDOM = re.compile(r"worker\.(opened|spawned|restored|snapshot-.*)|trainer\.(bound|loading|restoring)")
+SELDOM = re.compile(
+    r"worker\.(opened|spawned|restored|snapshot-.*|bodies-pruned|removing)"
+    r"|trainer\.(bound|loading|restoring)"
+)
 # Passed only if the trainer is a new one, or by the first that a worker starts.
 AFTER_BOTH = re.compile(r"worker\.(restored|redone)")
 AFTER_ALL = re.compile(r"worker\.spawned|trainer\..*")

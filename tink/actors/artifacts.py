@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 import trio
 
+from tink import crash
 from tink.domain import ids, rows
 from tink.errors import BackendError
 from tink.world import World
@@ -107,6 +108,7 @@ def _remove(directory: Path, removed: Path) -> bool:
     except OSError as error:
         log.warning("directory not removed", directory=str(directory), reason=str(error))
         return False
+    crash.point("worker.removing")
     shutil.rmtree(removed, ignore_errors=True)
     return True
 

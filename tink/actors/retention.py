@@ -13,6 +13,7 @@ from functools import partial
 import structlog
 import trio
 
+from tink import crash
 from tink.actors.artifacts import ArtifactFolder
 from tink.domain import retention, rows
 from tink.domain.events import AdapterDeleted, AdapterPlaced, BodiesPruned, CheckpointDeleted, Subject
@@ -92,6 +93,7 @@ class Retention:
                         finished_before=cutoffs.used,
                     )
                     await self._journal.append((Subject(), pruned))
+                    crash.point("worker.bodies-pruned")
                     await bodies.drop([body.sha256 for body in doomed], watch)
                     log.info("bodies pruned", count=pruned.count, bytes=pruned.bytes)
             last = page[-1]
