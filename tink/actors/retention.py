@@ -73,11 +73,12 @@ class Retention:
         """Page by page, so that whoever stores a body waits for no more than one of them."""
         cutoffs = self._cutoffs()
         bodies, last = self._journal.bodies, None
+        count = size = 0
         while True:
             with bodies.watched() as watch:
                 page: list[Stored] = await bodies.oldest(cutoffs.submitted, last)
                 if not page:
-                    return
+                    break
                 digests = [body.sha256 for body in page]
                 jobs = await self._journal.read(
                     partial(upkeep.jobs_naming, digests=digests, ended_since=cutoffs.used)
@@ -95,8 +96,10 @@ class Retention:
                     await self._journal.append((Subject(), pruned))
                     crash.point("worker.bodies-pruned")
                     await bodies.drop([body.sha256 for body in doomed], watch)
-                    log.info("bodies pruned", count=pruned.count, bytes=pruned.bytes)
+                    count, size = count + pruned.count, size + pruned.bytes
             last = page[-1]
+        if count:
+            log.info("bodies pruned", count=count, bytes=size)
 
     # -- checkpoints and adapters -------------------------------------------------------------------
 
