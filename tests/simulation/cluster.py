@@ -1,128 +1,257 @@
-"""A worker and its trainer in one simulated world, to be crashed and started again."""
+"""A worker and its trainer on one simulated machine, to be crashed and started again."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+import functools
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import trio
 
-from tests.simulation.doubles import Network, SimulatedTrainer, SimulatedWorld
+from tests.simulation.doubles import Died, Nature, Network, SimulatedTrainer, SimulatedWorld
+from tests.simulation.power import Image, Storage
+from tests.simulation.watch import Watch
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
-from tink.domain import ids, messages, rows
+from tink.domain import ids, messages
 from tink.domain.requests import OpName
-from tink.errors import Overloaded
+from tink.errors import JournalUnavailable, Overloaded, tink_error
 from tink.journal import store
 from tink.journal.database import reader_engine
 from tink.journal.home import Home
-from tink.journal.journal import Journal
+from tink.journal.journal import Journal, prepare
 from tink.settings import Settings
 
+T = TypeVar("T")
+
 TENANT = "default"
-# What a client of a crashed worker does before it asks again.
-RETRY_SECONDS = 0.5
+# How long a client waits for one answer, and before it asks again.
+PATIENCE_SECONDS, RETRY_SECONDS = 30.0, 0.5
+
+
+class NoAnswer(Exception):
+    """Whether the question was taken is not known."""
+
+
+class WorkerWorld(SimulatedWorld):
+    """`settled`: it serves, or it is dead. `ended`: it is dead."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster.nature, cluster.network)
+        self._cluster = cluster
+        self.journal: Journal | None = None
+        self.scope = trio.CancelScope()
+        self.settled, self.ended = trio.Event(), trio.Event()
+
+    def perform(self, fn: Callable[..., T], *args: Any) -> T:
+        return self._cluster.perform(self, fn, *args)
+
+
+Meets = Literal["power", "full before", "full after"]
+
+
+class Ambush:
+    """What the next commit meets. `power`: a cut while it is being written. `full before`, `full after`: it
+    raises, when nothing of it has been written yet, or all. `sprung` when it has happened."""
+
+    def __init__(self, kind: Meets) -> None:
+        self.kind = kind
+        self.sprung = trio.Event()
 
 
 class Cluster:
-    def __init__(self, folder: Path, seed: int, *, loss: float = 0.0, **settings: Any) -> None:
+    """`ambush`: a fault that waits for the next commit."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        loss: float = 0.0,
+        duplicates: float = 0.0,
+        slow: float = 0.0,
+        jump: float = 0.0,
+        **settings: Any,
+    ) -> None:
         self._settings = Settings(home=folder, **settings)
-        self.rng = random.Random(seed)
+        self.nature = Nature(seed, slow=slow, jump=jump)
+        self.rng = self.nature.rng
         self.home = Home(folder)
         self.home.make()
-        self.network = Network(self.rng, loss=loss)
-        self.trainer = SimulatedTrainer(self.rng, self.network, self._settings.artifact_root)
+        if not self.home.journal.exists():
+            for name, content in _empty_databases().items():
+                (folder / name).write_bytes(content)
+        self.network = Network(self.nature, loss=loss, duplicates=duplicates)
+        artifacts = self._settings.artifact_root
+        self.watch = Watch(self.home, artifacts, self.nature.counts)
+        self.trainer = SimulatedTrainer(self.nature, self.network, artifacts, self.watch)
+        self.ambush: Ambush | None = None
         self.router: Router | None = None
         self.journal: Journal | None = None
-        self._world: SimulatedWorld | None = None
-        self._scope: trio.CancelScope | None = None
-        self._started, self._crashed = trio.Event(), trio.Event()
-        self.lives = 0
+        self._storages = (self.watch.journal, self.watch.bodies)
+        self._disk_is_full = False
+        self._world: WorkerWorld | None = None
+        self._serving = trio.Event()
+        self._calls: set[trio.CancelScope] = set()
 
     @classmethod
     @asynccontextmanager
-    async def running(
-        cls, folder: Path, seed: int = 0, *, loss: float = 0.0, **settings: Any
-    ) -> AsyncIterator[Cluster]:
-        cluster = cls(folder, seed, loss=loss, **settings)
+    async def running(cls, folder: Path, seed: int = 0, **options: Any) -> AsyncIterator[Cluster]:
+        """Started, with the options of `Cluster` and any settings. Ends with what the watch has found."""
+        cluster = cls(folder, seed, **options)
         async with trio.open_nursery() as nursery:
             cluster._nursery = cluster.trainer.supervisor = nursery
+            nursery.start_soon(cluster._end_when_broken)
             await cluster.start_trainer()
             await cluster.start_worker()
             yield cluster
             cluster.crash_worker()
             cluster.trainer.kill()
             nursery.cancel_scope.cancel()
+        cluster.watch.settle()
+
+    async def _end_when_broken(self) -> None:
+        await self.watch.broken.wait()
+        self.watch.settle()
 
     # -- processes ----------------------------------------------------------------------------------
 
     async def start_trainer(self) -> None:
-        await self._nursery.start(self.trainer.run)
+        """Returns when it listens, or has died before that. Nothing to do if there is one."""
+        if not self.trainer.alive:
+            self._nursery.start_soon(self.trainer.run, self.trainer.begin())
+        await self.trainer.settled()
 
     async def start_worker(self) -> None:
-        await self._nursery.start(self._run_worker)
+        """Returns when it serves, or has died before that. Nothing to do if there is one."""
+        world = self._world
+        if world is None or world.dead:
+            world = self._world = WorkerWorld(self)
+            self._disk_is_full = False
+            self._nursery.start_soon(self._run_worker, world)
+        await world.settled.wait()
 
-    async def _run_worker(self, task_status: trio.TaskStatus[None]) -> None:
-        self.lives += 1
-        world = self._world = SimulatedWorld(self.rng, self.network)
+    async def worker_ended(self) -> None:
+        """The present one, if there is one."""
+        if self._world is not None:
+            await self._world.ended.wait()
+
+    async def _run_worker(self, world: WorkerWorld) -> None:
         try:
-            with trio.CancelScope() as self._scope:
+            with world.scope:
                 async with (
                     Journal.open(self.home, world, version="sim", settings_digest="sim") as journal,
                     open_worker(journal, self.trainer.find, self._settings, world) as router,
                 ):
+                    await trio.lowlevel.checkpoint_if_cancelled()
                     self.router, self.journal = router, journal
-                    self._started.set()
-                    task_status.started()
+                    self._serving.set()
+                    world.settled.set()
                     await trio.sleep_forever()
-        except BaseException:
-            if not world.dead:
-                raise
+        except BaseException as error:
             # A dead process tells nobody why.
-        if not world.dead:
-            raise AssertionError("the worker ended by itself")
+            if not world.dead and not self._has_stopped_as_it_must(error):
+                raise
+        else:
+            assert world.dead, "the worker ended by itself"
+
+    def _has_stopped_as_it_must(self, error: BaseException) -> bool:
+        """A commit has failed."""
+        if not self._disk_is_full or not isinstance(tink_error(error), JournalUnavailable):
+            return False
+        self.crash_worker()
+        return True
 
     def crash_worker(self) -> None:
         """Between two of its steps: what it has not committed never was."""
-        assert self._world is not None
-        assert self._scope is not None
-        self.router = None
-        self._started = trio.Event()
-        self._crashed.set()
-        self._crashed = trio.Event()
-        self._world.die()
-        self._scope.cancel()
+        world = self._world
+        if world is None or world.dead:
+            return
+        world.die()
+        self.router = self.journal = None
+        if self._serving.is_set():
+            self._serving = trio.Event()
+        for call in list(self._calls):
+            call.cancel()
+        # The kernel closes a dead process's files as they are; a living one would tidy them up.
+        images = {storage: Image.read(storage.path) for storage in self._storages}
+        self.watch.closed()
+        if world.journal is not None:
+            world.journal._close()
+        for storage, image in images.items():
+            image.write(storage.path)
+        world.scope.cancel()
+        world.settled.set()
+        world.ended.set()
+
+    def cut_power(self, before: Mapping[Storage, Image] | None = None) -> None:
+        """Both processes end, and of the files there is left what a power cut leaves. `before`: the files
+        before the commit that it comes into."""
+        left = {s: s.after_power_cut(self.rng, (before or {}).get(s)) for s in self._storages}
+        self.nature.counts["power cuts"] += 1
+        self.trainer.kill()
+        self.crash_worker()
+        self.watch.power_was_cut()
+        for storage, image in left.items():
+            storage.power_is_back(image)
+
+    def perform(self, world: WorkerWorld, fn: Callable[..., T], *args: Any) -> T:
+        """What the worker does in a thread, and what may happen to it there."""
+        ambush = self.ambush if getattr(fn, "__name__", "") == "_commit" else None
+        if ambush is None:
+            result = fn(*args)
+            if isinstance(result, Journal):
+                world.journal = result
+                self.watch.opened(result)
+            self.watch.looked()
+            return result
+        self.ambush = None
+        ambush.sprung.set()
+        self.nature.counts[f"commits that met: {ambush.kind}"] += 1
+        before = {storage: Image.read(storage.path) for storage in self._storages}
+        if ambush.kind != "full before":
+            fn(*args)
+        if ambush.kind == "power":
+            self.cut_power(before)
+            raise Died
+        self.watch.looked()
+        self._disk_is_full = True
+        raise JournalUnavailable("database or disk is full")
 
     # -- a client -----------------------------------------------------------------------------------
 
     async def ask(self, question: messages.Question) -> Any:
-        """Asks as the SDK does: a worker that is gone, or says 503, is asked again."""
+        """Asks as the SDK does: a worker that is gone, or says 429 or 503, is asked again."""
         while True:
-            await self._started.wait()
-            router = self.router
-            answer: Any = None
-            answered = False
-            with trio.move_on_after(30.0):
-                try:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._give_up_when_dead, nursery.cancel_scope)
-                        if router is not None:
-                            answer = await router.ask(question)
-                            answered = True
-                        nursery.cancel_scope.cancel()
-                except* Overloaded:
-                    answered = False
-            if answered:
-                return answer
-            await trio.sleep(RETRY_SECONDS)
+            await self._serving.wait()
+            try:
+                return await self.ask_once(question)
+            except NoAnswer:
+                await trio.sleep(RETRY_SECONDS)
 
-    async def _give_up_when_dead(self, scope: trio.CancelScope) -> None:
-        await self._crashed.wait()
-        scope.cancel()
+    async def ask_once(self, question: messages.Question) -> Any:
+        """Raises what the worker says is wrong, and NoAnswer if there is no answer."""
+        router = self.router
+        with trio.move_on_after(PATIENCE_SECONDS) as call:
+            self._calls.add(call)
+            try:
+                if router is not None:
+                    answer = await router.ask(question)
+            except Exception as error:
+                alive = router is self.router
+                if alive and not isinstance(error, Overloaded | JournalUnavailable | Died):
+                    raise
+            else:
+                if router is not None and router is self.router:
+                    self.watch.answered(question, answer)
+                    return answer
+            finally:
+                self._calls.discard(call)
+        raise NoAnswer
 
     async def router_ask(self, question: messages.Question) -> Any:
         """One try; errors are raised."""
@@ -132,26 +261,27 @@ class Cluster:
     async def keep_trainer_alive(self) -> None:
         """What a supervisor does."""
         while True:
-            if self.trainer.app is None:
-                await self.start_trainer()
+            await self.start_trainer()
             await trio.sleep(1.0)
 
-    async def session(self) -> str:
+    async def session(self, tenant: str = TENANT) -> str:
         created: messages.Created = await self.ask(
-            messages.CreateSession(TENANT, idempotency_key=f"key-{self.rng.getrandbits(64)}")
+            messages.CreateSession(tenant, idempotency_key=f"key-{self.rng.getrandbits(64)}")
         )
         return created.id
 
-    async def submit(self, model_id: str, seq: int, op: OpName, body: bytes = b"") -> messages.Promise:
+    async def submit(
+        self, model_id: str, seq: int, op: OpName, body: bytes = b"", *, tenant: str = TENANT
+    ) -> messages.Promise:
         session_id = model_id.partition(":")[0]
         promise: messages.Promise = await self.ask(
             messages.SubmitTraining(
-                TENANT, op=op, session_id=session_id, model_id=model_id, seq_id=seq, body=body
+                tenant, op=op, session_id=session_id, model_id=model_id, seq_id=seq, body=body
             )
         )
         return promise
 
-    async def create(self, session_id: str, number: int = 0, **config: Any) -> str:
+    async def create(self, session_id: str, number: int = 0, *, tenant: str = TENANT, **config: Any) -> str:
         model_id = ids.model_id(session_id, number)
         body = {
             "session_id": session_id,
@@ -161,7 +291,7 @@ class Cluster:
         }
         await self.ask(
             messages.SubmitTraining(
-                TENANT,
+                tenant,
                 op="create_model",
                 session_id=session_id,
                 model_id=model_id,
@@ -172,26 +302,25 @@ class Cluster:
         )
         return model_id
 
-    async def outcome(self, job_id: str) -> messages.Outcome:
-        outcome: messages.Outcome = await self.ask(messages.AwaitOutcome(TENANT, job_id))
+    async def outcome(self, job_id: str, *, tenant: str = TENANT) -> messages.Outcome:
+        outcome: messages.Outcome = await self.ask(messages.AwaitOutcome(tenant, job_id))
         return outcome
 
     # -- what must hold -----------------------------------------------------------------------------
 
     def check_journal(self) -> None:
-        """J3, J4, J6: gapless, one terminal event a job, and the fold equals the tables."""
+        """All that the watch has seen, and what `tink db check` would say."""
+        self.watch.settle()
         engine = reader_engine(self.home.journal)
         with engine.connect() as connection:
             assert store.check(connection) == []
-            ends: dict[str, int] = {}
-            for record in store.read_events(connection):
-                kind = type(record.event).__name__
-                if kind in ("JobDone", "JobFailed", "JobCancelled"):
-                    ends[str(record.subject.job_id)] = ends.get(str(record.subject.job_id), 0) + 1
-            assert set(ends.values()) <= {1}, ends
-            jobs = store.read_tables(connection).table("jobs", rows.Job)
-            assert {key[0] for key, job in jobs.items() if job.state not in rows.OPEN} == set(ends)
         engine.dispose()
 
 
-Client = Callable[[Cluster], Awaitable[dict[str, messages.Outcome]]]
+@functools.cache
+def _empty_databases() -> dict[str, bytes]:
+    """Migrated: every start of a worker looks at that again, but making them takes longest."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder))
+        prepare(home)
+        return {path.name: path.read_bytes() for path in (home.journal, home.bodies)}

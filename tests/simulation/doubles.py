@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import msgspec
 import trio
+import trio.lowlevel
 
+from tests.simulation.watch import Watch
 from tink.actors.trainer_link import Endpoint
 from tink.errors import BackendError, UserError
-from tink.trainer import protocol
+from tink.trainer import lanes, protocol
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Facts, Sampled
+from tink.trainer.ledger import Book
 from tink.trainer.server import Trainer, application
 from tink.world import World
 
@@ -32,27 +37,59 @@ class Died(Exception):
     """The process that asked for this is dead."""
 
 
+class Nature:
+    """What all processes live in: chance, the wall clock, how long work takes, and what goes on.
+
+    `slow`: how often an operation of the engine takes longer than any call is held. `jump`: by how much
+    the wall clock jumps, if it does.
+    """
+
+    def __init__(self, seed: int, *, slow: float = 0.0, jump: float = 0.0) -> None:
+        self.rng = random.Random(seed)
+        self.wall = 1_700_000_000.0
+        self.slow, self.jump = slow, jump
+        self.going_on: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        # Called with the name of everything that begins.
+        self.listeners: list[Callable[[str], None]] = []
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Something that a fault may want to strike at."""
+        self.going_on[what] += 1
+        try:
+            for listener in list(self.listeners):
+                listener(what)
+            yield
+        finally:
+            self.going_on[what] -= 1
+
+
+# The work in threads that has a name for faults.
+_WORK = {"_commit": "commit", "prepare": "boot", "_load": "boot"}
+
+
 class SimulatedWorld(World):
     """One process's world. `die()`: from then on nothing that it does has any effect."""
 
-    def __init__(self, rng: random.Random, network: Network, *, slowest: float = 0.05) -> None:
-        self._rng, self._network, self._slowest = rng, network, slowest
-        self._dead = False
+    def __init__(self, nature: Nature, network: Network) -> None:
+        self._nature, self._network = nature, network
+        self.dead = False
 
     def die(self) -> None:
-        self._dead = True
+        self.dead = True
 
     def now(self) -> float:
-        return 1_700_000_000.0 + trio.current_time()
+        return self._nature.wall + trio.current_time()
 
     def monotonic(self) -> float:
         return trio.current_time()
 
     def new_id(self) -> str:
-        return f"{self._rng.getrandbits(128):032x}"
+        return f"{self._nature.rng.getrandbits(128):032x}"
 
     def new_seed(self) -> int:
-        return self._rng.randrange(2**31)
+        return self._nature.rng.randrange(2**31)
 
     async def run_sync(
         self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
@@ -61,68 +98,108 @@ class SimulatedWorld(World):
         if limiter is not None:
             await limiter.acquire_on_behalf_of(token)
         try:
-            with trio.CancelScope(shield=True):  # a thread cannot be cancelled
-                await trio.sleep(self._rng.random() * self._slowest)
-            if self._dead:
-                raise Died
-            return fn(*args)
+            # Shielded: a thread cannot be cancelled.
+            what = _WORK.get(getattr(fn, "__name__", ""), "work")
+            with trio.CancelScope(shield=True), self._nature.during(what):
+                await trio.sleep(self.seconds(fn))
+                if self.dead:
+                    raise Died
+                try:
+                    return self.perform(fn, *args)
+                finally:
+                    # It is done, and its process has yet to hear of it.
+                    await trio.lowlevel.checkpoint()
+                    if self.dead:
+                        raise Died
         finally:
             if limiter is not None:
                 limiter.release_on_behalf_of(token)
 
-    def http_transport(self, origin: str, max_slots: int) -> httpx.AsyncBaseTransport:
-        return self._network.transport(self)
+    def seconds(self, fn: Callable[..., object]) -> float:
+        return self._nature.rng.random() * 0.05
 
-    @property
-    def dead(self) -> bool:
-        return self._dead
+    def perform(self, fn: Callable[..., T], *args: Any) -> T:
+        """At one moment, in a thread."""
+        return fn(*args)
+
+    def http_transport(self, origin: str, max_slots: int) -> httpx.AsyncBaseTransport:
+        return self._network
+
+
+class TrainerWorld(SimulatedWorld):
+    """`settled`: it listens, or it is dead."""
+
+    def __init__(self, nature: Nature, network: Network, watch: Watch) -> None:
+        super().__init__(nature, network)
+        self._watch = watch
+        self.scope = trio.CancelScope()
+        self.settled = trio.Event()
+
+    def seconds(self, fn: Callable[..., object]) -> float:
+        computes = fn is lanes.apply or getattr(fn, "__name__", "") == "sample"
+        if computes and self._nature.rng.random() < self._nature.slow:
+            return self._nature.rng.uniform(15.0, 90.0)
+        return super().seconds(fn)
+
+    def perform(self, fn: Callable[..., T], *args: Any) -> T:
+        if fn is not lanes.apply:
+            return super().perform(fn, *args)
+        engine, request = args
+        failed = True
+        try:
+            result = super().perform(fn, *args)
+            failed = False
+        finally:
+            self._watch.applied(request, engine.state(request.model_id), failed=failed)
+        return result
 
 
 class Network(httpx.AsyncBaseTransport):
     """Carries calls to the trainer that runs now. `loss`: how often a request, or else its answer, gets
-    lost on the way."""
+    lost on the way. `duplicates`: how often a request comes again, later."""
 
-    def __init__(self, rng: random.Random, *, loss: float = 0.0) -> None:
-        self._rng, self.loss = rng, loss
+    def __init__(self, nature: Nature, *, loss: float = 0.0, duplicates: float = 0.0) -> None:
+        self._nature, self.loss, self._duplicates = nature, loss, duplicates
+        self._rng = nature.rng
         self.calls = 0
         self.trainer: SimulatedTrainer | None = None
 
-    def transport(self, world: SimulatedWorld) -> httpx.AsyncBaseTransport:
-        return self
-
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        trainer = self.trainer
+        assert trainer is not None
         self.calls += request.url.path not in ("/v1/health", "/v1/state", "/v1/info")
         await trio.sleep(self._rng.random() * 0.01)
-        trainer = self.trainer
-        if trainer is None or trainer.app is None:
+        if trainer.app is None:
             raise httpx.ConnectError("connection refused", request=request)
         if self._rng.random() < self.loss:
             raise httpx.ReadError("the request was lost", request=request)
-        if trainer.deadly is not None and trainer.deadly in await request.aread():
+        content = await request.aread()
+        if request.method == "POST" and self._rng.random() < self._duplicates:
+            trainer.nursery.start_soon(self._come_again, trainer, request)
+        if trainer.deadly is not None and trainer.deadly in content:
             trainer.kill()
-        answer: httpx.Response | None = None
-        with trio.CancelScope() as alive:
-            trainer.connections.add(alive)
-            try:
-                if trainer.app is not None:
-                    answer = await httpx.ASGITransport(trainer.app).handle_async_request(request)
-            except Died:
-                pass  # killed in one of its threads: whoever called it sees a connection that ends
-            finally:
-                trainer.connections.discard(alive)
-        if answer is None or trainer.app is None:
+        with self._nature.during(trainer.kind_of(request, content)):
+            answer = await trainer.handle(request)
+        if answer is None:
             raise httpx.ReadError("connection reset", request=request)
         if self._rng.random() < self.loss:
             raise httpx.ReadError("the answer was lost", request=request)
+        self._nature.counts["long polls"] += answer.status_code == 202
         return answer
+
+    async def _come_again(self, trainer: SimulatedTrainer, request: httpx.Request) -> None:
+        """A copy that was under way for longer."""
+        await trio.sleep(self._rng.choice([0.0, 0.05, 1.0, 5.0]) * self._rng.random())
+        self._nature.counts["requests come twice"] += 1
+        await trainer.handle(request)
 
 
 class SimulatedTrainer:
     """A training server that can be killed and started again; what it published under `artifacts` stays."""
 
-    def __init__(self, rng: random.Random, network: Network, artifacts: Path) -> None:
-        self._rng, self._network, self.artifacts = rng, network, artifacts
-        self.connections: set[trio.CancelScope] = set()
+    def __init__(self, nature: Nature, network: Network, artifacts: Path, watch: Watch) -> None:
+        self._nature, self._network, self.artifacts, self._watch = nature, network, artifacts, watch
+        network.trainer = self
         self.app: Any = None
         self.lives = 0
         # A request that holds these bytes kills it.
@@ -130,31 +207,73 @@ class SimulatedTrainer:
         self.disk_full = False
         self.incarnation = ""
         self.supervisor: trio.Nursery | None = None
-        self._world: SimulatedWorld | None = None
-        self._scope: trio.CancelScope | None = None
+        self._connections: set[trio.CancelScope] = set()
+        self._world: TrainerWorld | None = None
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """One life; returns when it is killed."""
+    @property
+    def alive(self) -> bool:
+        return self._world is not None and not self._world.dead
+
+    def begin(self) -> TrainerWorld:
+        """Another life, for `run`."""
         self.lives += 1
-        world = self._world = SimulatedWorld(self._rng, self._network)
-        with trio.CancelScope() as self._scope:
-            async with trio.open_nursery() as nursery:
-                trainer = Trainer(world, 2, nursery)
-                await trainer.load(lambda: HashEngine(self))
-                self.app = application(trainer, None)
-                self.incarnation = trainer.incarnation
-                self._network.trainer = self
-                task_status.started()
-                await trio.sleep_forever()
+        self._world = TrainerWorld(self._nature, self._network, self._watch)
+        self._watch.trainer_started()
+        return self._world
+
+    async def run(self, world: TrainerWorld) -> None:
+        """Returns when it is killed. It listens at once, and loads its model after that."""
+        try:
+            with world.scope:
+                async with trio.open_nursery() as self.nursery:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    trainer = Trainer(world, 2, self.nursery)
+                    self.app = application(trainer, None)
+                    self.incarnation = trainer.incarnation
+                    world.settled.set()
+                    await trainer.load(lambda: HashEngine(self, self._watch))
+                    await trio.sleep_forever()
+        except* Died:
+            assert world.dead
+
+    async def settled(self) -> None:
+        """It listens, or is dead."""
+        assert self._world is not None
+        await self._world.settled.wait()
 
     def kill(self) -> None:
-        assert self._world is not None
-        assert self._scope is not None
+        if self._world is None or self._world.dead:
+            return
         self.app = None
         self._world.die()
-        self._scope.cancel()
-        for connection in list(self.connections):
+        for connection in list(self._connections):
             connection.cancel()
+        self._world.scope.cancel()
+        self._world.settled.set()
+
+    async def handle(self, request: httpx.Request) -> httpx.Response | None:
+        """The answer, or None if it dies meanwhile."""
+        answer, life = None, self.lives
+        if self.app is not None:
+            with trio.CancelScope() as connection:
+                self._connections.add(connection)
+                try:
+                    # A bug of the server is its 500, and no exception of its caller.
+                    server = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+                    answer = await server.handle_async_request(request)
+                finally:
+                    self._connections.discard(connection)
+        return answer if self.app is not None and self.lives == life else None
+
+    def kind_of(self, request: httpx.Request, content: bytes) -> str:
+        """For faults: what this request makes the server do."""
+        kind = request.url.path.removeprefix("/v1/").partition("/")[0].removesuffix("s")
+        if kind != "op":
+            return kind
+        if request.method == "GET":
+            return "poll"
+        op = msgspec.msgpack.decode(content, type=protocol.OpRequest)
+        return "redo" if self._watch.has_ended(op.job_id) else "op"
 
     async def find(self, unfit: str | None) -> Endpoint:
         """As the embedded one's supervisor: one that is unfit is ended, and another started."""
@@ -162,11 +281,14 @@ class SimulatedTrainer:
         if self.app is not None and self.incarnation == unfit:
             self.kill()
             assert self.supervisor is not None
-            await self.supervisor.start(self.run)
+            self.supervisor.start_soon(self.run, self.begin())
+            await self.settled()
         return Endpoint("http://trainer.sim")
 
 
-class _State(msgspec.Struct):
+class State(msgspec.Struct, frozen=True):
+    """Of one model, in the engine."""
+
     chain: str
     gradient: str = ""
     step: int = 0
@@ -179,8 +301,8 @@ def _hash(*parts: object) -> str:
 class HashEngine:
     """A double of an engine: every result depends on the whole history of its model."""
 
-    def __init__(self, trainer: SimulatedTrainer) -> None:
-        self._trainer, self._models = trainer, dict[str, _State]()
+    def __init__(self, trainer: SimulatedTrainer, watch: Watch) -> None:
+        self._trainer, self._watch, self._models = trainer, watch, dict[str, State]()
         self._artifacts = Artifacts(trainer.artifacts, f"life-{trainer.lives}")
 
     @property
@@ -189,11 +311,14 @@ class HashEngine:
             "hash", {}, "sim/model", None, "0", "hash", 1, 100, 1000, 64, ["any"], ["train", "sample"]
         )
 
+    def state(self, model_id: str) -> State | None:
+        return self._models.get(model_id)
+
     def create(self, model_id: str, op: protocol.CreateModel) -> protocol.ModelInfo:
-        state = _State(_hash("new", op.seed, op.rank))
-        if op.source is not None:
-            state = self._saved(op.source, op.optimizer)
-        self._models[model_id] = state
+        if op.source is None:
+            self._models[model_id] = State(_hash("new", op.seed, op.rank))
+        else:
+            self._models[model_id] = self._saved(op.source, op.optimizer)
         return protocol.ModelInfo(op.rank, op.alpha, op.seed, op.train_attn, op.train_mlp, op.train_unembed)
 
     def forward(self, model_id: str, op: protocol.Forward) -> protocol.OpResult:
@@ -203,15 +328,15 @@ class HashEngine:
         if b"poison" in op.body:
             raise UserError("poison")
         state = self._models[model_id]
-        state.gradient = _hash(state.chain, state.gradient, op.body.hex())
-        return self._result(state.gradient)
+        gradient = _hash(state.chain, state.gradient, op.body.hex())
+        self._models[model_id] = msgspec.structs.replace(state, gradient=gradient)
+        return self._result(gradient)
 
     def optim_step(self, model_id: str, op: protocol.OptimStep) -> dict[str, float]:
         state = self._models[model_id]
-        state.step += 1
-        state.chain = _hash(state.chain, state.gradient, op, state.step)
-        state.gradient = ""
-        return {"step": state.step, "weights": int(state.chain[:12], 16)}
+        chain = _hash(state.chain, state.gradient, op, state.step + 1)
+        self._models[model_id] = State(chain, step=state.step + 1)
+        return {"step": state.step + 1, "weights": int(chain[:12], 16)}
 
     def save_state(self, model_id: str, op: protocol.SaveState, origin: str) -> list[protocol.File]:
         return self._publish(op.path, origin, state=msgspec.json.encode(self._models[model_id]))
@@ -233,16 +358,20 @@ class HashEngine:
         return self._read(path, "book")
 
     def restore(self, model_id: str, path: str) -> None:
-        self._models[model_id] = msgspec.json.decode(self._read(path, "state"), type=_State)
+        state = msgspec.json.decode(self._read(path, "state"), type=State)
+        book = msgspec.msgpack.decode(self._read(path, "book"), type=Book)
+        self._models[model_id] = state
+        self._watch.restored(model_id, book.applied, state)
 
     def sample(self, request: protocol.SampleRequest) -> Sampled:
+        self._watch.sampled(request)
         weights = self._read(request.adapter, "adapter").decode() if request.adapter else "base"
         body = _hash(weights, request.prompt, request.seed).encode()
         return Sampled(body, len(request.prompt), request.num_samples)
 
-    def _saved(self, path: str, optimizer: bool) -> _State:
-        saved = msgspec.json.decode(self._read(path, "state"), type=_State)
-        return _State(saved.chain, step=saved.step if optimizer else 0)
+    def _saved(self, path: str, optimizer: bool) -> State:
+        saved = msgspec.json.decode(self._read(path, "state"), type=State)
+        return State(saved.chain, step=saved.step if optimizer else 0)
 
     def _publish(self, path: str, origin: str, **files: bytes) -> list[protocol.File]:
         if self._trainer.disk_full:

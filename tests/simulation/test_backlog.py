@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import tempfile
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,14 +14,6 @@ from tests.simulation.scenario import answers, json, train
 from tink.domain import messages
 
 MODELS = 4
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """In memory where there is such a folder: syncs to a disk are what takes the time here."""
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=memory) as made:
-        yield Path(made)
 
 
 async def _begin(cluster: Cluster) -> tuple[str, list[str]]:
@@ -64,14 +54,14 @@ async def _after_a_crash(cluster: Cluster, steps: int) -> list[object]:
     return found
 
 
-async def test_it_gives_what_an_undisturbed_worker_gives(autojump_clock: MockClock, folder: Path) -> None:
-    async with Cluster.running(folder / "calm") as cluster:
+async def test_it_gives_what_an_undisturbed_worker_gives(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with Cluster.running(tmp_path / "calm") as cluster:
         expected = await answers(cluster, await _submit(cluster, *await _begin(cluster), 10))
-    async with Cluster.running(folder / "crashed") as cluster:
+    async with Cluster.running(tmp_path / "crashed") as cluster:
         assert await _after_a_crash(cluster, 10) == expected
 
 
 @pytest.mark.slow
-async def test_it_does_so_with_thousands(autojump_clock: MockClock, folder: Path) -> None:
-    async with Cluster.running(folder) as cluster:
+async def test_it_does_so_with_thousands(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with Cluster.running(tmp_path) as cluster:
         assert len(await _after_a_crash(cluster, 300)) == 3000

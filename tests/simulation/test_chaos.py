@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation import chaos
+from tests.simulation import chaos, steps
+from tests.simulation.program import program
 
 REGRESSIONS = Path(__file__).with_name("regressions.txt")
 
 
 def test_the_same_seed_gives_the_same_trace(tmp_path: Path) -> None:
-    what = chaos.program(5)
+    what = program(5)
     first = chaos.simulate(tmp_path / "a", 5, what, disturbed=True)
     second = chaos.simulate(tmp_path / "b", 5, what, disturbed=True)
     assert first == second
@@ -24,6 +25,15 @@ def test_the_same_seed_gives_the_same_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [int(line) for line in REGRESSIONS.read_text().split()])
 def test_what_once_failed_does_not_fail_again(seed: int) -> None:
     assert chaos.check(seed) is None
+
+
+@pytest.mark.slow
+def test_a_crash_at_any_step_changes_nothing() -> None:
+    """Between any two steps of any tasks, and so at every await. tools/simulate --steps takes each."""
+    with ProcessPoolExecutor(2) as pool:
+        wrong = list(pool.map(steps.check, steps.crashes(every=4), chunksize=8))
+    assert len(wrong) > 150
+    assert [found for found in wrong if found is not None] == []
 
 
 @pytest.mark.slow

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
-from tests.simulation.scenario import answers, batch, events, json, long_run, step, train
+from tests.simulation.doubles import HashEngine, TrainerWorld
+from tests.simulation.scenario import answers, batch, events, json, long_run, slow, step, train
 from tink.domain import ids, messages, rows
 from tink.errors import NotFound, Overloaded
 from tink.limits import SEQ_GAP_SECONDS
@@ -163,6 +166,26 @@ async def test_a_crash_changes_no_result(autojump_clock: MockClock, tmp_path: Pa
         cluster.check_journal()
 
 
+async def test_a_trainer_that_came_back_and_still_loads_its_model_is_waited_for(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        session = await cluster.session()
+        model = await cluster.create(session)
+        sampler = (await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))).id
+        await cluster.outcome(f"{model}:0")
+        builds = "<lambda>"
+        monkeypatch.setattr(TrainerWorld, "seconds", lambda _, fn: 5.0 * (fn.__name__ == builds))
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        # On the address of the one before, for whose life these calls are meant.
+        sample = json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]})
+        promise = await cluster.ask(messages.SubmitSample(TENANT, sampler, 0, sample))
+        assert (await cluster.outcome(await batch(cluster, model, 1))).state == "done"
+        assert (await cluster.outcome(promise.request_id)).state == "done"
+        cluster.check_journal()
+
+
 async def test_lost_calls_and_answers_change_no_result(autojump_clock: MockClock, tmp_path: Path) -> None:
     expected = await _undisturbed(tmp_path, 10)
     async with Cluster.running(tmp_path / "lossy", loss=0.2) as cluster:
@@ -311,6 +334,64 @@ async def test_a_lost_trainer_is_brought_up_from_the_newest_snapshot_and_not_fro
         results += await answers(cluster, [f"{model}:31", f"{model}:32"])
         assert results == expected[: len(results)]
         assert events(cluster, "diverged") == []
+        cluster.check_journal()
+
+
+async def test_a_model_is_restored_when_it_is_used_and_not_before(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path, snapshot_seconds=0.05) as cluster:
+        session = await cluster.session()
+        models = [await cluster.create(session, number) for number in range(3)]
+        for model in models:
+            await long_run(cluster, model, 4)
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        await trio.sleep(60.0)
+        assert cluster.watch.at == {}
+        await cluster.outcome(await batch(cluster, models[1], 9))
+        assert cluster.watch.at == {models[1]: 10}
+        await cluster.outcome(await batch(cluster, models[0], 9))
+        assert cluster.watch.at == {models[1]: 10, models[0]: 10}
+        cluster.check_journal()
+
+
+@pytest.mark.parametrize("op", ["forward_backward", "optim_step"])
+async def test_a_redo_that_gives_something_else_is_told_and_the_run_goes_on(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        await answers(cluster, await train(cluster, model, 1, 2))
+        really = getattr(HashEngine, op)
+
+        def differently(self: HashEngine, *args: Any) -> Any:
+            result = really(self, *args)
+            if isinstance(result, dict):
+                return result | {"weights": 0.5}
+            return msgspec.structs.replace(result, body=b"rounded")
+
+        monkeypatch.setattr(HashEngine, op, differently)
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        assert (await cluster.outcome(await batch(cluster, model, 5))).state == "done"
+        told = [event["op_no"] for event in events(cluster, "diverged")]
+        assert told == ([2, 4] if op == "forward_backward" else [3, 5])
+        cluster.check_journal()
+
+
+async def test_an_operation_that_takes_long_delays_no_other_model(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch, 600.0, lambda arguments: "long" in arguments and "ForwardBackward" in arguments)
+    async with Cluster.running(tmp_path) as cluster:
+        session = await cluster.session()
+        models = [await cluster.create(session, number) for number in range(2)]
+        await cluster.submit(models[0], 1, "forward_backward", b"long")
+        with trio.fail_after(60.0):
+            await long_run(cluster, models[1], 10)
+        assert (await cluster.outcome(f"{models[0]}:1")).state == "done"
+        assert cluster.nature.counts["long polls"] > 10
         cluster.check_journal()
 
 

@@ -17,6 +17,7 @@ from trio.testing import MockClock
 from tests.simulation import chaos
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.doubles import SimulatedWorld
+from tests.simulation.program import program
 from tests.simulation.scenario import answers, batch, events, json, long_run, slow, step, train
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.megatron import MegatronActor
@@ -159,7 +160,7 @@ async def test_a_redo_after_pruning_gives_the_same_bits(
         cluster.check_journal()
 
 
-async def test_where_both_snapshots_are_damaged_and_the_bodies_gone_the_models_jobs_say_so(
+async def test_without_both_snapshots_and_the_bodies_jobs_fail_until_the_files_are_back(
     autojump_clock: MockClock, clock: Clock, tmp_path: Path
 ) -> None:
     async with Cluster.running(tmp_path, snapshot_seconds=0.05, retention_hours=0.0) as cluster:
@@ -168,8 +169,11 @@ async def test_where_both_snapshots_are_damaged_and_the_bodies_gone_the_models_j
         await long_run(cluster, model, 12)
         await answers(cluster, await train(cluster, other, 1, 1))
         await clock.later(cluster, HOUR + 1)
+        spoiled = {}
         for taken in events(cluster, "snapshot_taken")[-2:]:
-            (cluster.trainer.artifacts / taken["directory"] / "state").write_bytes(b"damaged")
+            state = cluster.trainer.artifacts / taken["directory"] / "state"
+            spoiled[taken["directory"]] = state.read_bytes()
+            state.write_bytes(b"damaged")
         cluster.trainer.kill()
         await cluster.start_trainer()
         for seq in (25, 26):
@@ -179,6 +183,10 @@ async def test_where_both_snapshots_are_damaged_and_the_bodies_gone_the_models_j
             assert "has lost the model" in str(failed.error)
             assert "not stored any more" in str(failed.error)
             assert "checkpoint" in str(failed.error)
+        for taken in spoiled:
+            (cluster.trainer.artifacts / taken / "state").write_bytes(spoiled[taken])
+        await batch(cluster, model, 27)
+        assert (await cluster.outcome(f"{model}:27")).state == "done", "nothing was given up"
         assert all(
             isinstance(answer, bytes | dict)
             for answer in await answers(cluster, await train(cluster, other, 3, 1))
@@ -397,7 +405,9 @@ async def test_a_redo_whose_state_to_load_is_gone_fails_the_models_jobs_and_no_o
         model = await load(
             cluster, session, 1, await save(cluster, origin, 1, "save_weights", path="state")
         )
-        shutil.rmtree(cluster.trainer.artifacts / ids.directory(origin, 2, "save_weights"))
+        state = ids.directory(origin, 2, "save_weights")
+        shutil.rmtree(cluster.trainer.artifacts / state)
+        cluster.watch.damaged.add(state)
         cluster.trainer.kill()
         await cluster.start_trainer()
         for seq in (1, 2):
@@ -613,9 +623,5 @@ def test_passes_without_end_change_nothing_that_a_client_gets(
     """Chaos, with a pass every few milliseconds and nothing kept that is not needed."""
     pass_all_the_time(monkeypatch)
 
-    class Tidy(Cluster):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings, retention_hours=0.0)
-
-    monkeypatch.setattr(chaos, "Cluster", Tidy)
-    assert chaos.check(seed) is None
+    what = program(seed)._replace(retention_hours=0.0, jump=300.0, slow=0.0)
+    assert chaos.judge(seed, what).wrong is None

@@ -274,6 +274,7 @@ async def test_a_trainer_that_is_ahead_of_a_restored_journal_is_replaced(
             file.unlink()
         if backup != "none":
             (tmp_path / "backup.sqlite").rename(cluster.home.journal)
+        cluster.watch.backup_was_put_back()
         lives = cluster.trainer.lives
         with capture_logs() as lines:
             await cluster.start_worker()

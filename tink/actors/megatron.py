@@ -226,7 +226,7 @@ class MegatronActor:
         applied = life.applied.get(model_id, 0)
         if applied >= upto:
             return
-        applied = await self._snapshots.restore(life, model_id, applied)
+        applied, unusable = await self._snapshots.restore(life, model_id, applied)
         context = plans.Context(self._journal.ledger, life.info, self._alpha)
         log.info("redo", model=model_id, first=applied + 1, last=upto)
         for job in await self._journal.ops(model_id, applied, upto):
@@ -256,6 +256,7 @@ class MegatronActor:
             if mutates:
                 await self._compare(job, reply)
             crash.point("worker.redone")
+        await self._snapshots.give_up(unusable)
 
     async def _compare(self, job: rows.Job, reply: protocol.OpReply) -> None:
         """A redo must give what the job gave. If it does not, the run goes on, and the journal says so."""

@@ -2,7 +2,8 @@
 
 A snapshot is published by the trainer (temporary directory, fsync, rename, a manifest with sha256) and
 only then written into the journal; one that the journal does not know is never used. SNAPSHOTS_KEPT are
-kept: a damaged newest one falls back to the one before it, and that to the first operation.
+kept: one that cannot be used falls back to the one before it, and that to the first operation. It is given
+up once the model is up to date without it, and not before: it may be the whole folder that is not there.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Snapshots:
         else:
             self._redo_ms[model_id] = 0.0
 
-    async def restore(self, life: Life, model_id: str, applied: int) -> int:
-        """Gives a trainer that is behind the newest snapshot it can use; the op_no where it is then.
-        Raises TrainerGone."""
+    async def restore(self, life: Life, model_id: str, applied: int) -> tuple[int, list[rows.Snapshot]]:
+        """Gives a trainer that is behind the newest snapshot it can use: the op_no where it is then, and
+        the newer ones, that it could not use. Raises TrainerGone."""
+        unusable: list[rows.Snapshot] = []
         for snapshot in self._live(model_id):
             if snapshot.op_no <= applied:
                 break
@@ -68,7 +70,7 @@ class Snapshots:
                 if error.refusal.error != "failed":
                     raise
                 log.error("snapshot damaged", model=model_id, op_no=snapshot.op_no, reason=str(error))
-                await self._drop(snapshot, "damaged")
+                unusable.append(snapshot)
                 continue
             if restored != snapshot.op_no:
                 raise TrainerGone(f"the trainer restored op {restored}, not {snapshot.op_no}")
@@ -76,7 +78,12 @@ class Snapshots:
             log.info("restored", model=model_id, op_no=applied)
             crash.point("worker.restored")
             break
-        return applied
+        return applied, unusable
+
+    async def give_up(self, unusable: list[rows.Snapshot]) -> None:
+        """The model is up to date without them."""
+        for snapshot in unusable:
+            await self._drop(snapshot, "damaged")
 
     async def _take(self, life: Life, job: rows.Job) -> None:
         assert job.op_no is not None

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import msgspec
 
+from tink import files
 from tink.errors import StartupError
+
+SECRET_BYTES = 32
 
 
 class WorkerRecord(msgspec.Struct):
@@ -73,6 +76,7 @@ class Home:
         with self.writing():
             for folder in (self.root, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.sync_names(self.logs)
         self.probe()
 
     def probe(self) -> None:
@@ -114,17 +118,17 @@ class Home:
             os.close(handle)
 
     def load_secret(self) -> bytes:
-        """32 random bytes that sign download links; made once, and never half: an empty key is no key."""
+        """32 random bytes that sign download links; made once, and never half: an empty key is no key. The
+        caller holds the lock. Raises StartupError if it cannot be made, or is not what was made."""
         with self.writing():
             if not self.secret.exists():
-                scratch = self.secret.with_name("secret.new")
-                handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                with os.fdopen(handle, "wb") as file:
-                    file.write(os.urandom(32))
-                    file.flush()
-                    os.fsync(handle)
-                scratch.replace(self.secret)
-            return self.secret.read_bytes()
+                files.write(self.secret, os.urandom(SECRET_BYTES))
+            # Whoever made it may have been killed before its name was synced.
+            files.sync(self.root)
+            secret = self.secret.read_bytes()
+        if len(secret) != SECRET_BYTES:
+            raise StartupError(f"{self.secret} is damaged: delete it; links given out end with it")
+        return secret
 
     def announce(self, record: WorkerRecord) -> None:
         """Says how to reach the running worker. Raises StartupError if it cannot."""

@@ -9,7 +9,6 @@ which operation made it (`origin`), what it holds (`about`) and the sha256 of ev
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -18,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from tink import crash
+from tink import crash, files
 from tink.domain import ids
 from tink.errors import BackendError, NotFound, UserError
 from tink.trainer.protocol import File
@@ -64,28 +63,28 @@ class Artifacts:
         if target.exists():
             manifest = self._manifest(target)
             if manifest.origin == origin:
+                # Whoever published it may have been killed before the names were synced.
+                files.sync_names(target, self.root)
                 return manifest.files
             raise BackendError(f"{path} exists already, made by {manifest.origin}")
         scratch = self._scratch / next(self._names)
         scratch.mkdir(parents=True)
         try:
             fill(scratch)
-            files = [_describe(file) for file in sorted(scratch.iterdir())]
-            manifest = Manifest(FORMAT, origin, about, files)
+            made = [_describe(file) for file in sorted(scratch.iterdir())]
+            manifest = Manifest(FORMAT, origin, about, made)
             encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
             (scratch / MANIFEST).write_bytes(encoded + b"\n")
-            for file in scratch.iterdir():
-                _sync(file)
-            _sync(scratch)
-            _make_parents(target.parent)
+            files.sync_tree(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
             crash.point("trainer.synced")
             scratch.rename(target)
-            _sync(target.parent)
+            files.sync_names(target, self.root)
             crash.point("trainer.renamed")
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-        return files
+        return made
 
     def open(self, path: str) -> tuple[Path, Manifest]:
         """A published directory, every file of which has its size and hash. NotFound if there is
@@ -114,19 +113,3 @@ def _describe(file: Path) -> File:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return File(file.name, file.stat().st_size, digest)
-
-
-def _make_parents(directory: Path) -> None:
-    """Like mkdir(parents=True), with each new name on the disk."""
-    if not directory.is_dir():
-        _make_parents(directory.parent)
-        directory.mkdir(exist_ok=True)
-        _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,6 +24,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tink import files
 from tink.errors import StartupError
 from tink.trainer.corpus import Docstring, docstrings
 from tink.trainer.engines import frozen
@@ -75,6 +76,8 @@ def ensure(home: Path) -> Path:
     directory = home / "models" / NAME.replace("/", "--")
     if not directory.is_dir():
         build(directory)
+    # Whoever built it may have been killed before its name was synced.
+    files.sync_names(directory, home)
     return directory
 
 
@@ -236,9 +239,12 @@ def publish_tokenizer(directory: Path, name: str = NAME) -> Path | None:
 def _published(out: Path) -> Iterator[Path]:
     """A new directory to fill, which becomes `out` when all went well."""
     scratch = out.parent / f".{out.name}.{os.getpid()}"
+    # In a container every life has the same number: the one before was killed.
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
+        files.sync_tree(scratch)
         scratch.rename(out)
     except OSError as error:
         # Two processes built it at once: the first one's is as good. Anything else is in the way.

@@ -1,0 +1,304 @@
+"""Tink with one thing taken out of it: the simulation must notice. Each mutant is a change of one place."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from tink.actors import plans, router
+from tink.actors.megatron import MegatronActor
+from tink.actors.router import Router
+from tink.actors.snapshots import Snapshots
+from tink.domain import ids, messages, rows
+from tink.domain.events import SnapshotTaken, Subject
+from tink.domain.lane import Lane
+from tink.errors import TinkError
+from tink.journal import database
+from tink.journal.journal import Entry, Journal
+from tink.trainer import artifacts, lanes, protocol
+from tink.trainer.ledger import Ledger
+
+Patch = pytest.MonkeyPatch
+ALL: dict[str, Callable[[Patch], None]] = {}
+
+
+def mutant(make: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    ALL[make.__name__.replace("_", "-")] = make
+    return make
+
+
+@contextmanager
+def applied(name: str | None) -> Iterator[None]:
+    with Patch.context() as patch:
+        if name is not None:
+            ALL[name](patch)
+        yield
+
+
+# -- the three that the promise rests on ------------------------------------------------------------
+
+
+@mutant
+def no_op_fence(patch: Patch) -> None:
+    """The trainer applies a repeated op_no again."""
+    submit = lanes.Lanes.submit
+
+    async def again(self: lanes.Lanes, request: protocol.OpRequest) -> protocol.OpReply:
+        account = self._ledger._accounts.get(request.model_id)
+        same_life = request.incarnation == self._ledger.incarnation
+        if same_life and account is not None and request.op_no <= account.applied:
+            await self._world.run_sync(lanes.apply, self._engine, request)
+        return await submit(self, request)
+
+    patch.setattr(lanes.Lanes, "submit", again)
+
+
+@mutant
+def no_dedupe(patch: Patch) -> None:
+    """A repeated submission is a new job."""
+    patch.setattr(Router, "_is_known", lambda self, job_id: False)
+
+
+@mutant
+def no_fsync(patch: Patch) -> None:
+    """A commit returns before it is on the disk."""
+    patch.setitem(database._WRITER_PRAGMAS, "synchronous", ("OFF", 0))
+
+
+# -- answering and committing -----------------------------------------------------------------------
+
+
+@mutant
+def no_fsync_but_at_checkpoints(patch: Patch) -> None:
+    """SQLite's own default for a WAL, in many builds."""
+    patch.setitem(database._WRITER_PRAGMAS, "synchronous", ("NORMAL", 1))
+
+
+@mutant
+def answer_before_commit(patch: Patch) -> None:
+    submit = Router._submit_training
+
+    def early(self: Router, ask: messages.SubmitTraining) -> Any:
+        work = submit(self, ask)
+
+        async def later() -> None:
+            with suppress(TinkError):
+                await work
+
+        async def at_once() -> messages.Promise:
+            await trio.lowlevel.checkpoint()
+            return messages.Promise(ids.job_id(ask.model_id, ask.seq_id), model_id=ask.model_id)
+
+        self._nursery.start_soon(later)
+        return at_once()
+
+    patch.setattr(Router, "_submit_training", early)
+
+
+@mutant
+def body_after_event(patch: Patch) -> None:
+    """The event names a body that is stored after it."""
+    put = router.Router._accept
+
+    async def accept(self: Router, subject: Subject, accepted: Any, body: bytes) -> None:
+        kept: list[bytes] = []
+
+        async def later(content: bytes) -> str:
+            kept.append(content)
+            return str(__import__("hashlib").sha256(content).hexdigest())
+
+        bodies = self._journal.bodies
+        store = bodies.put
+        with Patch.context() as inner:
+            inner.setattr(bodies, "put", later)
+            await put(self, subject, accepted, body)
+        for content in kept:
+            await store(content)
+
+    patch.setattr(Router, "_accept", accept)
+
+
+@mutant
+def split_transaction(patch: Patch) -> None:
+    """What belongs together is committed one by one."""
+    append = Journal.append
+
+    async def one_by_one(self: Journal, *entries: Entry) -> None:
+        for entry in entries:
+            await append(self, entry)
+
+    patch.setattr(Journal, "append", one_by_one)
+
+
+# -- order and numbers ------------------------------------------------------------------------------
+
+
+@mutant
+def lane_order_ignored(patch: Patch) -> None:
+    """What is there runs, whatever number is next."""
+
+    def start(self: Lane) -> str | None:
+        if self.running is None and self.waiting:
+            self.next_seq = min(self.waiting)
+            self.running = self.waiting.pop(self.next_seq)
+            return self.running
+        return None
+
+    patch.setattr(Lane, "start", start)
+
+
+@mutant
+def impatient_lane(patch: Patch) -> None:
+    """Numbers that are still to come are skipped."""
+    patch.setattr(router, "SEQ_GAP_SECONDS", 0.05)
+
+
+@mutant
+def number_after_sending(patch: Patch) -> None:
+    """An operation is sent while its number is being journaled."""
+    begin = MegatronActor._begin_attempt
+
+    async def in_the_background(self: MegatronActor, job: rows.Job, *rest: Any) -> None:
+        async def later() -> None:
+            await trio.sleep(0.03)
+            await begin(self, job, *rest)
+
+        # The nursery of the journal: of all that is at hand it lives longest.
+        trio.lowlevel.spawn_system_task(later)
+        await trio.lowlevel.checkpoint()
+
+    patch.setattr(MegatronActor, "_begin_attempt", in_the_background)
+
+
+@mutant
+def new_number_after_restart(patch: Patch) -> None:
+    """The next worker sends a running job under a number of its own."""
+    outcome = MegatronActor._outcome
+
+    async def renumbered(self: MegatronActor, job: rows.Job) -> Any:
+        job.op_no = None
+        return await outcome(self, job)
+
+    patch.setattr(MegatronActor, "_outcome", renumbered)
+
+
+# -- redo and snapshots -----------------------------------------------------------------------------
+
+
+@mutant
+def redo_without_failed_jobs(patch: Patch) -> None:
+    """A redo leaves out the numbers of operations that failed."""
+    ops = Journal.ops
+
+    async def done_ones(self: Journal, *range_: Any) -> list[rows.Job]:
+        return [job for job in await ops(self, *range_) if job.state != "failed"]
+
+    patch.setattr(Journal, "ops", done_ones)
+
+
+@mutant
+def redo_of_failed_jobs(patch: Patch) -> None:
+    """A redo applies what had failed."""
+    again = plans.again
+
+    def tried(job: rows.Job, body: bytes, context: plans.Context) -> protocol.Op:
+        if job.op == "forward_backward" and job.state == "failed":
+            return protocol.ForwardBackward(b"what failed")
+        return again(job, body, context)
+
+    patch.setattr(plans, "again", tried)
+
+
+@mutant
+def lost_gradients(patch: Patch) -> None:
+    """A redo forgets what was accumulated since the last step."""
+    ops = Journal.ops
+
+    async def steps(self: Journal, *range_: Any) -> list[rows.Job]:
+        jobs = await ops(self, *range_)
+        last = max((job.op_no or 0 for job in jobs if job.op == "optim_step"), default=0)
+        for job in jobs:
+            if job.op == "forward_backward" and (job.op_no or 0) > last:
+                job.state = "failed"
+        return jobs
+
+    patch.setattr(Journal, "ops", steps)
+
+
+@mutant
+def snapshot_named_before_published(patch: Patch) -> None:
+    take = Snapshots._take
+
+    async def name_first(self: Snapshots, life: Any, job: rows.Job) -> None:
+        model_id, op_no = str(job.model_id), int(job.op_no or 0)
+        directory = ids.directory(model_id, op_no, "snapshot")
+        taken = SnapshotTaken(
+            snapshot_id=f"{model_id}#{op_no}", op_no=op_no, directory=directory, size_bytes=0
+        )
+        await self._journal.append((Subject(tenant=job.tenant, model_id=model_id), taken))
+        request = protocol.SnapshotRequest(life.incarnation, life.lease, model_id, directory)
+        await life.client.snapshot(request)
+
+    assert take is not None
+    patch.setattr(Snapshots, "_take", name_first)
+
+
+@mutant
+def restore_goes_back(patch: Patch) -> None:
+    """A snapshot is put back onto a model that is ahead of it."""
+    restoring = Ledger.restoring
+
+    def anyhow(self: Ledger, model_id: str, book: Any) -> Any:
+        account = self._accounts.get(model_id)
+        if account is not None and not account.open:
+            account.applied = min(account.applied, book.applied - 1)
+        return restoring(self, model_id, book)
+
+    patch.setattr(Ledger, "restoring", anyhow)
+
+
+@mutant
+def damage_unnoticed(patch: Patch) -> None:
+    """What is published is read without a look at its hashes."""
+
+    def trusting(self: artifacts.Artifacts, path: str) -> Any:
+        target = self.locate(path)
+        return target, self._manifest(target)
+
+    patch.setattr(artifacts.Artifacts, "open", trusting)
+
+
+# -- sampling ---------------------------------------------------------------------------------------
+
+
+@mutant
+def seed_drawn_when_sent(patch: Patch) -> None:
+    sampling = plans.sampling
+    rng = random.Random(0)
+
+    def unfixed(job: rows.Job, *rest: Any) -> protocol.SampleRequest:
+        request = sampling(job, *rest)
+        if request.seed == job.seed:
+            return msgspec.structs.replace(request, seed=rng.randrange(2**31))
+        return request
+
+    patch.setattr(plans, "sampling", unfixed)
+
+
+@mutant
+def newest_adapter(patch: Patch) -> None:
+    """A sampler follows its model's newest version."""
+    adapter = Journal.adapter
+
+    async def newest(self: Journal, adapter_id: str) -> rows.Adapter:
+        found = await adapter(self, adapter_id)
+        versions = self.ledger.table("adapters", rows.Adapter).values()
+        return max((a for a in versions if a.model_id == found.model_id), key=lambda a: a.version)
+
+    patch.setattr(Journal, "adapter", newest)
