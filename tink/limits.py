@@ -145,6 +145,11 @@ TRAINER_TOMBSTONES = 4096
 # How long a stopping trainer waits for the ops that run.
 TRAINER_GRACE = 10.0
 
+# -- metrics ----------------------------------------------------------------------------------------
+
+# Upper bounds of a histogram's buckets: from one small optimizer step to a long batch of long rollouts.
+RUN_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
 # -- retention --------------------------------------------------------------------------------------
 
 # Between two passes over everything, and between two looks for checkpoints that have come to an end.

@@ -51,8 +51,8 @@ def draw(rng: random.Random) -> list[Fault]:
         else:
             moment = _moment(rng)
         what = rng.choice(_WHAT)
-        if what == "damage":  # when there may be two snapshots
-            moment = Moment(occasion="snapshot", count=rng.randint(2, 5), steps=rng.randint(20, 60))
+        if what == "damage":  # as soon as there is something to damage
+            moment = Moment(occasion="commit", steps=rng.choice(_A_FEW))
         faults.append(Fault(moment, what, rng.choice([0.0, 0.0, 0.0, 0.2, 3.0])))
     return faults
 
@@ -119,6 +119,8 @@ class _Strike:
         self._strike()
 
     def _hear(self, occasion: str) -> None:
+        if self._fault.what == "damage" and not _spoilable(self._cluster):
+            return
         if occasion == self._fault.moment.occasion and self._left:
             self._left -= 1
             if not self._left:
@@ -171,22 +173,30 @@ async def _come_back(cluster: Cluster, fault: Fault) -> None:
         await start()
 
 
-def _damage(cluster: Cluster) -> None:
-    """The newest snapshot of a model that has another one, which is whole; best of one that is in use."""
+def _spoilable(cluster: Cluster) -> list[str]:
+    """The newest snapshots of models that have another one, which is whole, and jobs to be run."""
     live: defaultdict[str, list[rows.Snapshot]] = defaultdict(list)
     for snapshot in cluster.watch.rows("snapshots", rows.Snapshot):
         if snapshot.state == "live":
             live[snapshot.model_id].append(snapshot)
     in_use = {job.model_id for job in cluster.watch.rows("jobs", rows.Job) if not job.ended}
-    for model_id in sorted(live, key=lambda model_id: model_id not in in_use):
-        directories = [s.directory for s in sorted(live[model_id], key=lambda s: s.op_no)]
-        if len(directories) > 1 and not cluster.watch.damaged.intersection(directories):
-            cluster.nature.counts["snapshots damaged"] += 1
-            cluster.watch.damaged.add(directories[-1])
-            files = sorted((cluster.trainer.artifacts / directories[-1]).iterdir())
-            spoiled = cluster.rng.choice(files)
-            content = spoiled.read_bytes()
-            # Empty, cut off, or as good as before but for one digit.
-            flipped = content.translate(bytes.maketrans(b"01", b"10"))
-            spoiled.write_bytes(cluster.rng.choice([b"", content[:-1], flipped]))
-            return
+    found = []
+    for model_id, snapshots in live.items():
+        directories = [s.directory for s in sorted(snapshots, key=lambda s: s.op_no)]
+        is_whole = not cluster.watch.damaged.intersection(directories)
+        if model_id in in_use and len(directories) > 1 and is_whole:
+            found.append(directories[-1])
+    return found
+
+
+def _damage(cluster: Cluster) -> None:
+    for directory in _spoilable(cluster)[:1]:
+        cluster.nature.counts["snapshots damaged"] += 1
+        cluster.watch.damaged.add(directory)
+        files = sorted((cluster.trainer.artifacts / directory).iterdir())
+        # Nothing but its hash protects the state: most else would be found out anyway.
+        spoiled = cluster.rng.choice([*files, *3 * [cluster.trainer.artifacts / directory / "state"]])
+        content = spoiled.read_bytes()
+        # Empty, cut off, or as good as before but for one digit.
+        flipped = content.translate(bytes.maketrans(b"01", b"10"))
+        spoiled.write_bytes(cluster.rng.choice([b"", content[:-1], *3 * [flipped]]))

@@ -377,6 +377,10 @@ async def test_a_redo_that_gives_something_else_is_told_and_the_run_goes_on(
         assert (await cluster.outcome(await batch(cluster, model, 5))).state == "done"
         told = [event["op_no"] for event in events(cluster, "diverged")]
         assert told == ([2, 4] if op == "forward_backward" else [3, 5])
+        assert b"tink_diverged_total 2.0" in await cluster.ask(messages.GetMetrics(""))
+        cluster.crash_worker()
+        await cluster.start_worker()
+        assert b"tink_diverged_total 2.0" in await cluster.ask(messages.GetMetrics(""))
         cluster.check_journal()
 
 

@@ -18,11 +18,13 @@ from tink.api.tinker import TABLE as ROUTES
 from tink.api.tinker import unsupported
 from tink.cli.main import COMMANDS
 from tink.domain.events import AnyEvent
+from tink.domain.projection import Ledger
 from tink.domain.requests import OpName
 from tink.domain.rows import JobState
 from tink.journal import schema
 from tink.journal.home import Home
 from tink.journal.journal import prepare
+from tink.metrics import Metrics
 from tink.settings import Settings
 from tink.trainer import protocol
 from tink.trainer.server import Trainer, application
@@ -162,6 +164,17 @@ def test_every_crash_point_is_documented():
         for row in rows(section((DOCS / "recovery.md").read_text(), "## Crash points"))
     }
     assert documented == crash.POINTS
+
+
+def test_every_metric_is_documented_with_its_labels():
+    documented = {names(row[0])[0]: names(row[1]) for row in rows((DOCS / "metrics.md").read_text())}
+    metrics = Metrics(Ledger(), 0)
+    families = [family for family in metrics.registry.collect() if family.name.startswith("tink_")]
+    totals = {family.name + "_total" * (family.type == "counter") for family in families}
+    assert documented.keys() == totals
+    for name, collector in metrics.registry._names_to_collectors.items():
+        if name in documented:
+            assert documented[name] == list(getattr(collector, "_labelnames", documented[name]))
 
 
 def test_every_dependency_is_justified():

@@ -26,6 +26,7 @@ from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal.journal import Journal
 from tink.limits import LONGEST_TTL
+from tink.metrics import Metrics
 from tink.world import World
 
 R = TypeVar("R", bound=rows.Row)
@@ -33,9 +34,15 @@ R = TypeVar("R", bound=rows.Row)
 
 class Catalogue:
     def __init__(
-        self, journal: Journal, link: TrainerLink, routes: Routes, artifacts: Path, world: World
+        self,
+        journal: Journal,
+        link: TrainerLink,
+        routes: Routes,
+        artifacts: Path,
+        metrics: Metrics,
+        world: World,
     ) -> None:
-        self._journal, self._link, self._routes = journal, link, routes
+        self._journal, self._link, self._routes, self._metrics = journal, link, routes, metrics
         self._artifacts, self._world = artifacts, world
 
     async def answer(self, ask: messages.Question) -> Any:
@@ -83,6 +90,8 @@ class Catalogue:
                 return messages.Health(
                     mode=self._routes.mode, trainer="awaited" if self._link.present is None else "ready"
                 )
+            case messages.GetMetrics():
+                return self._metrics.exposition()
             case messages.GetCapabilities():
                 return await self._capabilities()
         raise TypeError(f"not a question for the catalogue: {ask}")

@@ -18,6 +18,7 @@ from tink.actors.supervisor import supervise
 from tink.actors.trainer_link import Find, TrainerLink
 from tink.journal.journal import Journal
 from tink.limits import SAMPLE_SLOTS
+from tink.metrics import Metrics
 from tink.settings import Settings
 from tink.world import World
 
@@ -38,7 +39,10 @@ async def open_worker(
         hang_seconds=settings.hang_seconds,
     )
     folder = ArtifactFolder(settings.artifact_root, world)
-    router = Router(journal, Catalogue(journal, link, routes, settings.artifact_root, world), world)
+    metrics = Metrics(journal.ledger, journal.diverged)
+    journal.observers.append(metrics.observe)
+    catalogue = Catalogue(journal, link, routes, settings.artifact_root, metrics, world)
+    router = Router(journal, catalogue, world)
     megatron = MegatronActor(
         journal,
         link,

@@ -11,6 +11,9 @@ from tink.api.call import Call, Table
 from tink.api.downloads import PATH
 from tink.domain import messages
 
+# Prometheus's text format.
+METRICS = "text/plain; version=0.0.4"
+
 
 async def index(call: Call) -> dict[str, Any]:
     """For the person who opened the URL in a browser."""
@@ -19,7 +22,7 @@ async def index(call: Call) -> dict[str, Any]:
         "version": tink.__version__,
         "what": tink.__doc__,
         "use": "TINKER_BASE_URL=<this URL> with the tinker SDK",
-        "routes": {"health": "/healthz", "api": "/api/v1"},
+        "routes": {"health": "/healthz", "metrics": "/metrics", "api": "/api/v1"},
     }
 
 
@@ -27,6 +30,11 @@ async def health(call: Call) -> dict[str, Any]:
     """Healthy is a worker that answers, not a server that listens."""
     found: messages.Health = await call.ask(messages.GetHealth(tenant=call.tenant))
     return {"status": "ok", "version": tink.__version__, "mode": found.mode, "trainer": found.trainer}
+
+
+async def metrics(call: Call) -> Response:
+    exposition: bytes = await call.ask(messages.GetMetrics(tenant=call.tenant))
+    return Response(exposition, media_type=METRICS)
 
 
 async def download(call: Call) -> Response:
@@ -41,5 +49,6 @@ TABLE: Table = {
     "/": {"GET": index},
     "/healthz": {"GET": health},
     "/api/v1/healthz": {"GET": health},
+    "/metrics": {"GET": metrics},
     f"{PATH}/{{path:path}}": {"GET": download},
 }

@@ -13,6 +13,8 @@ from tink.cli.homes import find_home, open_journal
 from tink.cli.jobs import JobLine, job_line, print_jobs
 from tink.cli.probes import TrainerStatus, WorkerStatus, probe
 from tink.domain import rows
+from tink.domain.events import Diverged
+from tink.journal import store
 from tink.world import World
 
 HELP = "what runs, the queue, models, sessions, last jobs"
@@ -56,6 +58,7 @@ class Status(msgspec.Struct, kw_only=True):
     worker: WorkerStatus
     trainer: TrainerStatus
     events: int
+    diverged: int
     queue: Queue
     disk: Disk
     jobs: dict[str, int]
@@ -93,6 +96,7 @@ def collect(option: Path | None, world: World) -> Status:
         last = queries.last_incarnation(connection)
         open_jobs = queries.open_jobs(connection)
         events = queries.count_events(connection)
+        diverged = store.count(connection, Diverged)
         sizes = queries.sizes(connection)
         counts = {name: queries.count(connection, name) for name in ("jobs", "models", "sessions")}
         models = queries.latest_models(connection, SHOWN)
@@ -106,6 +110,7 @@ def collect(option: Path | None, world: World) -> Status:
         worker=worker,
         trainer=trainer,
         events=events,
+        diverged=diverged,
         queue=_queue(open_jobs, now),
         disk=Disk(journal=_size(home.journal), bodies=_size(home.bodies), **sizes._asdict()),
         last_models=models,
@@ -140,6 +145,8 @@ def _print(found: Status, now: float) -> None:
     facts.add_row("worker", _worker(found.worker))
     facts.add_row("trainer", _trainer(found.trainer))
     facts.add_row("journal", f"{found.events:,} events; jobs: {_counts(found.jobs)}")
+    if found.diverged:
+        facts.add_row("diverged", f"[red]{found.diverged:,} redone result(s) differ from the journaled[/]")
     facts.add_row("queue", _queue_line(found.queue))
     sizes = msgspec.structs.asdict(found.disk)
     facts.add_row("disk", ", ".join(f"{name} {printing.size(size)}" for name, size in sizes.items()))

@@ -172,6 +172,10 @@ class GetHealth(Ask, frozen=True, tag="get_health"):
     """-> Health, at once, whatever the trainer does. Concerns no tenant."""
 
 
+class GetMetrics(Ask, frozen=True, tag="get_metrics"):
+    """-> bytes, in Prometheus's text format. Concerns no tenant, and names none."""
+
+
 class GetCapabilities(Ask, frozen=True, tag="get_capabilities"):
     """-> Capabilities"""
 
@@ -197,6 +201,7 @@ Question = (
     | ChangeCheckpoint
     | DeleteCheckpoint
     | GetHealth
+    | GetMetrics
     | GetCapabilities
 )
 

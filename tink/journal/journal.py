@@ -24,6 +24,7 @@ from tink import crash
 from tink.domain import rows
 from tink.domain.events import (
     AnyEvent,
+    Diverged,
     IncarnationStarted,
     IncarnationStopped,
     JobAccepted,
@@ -78,6 +79,10 @@ class Journal:
         self.ledger = Ledger()
         self.last_trainer: TrainerStarted | None = None
         self.incarnation = 0
+        # `diverged`: events of that kind before this incarnation. Observers see each committed event, on
+        # the Trio thread, before `ledger` has taken it in.
+        self.diverged = 0
+        self.observers: list[Callable[[Record], None]] = []
 
     @classmethod
     @asynccontextmanager
@@ -211,6 +216,7 @@ class Journal:
             present = Ledger()
             try:
                 self.last_trainer = store.last_trainer(self._connection)
+                self.diverged = store.count(self._connection, Diverged)
                 present = store.read_present(self._connection)
                 wrong = store.check_end(self._connection, present)
             except (LookupError, msgspec.MsgspecError) as error:
@@ -229,6 +235,8 @@ class Journal:
 
     def _apply(self) -> None:
         for record in self._committed:
+            for observe in self.observers:
+                observe(record)
             for digest in _bodies_named(record.event):
                 self.bodies.named(digest)
             if isinstance(record.event, JobAccepted):

@@ -112,6 +112,14 @@ def last_trainer(connection: Connection) -> TrainerStarted | None:
     return event if isinstance(event, TrainerStarted) else None
 
 
+def count(connection: Connection, kind: type[AnyEvent]) -> int:
+    """The events of one kind."""
+    table = schema.events
+    tag = kind.__struct_config__.tag
+    query = select(func.count()).select_from(table).where(table.c.kind == tag)
+    return int(connection.execute(query).scalar_one())
+
+
 def last_seq(connection: Connection) -> int:
     return int(connection.execute(select(func.coalesce(func.max(schema.events.c.seq), 0))).scalar_one())
 

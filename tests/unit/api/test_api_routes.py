@@ -344,6 +344,13 @@ async def test_health_is_that_of_the_worker(client, worker, path):
     assert [type(question) for question in worker.asked] == [messages.GetHealth]
 
 
+async def test_prometheus_reads_the_metrics_without_a_key(client, worker):
+    answer = await client.get("/metrics")
+    assert (answer.status_code, answer.text) == (200, "tink_diverged_total 0.0\n")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert [type(question) for question in worker.asked] == [messages.GetMetrics]
+
+
 async def test_the_front_page_says_what_this_is(client):
     assert (await client.get("/")).json()["name"] == "Tink"
     head = await client.head("/")

@@ -10,6 +10,7 @@ import trio
 
 from tink.domain.events import (
     AdapterExported,
+    AnyEvent,
     JobAccepted,
     JobDone,
     JobFailed,
@@ -79,6 +80,16 @@ def write(home: Home, *, crash: bool = False) -> None:
     except* Crash:
         pass
     StillWorld.time = BEGAN + 200
+
+
+def journaled(home: Home, job_id: str, event: AnyEvent) -> None:
+    """Another worker's life, in which this happened."""
+
+    async def live() -> None:
+        async with Journal.open(home, StillWorld(), version="0.1.0", settings_digest="d1ge57") as journal:
+            await journal.append((_about(job_id), event))
+
+    trio.run(live)
 
 
 async def _events(journal: Journal) -> None:

@@ -8,9 +8,22 @@ import time
 import httpx
 import pytest
 import trio
-from cli_home import BEGAN, MODEL, SAMPLED, SECRET, SESSION, WAITING, StillWorld, files, write
+from cli_home import (
+    BEGAN,
+    MODEL,
+    SAMPLED,
+    SECRET,
+    SESSION,
+    TRAINED,
+    WAITING,
+    StillWorld,
+    files,
+    journaled,
+    write,
+)  # fmt: skip
 
 from tink.cli import printing, probes
+from tink.domain.events import Diverged
 from tink.journal.home import Home
 
 WORKER = {
@@ -119,6 +132,14 @@ def test_the_queue_is_counted_by_operation_and_state(home, tink, tink_json):
     assert "2 open, the oldest for 2 min 50 s" in tink("status", "--home", home.root)[1]
 
 
+def test_redone_results_that_differ_are_counted_and_shown(home, tink, tink_json):
+    assert tink_json("status", "--home", home.root)[1]["diverged"] == 0
+    assert "diverged" not in tink("status", "--home", home.root)[1]
+    journaled(home, TRAINED, Diverged(op_no=2, detail="another loss"))
+    assert tink_json("status", "--home", home.root)[1]["diverged"] == 1
+    assert "1 redone result" in tink("status", "--home", home.root)[1]
+
+
 def test_models_sessions_and_the_last_jobs_are_there(home, tink, tink_json):
     document = tink_json("status", "--home", home.root)[1]
     assert document["models"] == {"live": 1}
@@ -160,8 +181,9 @@ def test_the_document_has_the_same_keys_whatever_runs(home, runs, tink_json):
     home.worker.unlink()
     home.trainer.unlink()
     stopped = tink_json("status", "--home", home.root)[1]
-    keys = "home version worker trainer events queue disk jobs models sessions last_models last_sessions"
-    assert list(running) == list(stopped) == [*keys.split(), "last_jobs"]
+    keys = "home version worker trainer events diverged queue disk jobs models sessions"
+    lists = ["last_models", "last_sessions", "last_jobs"]
+    assert list(running) == list(stopped) == [*keys.split(), *lists]
     assert list(running["worker"]) == list(stopped["worker"])
     assert list(running["trainer"]) == list(stopped["trainer"])
 

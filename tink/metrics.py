@@ -1,0 +1,96 @@
+"""What the worker counts, for Prometheus: a fold of the journal's events, so that it tells the same story.
+Counters begin with the process, as Prometheus expects, but for `tink_diverged_total`, which is of the
+whole journal: a divergence that happened just before a crash must not be missed."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from tink.domain import events, rows
+from tink.domain.projection import Ledger
+from tink.limits import RUN_SECONDS_BUCKETS
+
+
+class Metrics:
+    """`ledger`: where open jobs are. `diverged`: how many such events the journal has already."""
+
+    def __init__(self, ledger: Ledger, diverged: int) -> None:
+        self._ledger = ledger
+        self.registry = registry = CollectorRegistry()
+        self._accepted = Counter("tink_jobs_accepted", "Jobs accepted.", ["op"], registry=registry)
+        self._attempts = Counter(
+            "tink_job_attempts", "Jobs sent to a backend, each new attempt.", ["op"], registry=registry
+        )
+        self._ended = Counter("tink_jobs_ended", "Jobs ended.", ["op", "state"], registry=registry)
+        self._run = Histogram(
+            "tink_job_run_seconds",
+            "How long jobs that are done ran in the backend.",
+            ["op"],
+            registry=registry,
+            buckets=RUN_SECONDS_BUCKETS,
+        )
+        self._diverged = Counter(
+            "tink_diverged",
+            "Redone results that differ from the journaled ones, in the whole journal.",
+            registry=registry,
+        )
+        self._diverged.inc(diverged)
+        self._trainers = Counter(
+            "tink_trainer_lives", "Lives of the training server that answered.", registry=registry
+        )
+        self._snapshots = Counter("tink_snapshots_taken", "Snapshots taken.", registry=registry)
+        self._damaged = Counter(
+            "tink_snapshots_damaged", "Snapshots given up as damaged.", registry=registry
+        )
+        registry.register(_OpenJobs(ledger))
+        ProcessCollector(registry=registry)
+
+    def observe(self, record: events.Record) -> None:
+        """A committed event, before the ledger has taken it in."""
+        event, job_id = record.event, record.subject.job_id
+        match event:
+            case events.JobAccepted():
+                self._accepted.labels(event.op).inc()
+            case events.JobStarted():
+                self._attempts.labels(self._op(job_id)).inc()
+            case events.JobDone():
+                op = self._op(job_id)
+                self._ended.labels(op, "done").inc()
+                self._run.labels(op).observe(event.run_ms / 1000)
+            case events.JobFailed():
+                self._ended.labels(self._op(job_id), "failed").inc()
+            case events.JobCancelled():
+                self._ended.labels(self._op(job_id), "cancelled").inc()
+            case events.Diverged():
+                self._diverged.inc()
+            case events.TrainerStarted():
+                self._trainers.inc()
+            case events.SnapshotTaken():
+                self._snapshots.inc()
+            case events.SnapshotDropped(reason="damaged"):
+                self._damaged.inc()
+
+    def exposition(self) -> bytes:
+        """Prometheus's text format, version 0.0.4."""
+        return generate_latest(self.registry)
+
+    def _op(self, job_id: str | None) -> str:
+        return self._ledger.table("jobs", rows.Job)[(job_id,)].op
+
+
+class _OpenJobs(Collector):
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily("tink_jobs_open", "Jobs that have not ended.", labels=["op", "state"])
+        jobs = self._ledger.table("jobs", rows.Job).values()
+        tally = Tally((job.op, job.state) for job in jobs if not job.ended)
+        for (op, state), number in sorted(tally.items()):
+            family.add_metric([op, state], number)
+        yield family
