@@ -7,13 +7,23 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tink.domain import events, rows
 from tink.domain.projection import Ledger
 from tink.limits import RUN_SECONDS_BUCKETS
+
+# A second series beside each counter, which Prometheus does not use.
+disable_created_metrics()
 
 
 class Metrics:
