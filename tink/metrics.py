@@ -23,7 +23,7 @@ from tink.domain.projection import Ledger
 from tink.limits import RUN_SECONDS_BUCKETS
 
 # A second series beside each counter, which Prometheus does not use.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
