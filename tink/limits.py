@@ -32,6 +32,8 @@ PEEK_BYTES = 64 * 1024
 # connection closed on a sender is reset, and the answer with it.
 DRAIN_BYTES = MAX_TRAINING_BODY
 DRAIN_SECONDS = 10.0
+# After SIGTERM requests in flight get so long to be answered; polls are told to come again.
+STOPPING_SECONDS = 10.0
 # A sender that is silent for so long in the middle of a body is gone.
 STALL_SECONDS = 30.0
 # A body longer than this, or compressed, is unpacked in a thread: in the loop it would be felt.
@@ -116,6 +118,8 @@ IDLE_SECONDS = 300.0
 START_SECONDS = 300.0
 # A trainer that is told to stop gets so long before it is killed.
 STOP_SECONDS = 20.0
+# Between two looks at a process that is starting or ending.
+PROCESS_LOOK_SECONDS = 0.05
 
 # -- trainer ----------------------------------------------------------------------------------------
 

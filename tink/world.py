@@ -12,8 +12,8 @@ import random
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -24,14 +24,6 @@ if TYPE_CHECKING:  # not everyone who needs a clock speaks HTTP
     import httpx
 
 T = TypeVar("T")
-
-
-class RunSync(Protocol):
-    """Runs a blocking function off the Trio thread. Uncancellable: it returns when `fn` has."""
-
-    def __call__(
-        self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
-    ) -> Awaitable[T]: ...
 
 
 class World:
@@ -55,6 +47,7 @@ class World:
     async def run_sync(
         self, fn: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
     ) -> T:
+        """Runs a blocking function off the Trio thread. Uncancellable: it returns when `fn` has."""
         return await trio.to_thread.run_sync(fn, *args, abandon_on_cancel=False, limiter=limiter)
 
     def listen(self, host: str, port: int) -> socket.socket:

@@ -33,6 +33,8 @@ class Mirror:
     """`made`: when a row was made, `ended`: when a job ended, as a `seq`. Raises Violation."""
 
     def __init__(self) -> None:
+        # When a job was first seen, in any life of the worker.
+        self._since: dict[str, float] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -40,7 +42,6 @@ class Mirror:
         self.ledger = Ledger()
         self.made: dict[tuple[str, Key], int] = {}
         self.ended: dict[str, int] = {}
-        self._since: dict[str, float] = {}
         self._jobs: defaultdict[str | None, list[rows.Job]] = defaultdict(list)
 
     def follow(self, reader: sqlite3.Connection) -> tuple[list[Record], list[tuple[str, Key]]]:
@@ -80,7 +81,7 @@ class Mirror:
         if isinstance(record.event, events.JobAccepted):
             job = self.ledger.table("jobs", rows.Job)[(record.subject.job_id,)]
             self._jobs[job.model_id].append(job)
-            self._since[job.job_id] = trio.current_time()
+            self._since.setdefault(job.job_id, trio.current_time())
         if isinstance(record.event, events.JobDone | events.JobFailed | events.JobCancelled):
             self.ended[str(record.subject.job_id)] = record.seq
         return places

@@ -103,12 +103,12 @@ async def test_a_restarted_actor_gets_every_open_job_once(
         router = cluster.router
         assert router is not None
         assert router._train is not None
-        mailbox = router._train.__self__  # type: ignore[attr-defined]
+        jobs = router._train.__self__  # type: ignore[attr-defined]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cluster.submit, model, 1, "forward_backward", b"batch")
             for _ in range(50):
                 nursery.start_soon(cluster.ask, messages.ListSessions(TENANT))
-            nursery.start_soon(router.restarted, "train", mailbox.clear)
+            nursery.start_soon(router.restarted, "train", jobs.clear)
         assert (await cluster.outcome(f"{model}:1")).state == "done"
         cluster.check_journal()
 

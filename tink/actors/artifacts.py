@@ -74,6 +74,18 @@ class ArtifactFolder:
 
         return await self._world.run_sync(look)
 
+    async def files(self, directory: str) -> dict[str, int] | None:
+        """The files of a published directory and their sizes in bytes; None if it is not there."""
+
+        def look() -> dict[str, int] | None:
+            try:
+                entries = sorted((self.root / directory).iterdir())
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            except OSError:
+                return None
+
+        return await self._world.run_sync(look)
+
     async def remove(self, directory: str) -> bool:
         """Removes a directory that nothing in the journal needs; False if it cannot be, or somebody is
         using it. It is renamed first: whatever dies meanwhile, it is there whole or not at all."""

@@ -5,10 +5,10 @@ retention."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tink.actors import plans
+from tink.actors.artifacts import ArtifactFolder
 from tink.actors.trainer_link import TrainerLink
 from tink.domain import ids, messages, rows
 from tink.domain.events import (
@@ -21,7 +21,7 @@ from tink.domain.events import (
     SessionMoved,
     Subject,
 )
-from tink.domain.routing import Routes
+from tink.domain.routing import NO_SAMPLING, Routes
 from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal.journal import Journal
@@ -38,12 +38,12 @@ class Catalogue:
         journal: Journal,
         link: TrainerLink,
         routes: Routes,
-        artifacts: Path,
+        folder: ArtifactFolder,
         metrics: Metrics,
         world: World,
     ) -> None:
         self._journal, self._link, self._routes, self._metrics = journal, link, routes, metrics
-        self._artifacts, self._world = artifacts, world
+        self._folder, self._world = folder, world
 
     async def answer(self, ask: messages.Question) -> Any:
         match ask:
@@ -81,7 +81,7 @@ class Catalogue:
             case messages.ListCheckpoints():
                 return self._list_checkpoints(ask)
             case messages.GetCheckpoint():
-                return self._checkpoint_view(ask)
+                return await self._checkpoint_view(ask)
             case messages.ChangeCheckpoint():
                 return await self._change_checkpoint(ask)
             case messages.DeleteCheckpoint():
@@ -148,6 +148,8 @@ class Catalogue:
         return model
 
     async def _model_views(self, tenant: str, models: list[rows.Model]) -> list[messages.ModelView]:
+        if not models:
+            return []
         served = await self._link.served()
         newest: dict[tuple[str, str], rows.Checkpoint] = {}
         for checkpoint in _newest_first(self._live_checkpoints(tenant)):
@@ -172,6 +174,8 @@ class Catalogue:
         return _newest_first(models)
 
     async def _create_sampler(self, ask: messages.CreateSampler) -> messages.Created:
+        if self._routes.sampling is None:
+            raise UserError(NO_SAMPLING)
         served = await self._link.served()
         async with self._journal.naming:
             self.session(ask.tenant, ask.session_id)
@@ -203,6 +207,8 @@ class Catalogue:
             return messages.Created(sampler_id)
 
     async def _capabilities(self) -> messages.Capabilities:
+        if self._routes == (None, None):
+            return messages.Capabilities(models=[])
         served = await self._link.served()
         model = messages.ServedModel(
             name=served.base_model,
@@ -236,14 +242,15 @@ class Catalogue:
             return checkpoint
         raise NotFound(f"there is no checkpoint {address}")
 
-    def _checkpoint_view(self, ask: messages.GetCheckpoint) -> messages.CheckpointView:
+    async def _checkpoint_view(self, ask: messages.GetCheckpoint) -> messages.CheckpointView:
         try:
             row = plans.find_checkpoint(self._journal.ledger, ids.Address.parse(ask.address), ask.tenant)
         except UserError as error:
             raise NotFound(str(error)) from None
         model = self._journal.ledger.table("models", rows.Model)[(row.model_id,)]
-        folder = self._artifacts / row.directory
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        files = await self._folder.files(row.directory)
+        if files is None:
+            raise NotFound(f"the files of {ask.address} are not in the artifact folder {self._folder.root}")
         return messages.CheckpointView(row=row, model=model, files=files)
 
     async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:

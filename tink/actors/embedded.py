@@ -27,13 +27,11 @@ from tink.actors.trainer_link import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
 from tink.journal.home import Home, TrainerRecord
-from tink.limits import HEALTH_SECONDS, SILENT_LOOKS, START_SECONDS, STOP_SECONDS
+from tink.limits import HEALTH_SECONDS, PROCESS_LOOK_SECONDS, SILENT_LOOKS, START_SECONDS, STOP_SECONDS
 from tink.settings import Settings
 from tink.trainer import protocol
 from tink.world import World
 
-# Between two looks at a process that is starting or ending.
-POLL_SECONDS = 0.05
 # Of the worker's environment, what its trainer must not inherit.
 WITHHELD = frozenset({"TINK_API_KEYS", "TINK_CRASH_AT"})
 PROC = Path("/proc")
@@ -156,7 +154,7 @@ class EmbeddedTrainer:
     async def _wait_for_death(self, pids: list[int]) -> None:
         """By looking: an adopted process is nobody's child here."""
         while any(self._alive(pid) for pid in pids):  # noqa: ASYNC110
-            await trio.sleep(POLL_SECONDS)
+            await trio.sleep(PROCESS_LOOK_SECONDS)
 
     def _is_trainer(self, pid: int) -> bool:
         """A pid from a file may belong to anyone after a reboot, to the trainer of another home too."""
@@ -202,13 +200,13 @@ class EmbeddedTrainer:
         """Where one of these, or a child of theirs, says that it serves. None if they have all ended, one
         is stopped, or nothing was said for START_SECONDS."""
         # Counted, and not timed: a worker that was stopped meanwhile gives them their time all the same.
-        for _ in range(int(START_SECONDS / POLL_SECONDS)):
+        for _ in range(int(START_SECONDS / PROCESS_LOOK_SECONDS)):
             record = self._record()
             if record is not None and self._runs(record.pid):
                 return self._endpoint(record)
             if not any(self._alive(pid) for pid in pids) or any(_state(pid) in STOPPED for pid in pids):
                 break
-            await trio.sleep(POLL_SECONDS)
+            await trio.sleep(PROCESS_LOOK_SECONDS)
         return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:

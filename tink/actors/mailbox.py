@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
@@ -54,16 +53,6 @@ class Mailbox(AsyncIterator[M]):
 
     async def send(self, message: M) -> None:
         await self._send.send(message)
-
-    def send_nowait(self, message: M) -> None:
-        """For senders that are bounded by other means; a full mailbox is a bug then."""
-        self._send.send_nowait(message)
-
-    def clear(self) -> None:
-        """Forgets what is in it."""
-        with contextlib.suppress(trio.WouldBlock):
-            while True:
-                self._receive.receive_nowait()
 
     # No generator: one that its reader leaves, cancelled, would be somebody's to close.
     def __aiter__(self) -> AsyncIterator[M]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import structlog
@@ -21,7 +22,7 @@ from tink import crash
 from tink.actors import plans
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
-from tink.actors.mailbox import Mailbox
+from tink.actors.jobs import Jobs
 from tink.actors.settling import Release, Settle, request_of
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
@@ -31,7 +32,7 @@ from tink.domain.events import Diverged, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
-from tink.limits import HOLD_SECONDS, MAX_OPEN_JOBS
+from tink.limits import HOLD_SECONDS
 from tink.trainer import protocol
 from tink.world import World
 
@@ -39,7 +40,7 @@ log = structlog.get_logger()
 
 
 class MegatronActor:
-    """Runs the training jobs that `mailbox` names, and settles each with its terminal event."""
+    """Runs the training jobs in `jobs`, and settles each with its terminal event."""
 
     def __init__(
         self,
@@ -58,41 +59,35 @@ class MegatronActor:
         self._journal, self._link, self._world = journal, link, world
         self._settle, self._release = settle, release
         self._snapshots, self._folder = snapshots, folder
-        self._slots = trio.CapacityLimiter(slots)
         self._alpha, self._max_attempts = alpha, max_attempts
-        self.mailbox: Mailbox[str] = Mailbox(MAX_OPEN_JOBS)
+        self.jobs = Jobs(slots)
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            async for job_id in self.mailbox:
-                token = object()
-                await self._slots.acquire_on_behalf_of(token)
-                nursery.start_soon(self._run_one, job_id, token)
+        await self.jobs.run(self._run_one)
 
-    async def _run_one(self, job_id: str, token: object) -> None:
+    async def _run_one(self, job_id: str) -> None:
+        job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
+        if job is None:
+            return  # it was sent twice, and has ended
         try:
-            job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
-            try:
-                await self._run_to_its_end(job)
-            except (JournalUnavailable, StartupError):
-                raise
-            except Exception:
-                # A bug that this job met: it fails, and the others go on.
-                log.exception("job crashed", job=job_id)
-                await self._append(self._crashed(job))
-            crash.point("worker.ended")
-            await self._settle(job_id)
-            if job.state == "done" and job.op in MUTATING:
-                await self._snapshots.consider(self._link.present, job)
-        finally:
-            self._slots.release_on_behalf_of(token)
+            await self._run_to_its_end(job)
+        except (JournalUnavailable, StartupError):
+            raise
+        except Exception:
+            # A bug that this job met: it fails, and the others go on.
+            log.exception("job crashed", job=job_id)
+            await self._append(self._crashed(job))
+        crash.point("worker.ended")
+        await self._settle(job_id)
+        if job.state == "done" and job.op in MUTATING:
+            await self._snapshots.consider(self._link.present, job)
         await self._release(job_id)
 
     async def _run_to_its_end(self, job: rows.Job) -> None:
         # Two who want one address or one sampler number: whoever commits first has it.
         names = job.op.startswith("save_weights")
         end = await self._outcome(job)
-        async with self._journal.naming if names else trio.CapacityLimiter(1):
+        async with self._journal.naming if names else nullcontext():
             try:
                 entries = end()
             except UserError as error:

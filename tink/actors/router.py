@@ -33,9 +33,8 @@ from tink.world import World
 
 log = structlog.get_logger()
 
-# Where a job is sent to be run; never blocks, for the number of open jobs is bounded.
+# Jobs.send and Jobs.withdraw, of the actor that runs the job.
 Send = Callable[[str], None]
-# Takes a job back that is not yet being run; False if it is.
 Withdraw = Callable[[str], bool]
 Actor = Literal["train", "sample"]
 
@@ -105,8 +104,8 @@ class Router:
         await self._mailbox.send(_Released(job_id))
 
     async def restarted(self, actor: Actor, clear: Callable[[], None]) -> None:
-        """An actor begins: its mailbox is emptied by `clear` and filled with the open jobs that are its
-        own, in one step, so that none is there twice. Returns when that is done."""
+        """An actor begins: its jobs are forgotten by `clear`, and its own open ones are sent to it, in one
+        step. Returns when that is done."""
         message = _Restarted(actor, clear)
         await self._mailbox.send(message)
         await message.reply.wait()
@@ -414,7 +413,7 @@ class Router:
                 self._advance(model_id)
         elif self._sample is not None:
             for job in self._journal.ledger.table("jobs", rows.Job).values():
-                if job.sampler_id is not None:
+                if job.sampler_id is not None and job.job_id not in self._cancelling:
                     self._sample(job.job_id)
 
     def _advance(self, model_id: str) -> None:

@@ -8,7 +8,7 @@ import trio
 from tink import crash
 from tink.actors import plans
 from tink.actors.attempts import Attempts
-from tink.actors.mailbox import Mailbox
+from tink.actors.jobs import Jobs
 from tink.actors.settling import Settle, request_of
 from tink.actors.trainer_link import TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
@@ -16,7 +16,7 @@ from tink.domain import rows
 from tink.domain.events import JobDone, JobFailed, JobStarted
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
-from tink.limits import MAX_OPEN_JOBS, SAMPLE_SLOTS
+from tink.limits import SAMPLE_SLOTS
 from tink.trainer import protocol
 from tink.world import World
 
@@ -24,55 +24,35 @@ log = structlog.get_logger()
 
 
 class SamplerActor:
-    """Runs the samples that `mailbox` names, and settles each with its terminal event. A sample is a pure
-    function of its request, so one whose fate is unknown is simply sent again."""
+    """Runs the samples in `jobs`, and settles each with its terminal event. A sample is a pure function of
+    its request, so one whose fate is unknown is simply sent again."""
 
     def __init__(
         self, journal: Journal, link: TrainerLink, settle: Settle, world: World, *, max_attempts: int
     ) -> None:
         self._journal, self._link, self._settle, self._world = journal, link, settle, world
         self._max_attempts = max_attempts
-        self._slots = trio.CapacityLimiter(SAMPLE_SLOTS)
-        self._begun: set[str] = set()
-        self._withdrawn: set[str] = set()
-        self.mailbox: Mailbox[str] = Mailbox(MAX_OPEN_JOBS)
-
-    def withdraw(self, job_id: str) -> bool:
-        """Takes a job back that has not been begun; False if it has."""
-        if job_id in self._begun:
-            return False
-        self._withdrawn.add(job_id)
-        return True
+        self.jobs = Jobs(SAMPLE_SLOTS)
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            async for job_id in self.mailbox:
-                token = object()
-                await self._slots.acquire_on_behalf_of(token)
-                nursery.start_soon(self._run_one, job_id, token)
+        await self.jobs.run(self._run_one)
 
-    async def _run_one(self, job_id: str, token: object) -> None:
+    async def _run_one(self, job_id: str) -> None:
+        job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
+        if job is None:
+            return  # it was sent twice, and has ended
         try:
-            if job_id in self._withdrawn:
-                self._withdrawn.discard(job_id)
-                return
-            self._begun.add(job_id)
-            job = self._journal.ledger.table("jobs", rows.Job)[(job_id,)]
-            try:
-                entry = await self._outcome(job)
-            except (JournalUnavailable, StartupError):
-                raise
-            except Exception:
-                # A bug that this job met: it fails, and the others go on.
-                log.exception("job crashed", job=job_id)
-                internal = "internal error in the worker: its log has it"
-                entry = plans.subject(job), JobFailed(category="server", error=internal)
-            # Shielded: whoever takes the job up again must know whether it has ended.
-            with trio.CancelScope(shield=True):
-                await self._journal.append(entry)
-        finally:
-            self._begun.discard(job_id)
-            self._slots.release_on_behalf_of(token)
+            entry = await self._outcome(job)
+        except (JournalUnavailable, StartupError):
+            raise
+        except Exception:
+            # A bug that this job met: it fails, and the others go on.
+            log.exception("job crashed", job=job_id)
+            internal = "internal error in the worker: its log has it"
+            entry = plans.subject(job), JobFailed(category="server", error=internal)
+        # Shielded: whoever takes the job up again must know whether it has ended.
+        with trio.CancelScope(shield=True):
+            await self._journal.append(entry)
         crash.point("worker.ended")
         await self._settle(job_id)
 

@@ -72,7 +72,7 @@ class TrainerLink:
         # What the journal says of the last server, if models of its are there: they bind the home to it.
         self._served = journal.last_trainer
         self._exposures = trio.Condition()
-        self._exposed, self._alone = 0, False
+        self._exposed, self._suspects, self._alone = 0, 0, False
 
     async def life(self) -> Life:
         """The server's present life; waits for one as long as it takes."""
@@ -96,10 +96,16 @@ class TrainerLink:
 
     @asynccontextmanager
     async def exposure(self, *, alone: bool) -> AsyncIterator[None]:
-        """Around a call that may be the server's death. `alone`: no other call is out meanwhile."""
+        """Around a call that may be the server's death. `alone`: no other call is out meanwhile; others
+        wait until it had its turn, or it would never have one."""
         async with self._exposures:
-            while self._alone or (alone and self._exposed):
-                await self._exposures.wait()
+            self._suspects += alone
+            try:
+                while self._alone or (self._exposed if alone else self._suspects):
+                    await self._exposures.wait()
+            finally:
+                self._suspects -= alone
+                self._exposures.notify_all()
             self._alone = alone
             self._exposed += 1
         try:

@@ -41,7 +41,7 @@ async def open_worker(
     folder = ArtifactFolder(settings.artifact_root, world)
     metrics = Metrics(journal.ledger, journal.diverged)
     journal.observers.append(metrics.observe)
-    catalogue = Catalogue(journal, link, routes, settings.artifact_root, metrics, world)
+    catalogue = Catalogue(journal, link, routes, folder, metrics, world)
     router = Router(journal, catalogue, world)
     megatron = MegatronActor(
         journal,
@@ -59,17 +59,17 @@ async def open_worker(
     retention = Retention(journal, folder, world, hours=settings.retention_hours)
     trains, samples = routes.training is not None, routes.sampling is not None
     router.connect(
-        train=megatron.mailbox.send_nowait if trains else None,
-        sample=sampler.mailbox.send_nowait if samples else None,
-        withdraw=sampler.withdraw,
+        train=megatron.jobs.send if trains else None,
+        sample=sampler.jobs.send if samples else None,
+        withdraw=sampler.jobs.withdraw,
     )
 
     async def train() -> None:
-        await router.restarted("train", megatron.mailbox.clear)
+        await router.restarted("train", megatron.jobs.clear)
         await megatron.run()
 
     async def sample() -> None:
-        await router.restarted("sample", sampler.mailbox.clear)
+        await router.restarted("sample", sampler.jobs.clear)
         await sampler.run()
 
     async with trio.open_nursery() as nursery:

@@ -22,13 +22,10 @@ from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.journal.home import Home, WorkerRecord
 from tink.journal.journal import Journal
-from tink.limits import BACKLOG
+from tink.limits import BACKLOG, STOPPING_SECONDS
 from tink.logs import configure_logs, write_line
 from tink.settings import Settings
 from tink.world import World
-
-# Requests in flight get this long to be answered after SIGTERM; polls are told to come again.
-DRAIN_SECONDS = 10.0
 
 log = structlog.get_logger()
 
@@ -74,7 +71,7 @@ async def _listen(
     config.accesslog = None
     # Above the SDK's 45 s for one poll.
     config.keep_alive_timeout = 75.0
-    config.graceful_timeout = DRAIN_SECONDS
+    config.graceful_timeout = STOPPING_SECONDS
     config.backlog = BACKLOG
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -89,7 +86,7 @@ async def _listen(
                 await stop.wait()
             finally:
                 home.withdraw()
-            log.info("stopping", drain_seconds=DRAIN_SECONDS)
+            log.info("stopping", seconds=STOPPING_SECONDS)
             router.release_waiters()
         nursery.cancel_scope.cancel()
 

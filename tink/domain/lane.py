@@ -44,7 +44,3 @@ class Lane:
     def skip(self, last: int) -> None:
         """Declares the numbers up to `last` consumed."""
         self.next_seq = max(self.next_seq, last + 1)
-
-    @property
-    def idle(self) -> bool:
-        return self.running is None and not self.waiting

@@ -14,9 +14,10 @@ import trio
 from sqlalchemy import Connection, bindparam, delete, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 
+from tink.errors import JournalUnavailable
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
-from tink.journal.database import OpenFiles, database_errors, reader_engine, writer_engine
+from tink.journal.database import OpenFiles, database_errors, is_damage, reader_engine, writer_engine
 from tink.limits import BODY_BATCH_BYTES, BODY_CACHE_BYTES, PRUNE_BYTES, PRUNE_ROWS, READ_CONNECTIONS
 from tink.world import World
 
@@ -92,7 +93,12 @@ class BodyStore:
             query = select(schema.bodies.c.content).where(schema.bodies.c.sha256 == digest)
             return connection.execute(query).scalar()
 
-        content = await self._read(read)
+        try:
+            content = await self._read(read)
+        except JournalUnavailable as error:
+            if not is_damage(error):
+                raise
+            raise LookupError(f"the body {digest} is damaged on disk") from error
         if content is None:
             raise LookupError(f"the body {digest} is not stored any more")
         if hashlib.sha256(content).hexdigest() != digest:

@@ -116,6 +116,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def is_damage(error: JournalUnavailable) -> bool:
+    """Whether the reason is what is on the disk: another page may be whole."""
+    code = getattr(getattr(error.__cause__, "orig", None), "sqlite_errorcode", None) or 0
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 @contextlib.contextmanager
 def database_errors(what: str) -> Iterator[None]:
     """SQLAlchemy's errors as JournalUnavailable, without statement or parameters."""

@@ -241,7 +241,7 @@ class Journal:
                 self.bodies.named(digest)
             if isinstance(record.event, JobAccepted):
                 self._acceptances[str(record.subject.job_id)] = record.event
-            changes = project(record)
+            changes = [change for change in project(record) if change.table in store.PRESENT]
             self.ledger.apply(changes)
             for change in changes:
                 if isinstance(change, Update):

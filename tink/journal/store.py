@@ -142,7 +142,7 @@ def read_tables(connection: Connection) -> Ledger:
 
 # What a worker has in memory, and of which rows: those that have not ended. Their indexes know these
 # conditions. The other tables are looked up by key, or not at all.
-_PRESENT: dict[str, TextClause | None] = {
+PRESENT: dict[str, TextClause | None] = {
     "sessions": None,
     "models": None,
     "samplers": None,
@@ -156,7 +156,7 @@ _PRESENT: dict[str, TextClause | None] = {
 def read_present(connection: Connection) -> Ledger:
     """What a worker goes on with. It does not grow with the jobs that were ever run."""
     ledger = Ledger()
-    for name, condition in _PRESENT.items():
+    for name, condition in PRESENT.items():
         query = select(schema.metadata.tables[name])
         if condition is not None:
             query = query.where(condition)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from sqlalchemy import Connection, and_, func, or_, select
 
@@ -10,9 +10,7 @@ from tink.domain import rows
 from tink.domain.events import TrainerStarted
 from tink.domain.retention import Load
 from tink.journal import schema, store
-
-# Ids in one question.
-CHUNK = 500
+from tink.limits import SQL_KEYS
 
 
 def jobs_naming(connection: Connection, digests: Collection[str], ended_since: float) -> list[rows.Job]:
@@ -35,8 +33,8 @@ def last_requests(connection: Connection, samplers: list[str]) -> dict[str, floa
     """When each of these samplers had its last request; without those that never had one."""
     table = schema.jobs
     found: dict[str, float] = {}
-    for start in range(0, len(samplers), CHUNK):
-        asked = table.c.sampler_id.in_(samplers[start : start + CHUNK])
+    for some in _batched(samplers):
+        asked = table.c.sampler_id.in_(some)
         query = select(table.c.sampler_id, func.max(table.c.submitted_at)).where(asked)
         found |= {row[0]: row[1] for row in connection.execute(query.group_by(table.c.sampler_id))}
     return found
@@ -44,8 +42,10 @@ def last_requests(connection: Connection, samplers: list[str]) -> dict[str, floa
 
 def adapter_directories(connection: Connection, adapters: Collection[str]) -> list[str]:
     table = schema.adapters
-    query = select(table.c.directory).where(table.c.adapter_id.in_(adapters))
-    return list(connection.execute(query).scalars())
+    found: list[str] = []
+    for some in _batched(sorted(adapters)):
+        found += connection.execute(select(table.c.directory).where(table.c.adapter_id.in_(some))).scalars()
+    return found
 
 
 def damaged_snapshots(connection: Connection, since: float) -> list[str]:
@@ -68,3 +68,9 @@ def trainers(connection: Connection) -> list[str]:
     query = select(table.c.seq).where(table.c.kind == "trainer_started").order_by(table.c.seq)
     found = [store.event_of(connection, seq).event for seq in connection.execute(query).scalars().all()]
     return [event.incarnation for event in found if isinstance(event, TrainerStarted)]
+
+
+def _batched(keys: list[str]) -> Iterator[list[str]]:
+    """As many of them at a time as one question may have."""
+    for start in range(0, len(keys), SQL_KEYS):
+        yield keys[start : start + SQL_KEYS]

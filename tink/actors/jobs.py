@@ -1,0 +1,52 @@
+"""The jobs of an actor: those that wait for it, in the order in which they came, and those that it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+
+class Jobs:
+    """At most `slots` run at once. A job is here once, however often it is sent."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._waiting: dict[str, None] = {}
+        self._running: set[str] = set()
+        self._changed = trio.Event()
+
+    def send(self, job_id: str) -> None:
+        """Never blocks: open jobs are bounded where they are accepted."""
+        if job_id not in self._running:
+            self._waiting.setdefault(job_id)
+            self._changed.set()
+
+    def withdraw(self, job_id: str) -> bool:
+        """Takes back a job that waits; False if it is run already, or is not here."""
+        waits = job_id in self._waiting
+        self._waiting.pop(job_id, None)
+        return waits
+
+    def clear(self) -> None:
+        """Forgets those that wait."""
+        self._waiting.clear()
+
+    async def run(self, run_one: Callable[[str], Awaitable[None]]) -> None:
+        """Runs them for ever. What `run_one` raises ends all that run."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                while not self._waiting or len(self._running) >= self._slots:
+                    self._changed = trio.Event()
+                    await self._changed.wait()
+                job_id = next(iter(self._waiting))
+                del self._waiting[job_id]
+                self._running.add(job_id)
+                nursery.start_soon(self._run_one, run_one, job_id)
+
+    async def _run_one(self, run_one: Callable[[str], Awaitable[None]], job_id: str) -> None:
+        try:
+            await run_one(job_id)
+        finally:
+            self._running.discard(job_id)
+            self._changed.set()
