@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.scenario import events, json, slow
 from tink.domain import ids, messages
 from tink.domain.events import JobAccepted, JobDone, JobStarted, SessionCreated, Subject
-from tink.errors import JournalUnavailable
+from tink.errors import JournalUnavailable, NotFound, UserError
 from tink.journal.home import Home
 from tink.journal.journal import Journal
 from tink.world import World
@@ -181,6 +182,44 @@ async def test_what_does_not_need_the_trainer_does_not_wait_for_it(
                 messages.CreateSampler(TENANT, session, 0, base_model="sim/model"),
             ):
                 assert await cluster.router_ask(question) is not None
+
+
+async def test_a_worker_that_serves_nothing_says_so_at_once(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path, use_hf="false") as cluster:
+        session = await cluster.session()
+        with trio.fail_after(5.0):
+            assert (await cluster.router_ask(messages.GetCapabilities(TENANT))).models == []
+            assert await cluster.router_ask(messages.ListModels(TENANT)) == []
+            with pytest.raises(UserError, match=r"^No valid sampling backend configured$"):
+                await cluster.router_ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))
+            with pytest.raises(UserError, match=r"^Training not supported in non-Megatron mode$"):
+                await cluster.router_ask(
+                    messages.SubmitTraining(
+                        TENANT,
+                        op="create_model",
+                        session_id=session,
+                        model_id=f"{session}:train:0",
+                        seq_id=0,
+                        model_seq_id=0,
+                        body=b"{}",
+                    )  # fmt: skip
+                )
+
+
+async def test_a_checkpoint_whose_files_are_gone_is_not_found(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await cluster.create(await cluster.session())
+        await cluster.submit(model, 1, "save_weights", json(model_id=model, seq_id=1, path="one"))
+        await cluster.outcome(f"{model}:1")
+        question = messages.GetCheckpoint(TENANT, f"tinker://{model}/weights/one")
+        assert (await cluster.ask(question)).files
+        shutil.rmtree(cluster.trainer.artifacts)
+        with pytest.raises(NotFound, match="not in the artifact folder"):
+            await cluster.router_ask(question)
 
 
 async def _append(home: Home, *batches: tuple[tuple[Subject, Any], ...]) -> None:

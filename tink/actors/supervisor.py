@@ -1,5 +1,6 @@
 """Keeps an actor running. A crash of one is logged and it starts again, with back-off; what it was doing
-is taken from the journal again. Only a journal that cannot commit stops the worker."""
+is taken from the journal again. What stops the worker is a journal that cannot commit, and a bug in the
+Router: its state is made anew by the next worker."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 import trio
 from sqlalchemy import Connection, Select, func, select
 from sqlalchemy.exc import IntegrityError
@@ -49,6 +50,8 @@ from tink.journal.home import Home
 from tink.journal.revisions import Database
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
+
+log = structlog.get_logger()
 
 Entry = tuple[Subject, AnyEvent]
 R = TypeVar("R", bound=rows.Row)
@@ -236,7 +239,10 @@ class Journal:
     def _apply(self) -> None:
         for record in self._committed:
             for observe in self.observers:
-                observe(record)
+                try:
+                    observe(record)
+                except Exception:  # what is only told of must not stop the worker
+                    log.exception("observer failed", kind=record.event.__struct_config__.tag)
             for digest in _bodies_named(record.event):
                 self.bodies.named(digest)
             if isinstance(record.event, JobAccepted):

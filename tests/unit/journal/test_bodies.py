@@ -42,6 +42,27 @@ async def test_the_same_body_is_stored_once_whoever_puts_it(
     connection.close()
 
 
+async def test_a_body_on_a_page_that_is_damaged_is_lost_and_the_others_are_not(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    contents = [bytes([number]) * 9000 for number in range(1, 9)]
+    async with opened(home) as journal:
+        digests = [await journal.bodies.put(content) for content in contents]
+    raw = home.bodies.read_bytes()
+    page = raw.index(contents[3][:4000]) // 4096 - 1  # that its content continues on
+    home.bodies.write_bytes(raw[: page * 4096] + bytes(4096) + raw[(page + 1) * 4096 :])
+    lost = 0
+    async with opened(home) as journal:
+        for digest, content in zip(digests, contents, strict=True):
+            try:
+                assert await journal.bodies.get(digest) == content
+            except LookupError:
+                lost += 1
+        assert await journal.bodies.put(b"another")
+    assert 0 < lost < len(contents)
+
+
 async def test_a_put_returns_only_after_the_commit(autojump_clock: MockClock, tmp_path: Path) -> None:
     world = InlineWorld()
     async with opened(new_home(tmp_path), world) as journal:
