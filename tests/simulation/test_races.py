@@ -204,7 +204,7 @@ async def test_a_worker_that_serves_nothing_says_so_at_once(
                         seq_id=0,
                         model_seq_id=0,
                         body=b"{}",
-                    )  # fmt: skip
+                    )
                 )
 
 

@@ -32,10 +32,11 @@ async def test_jobs_run_in_order_and_no_more_than_there_are_slots(
         jobs.send(name)
     nursery.start_soon(jobs.run, runs)
     await wait_all_tasks_blocked()
-    assert runs.begun == ["a", "b"]
+    # Trio starts tasks of one moment in any order.
+    assert sorted(runs.begun) == ["a", "b"]
     runs.gate.set()
     await wait_all_tasks_blocked()
-    assert runs.begun == ["a", "b", "c", "d"]
+    assert sorted(runs.begun[2:]) == ["c", "d"]
 
 
 async def test_a_job_that_is_sent_twice_runs_once(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
