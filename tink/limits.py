@@ -121,6 +121,16 @@ STOP_SECONDS = 20.0
 # Between two looks at a process that is starting or ending.
 PROCESS_LOOK_SECONDS = 0.05
 
+# -- a sampling server ------------------------------------------------------------------------------
+
+# What a call may take before its server is taken for hung: in its queue, and for each token after that.
+ANSWER_SECONDS = 600.0
+TOKEN_SECONDS = 0.5
+# vLLM reads an adapter from a disk that others use too, between two of its steps.
+ADAPTER_SECONDS = 120.0
+# Of what a server says when it refuses something.
+MAX_REASON = 400
+
 # -- trainer ----------------------------------------------------------------------------------------
 
 TRAINER_QUEUE = 256

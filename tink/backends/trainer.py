@@ -11,15 +11,9 @@ import httpx
 import msgspec
 import trio
 
+from tink.backends.exchange import NoAnswer, exchange
 from tink.errors import BackendError
-from tink.limits import (
-    CONNECT_SECONDS,
-    GRACE_SECONDS,
-    HEALTH_SECONDS,
-    MAX_ANSWER,
-    POLL_SECONDS,
-    STATE_SECONDS,
-)
+from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.trainer import protocol
 from tink.trainer.protocol import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
 from tink.world import World
@@ -153,33 +147,16 @@ class TrainerClient:
             return msgspec.msgpack.decode(answer, type=kind)
 
     async def _exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> bytes:
-        if self._client.is_closed:
-            # The link gave this server up while a call through it was being polled.
-            raise TrainerGone(f"the link to the trainer at {self.url} is closed")
-        content = bytearray()
         try:
-            # One deadline for the whole exchange: a trickle of bytes would reset httpx's own time-outs.
-            with trio.fail_after(seconds) as scope:
-                async with self._client.stream(
-                    method,
-                    path,
-                    content=body,
-                    headers={"Content-Type": protocol.MEDIA_TYPE} if body is not None else {},
-                    timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
-                ) as answer:
-                    async for part in answer.aiter_bytes():
-                        content += part
-                        if len(content) > MAX_ANSWER:
-                            scope.cancel()  # not a break: httpx's generators end by exceptions alone
-        except (httpx.HTTPError, trio.TooSlowError) as error:
-            reason = str(error) or type(error).__name__
-            if len(content) > MAX_ANSWER:
-                reason = f"its answer is longer than {MAX_ANSWER} bytes"
-            raise TrainerGone(f"the trainer at {self.url} does not answer: {reason}") from error
-        if answer.status_code in (200, 202):
-            return bytes(content)
+            answer = await exchange(
+                self._client, method, path, seconds=seconds, content=body, media_type=protocol.MEDIA_TYPE
+            )
+        except NoAnswer as error:
+            raise TrainerGone(f"the trainer at {self.url} does not answer: {error}") from error
+        if answer.status in (200, 202):
+            return answer.content
         with self._decoding():
-            raise Refused(answer.status_code, msgspec.msgpack.decode(content, type=Refusal))
+            raise Refused(answer.status, msgspec.msgpack.decode(answer.content, type=Refusal))
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from tink.backends import trainer
+from tink.backends import exchange
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.limits import GRACE_SECONDS
 from tink.trainer import protocol
@@ -224,7 +224,7 @@ async def test_an_answer_for_another_sample_is_a_lost_call() -> None:
 
 
 async def test_an_answer_over_its_limit_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "MAX_ANSWER", 10_000)
+    monkeypatch.setattr(exchange, "MAX_ANSWER", 10_000)
     sent = 0
 
     class Flood(httpx.AsyncByteStream):

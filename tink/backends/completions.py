@@ -1,0 +1,317 @@
+"""A sample as a call of vLLM's `POST /v1/completions`, and its answer as the SDK's SampleResponse.
+
+The answer has the fields and the meaning of the HuggingFace engine's (tink/trainer/engines/sampler.py), so
+that a client cannot tell which of the two sampled. Token ids go in and come out; text is never looked at.
+
+Every sampling field is sent, for what is left out comes from the model's generation_config.json. What
+vLLM cannot do is a UserError that names the SDK's field.
+
+Sample i of a request with seed s draws from vLLM's seed s + i: the same request sent to vLLM by hand gives
+the same tokens; and requests of several samples need seeds further apart than their number, or they share
+some. Seeds are taken modulo SEEDS, which keeps all of them in vLLM's range (64 bits, and -1 is none there).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from tink.backends.replica import ReplicaGone, Sampled
+from tink.errors import UserError
+from tink.limits import (
+    ANSWER_SECONDS,
+    MAX_NUM_SAMPLES,
+    MAX_STOPS,
+    MAX_TOPK,
+    MAX_TOPK_CELLS,
+    TOKEN_SECONDS,
+)
+from tink.trainer.protocol import SampleRequest
+from tink.wire import tinker_pb2 as pb
+
+T = TypeVar("T")
+
+SEEDS = 2**63 - MAX_NUM_SAMPLES
+# What an empty cell of a TopkLogprobs has.
+NO_TOKEN, NO_LOGPROB = 0, -99999.0
+# The sample of no tokens.
+EMPTY = pb.SampledSequence(stop_reason=pb.STOP_REASON_LENGTH, tokens=b"", logprobs=b"")
+# How vLLM writes minus infinity, which JSON has not.
+NEVER = -9999.0
+
+
+class Call(NamedTuple):
+    """A body for `/v1/completions`. `model`: the name in it. `seconds`: an answer takes no longer, or the
+    server hangs."""
+
+    body: bytes
+    model: str
+    seconds: float
+
+
+def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
+    """The call that serves `request` by `model` (the base model's name or an adapter's) on a server with so
+    large a context. Raises UserError for what vLLM cannot do."""
+    check(request, max_context)
+    # vLLM generates one token at least, and takes one greedy sample at most: `decode` makes up for both.
+    tokens = max(_room(request, max_context), 1)
+    greedy = request.temperature == 0
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": request.prompt,
+        "n": choices(request),
+        "max_tokens": tokens,
+        "min_tokens": 0,
+        "temperature": request.temperature,
+        "top_p": 1.0 if greedy else request.top_p,
+        "top_k": 0 if greedy or request.top_k < 0 else request.top_k,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": None,
+        "seed": request.seed % SEEDS,
+        "stop": request.stop_strings,
+        "stop_token_ids": request.stop_tokens,
+        "include_stop_str_in_output": False,
+        "ignore_eos": request.ignore_eos,
+        # A stop string may be a special token's text.
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": True,
+        "logprobs": request.topk_sample_logprobs,
+        "prompt_logprobs": request.topk_prompt_logprobs if _scores_prompt(request) else None,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "echo": False,
+        "stream": False,
+    }
+    seconds = ANSWER_SECONDS + tokens * TOKEN_SECONDS
+    return Call(msgspec.json.encode(body), model, seconds)
+
+
+def check(request: SampleRequest, max_context: int) -> None:
+    """Raises UserError for what no server with so large a context can do."""
+    length = len(request.prompt)
+    if not 1 <= length < max_context:
+        raise UserError(
+            f"the prompt has {length} tokens; it must have 1 to {max_context - 1} here: vLLM's context "
+            f"(--max-model-len) is {max_context} and must hold one more"
+        )
+    _check_range("num_samples", request.num_samples, 1, MAX_NUM_SAMPLES)
+    _check_range("max_tokens", request.max_tokens or 0, 0, None)
+    _check_range("top_k", request.top_k, -1, None)
+    _check_range("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, MAX_TOPK)
+    _check_range("topk_sample_logprobs", request.topk_sample_logprobs, 0, MAX_TOPK)
+    cells = request.num_samples * _room(request, max_context) * request.topk_sample_logprobs
+    if cells > MAX_TOPK_CELLS:
+        raise UserError(
+            f"topk_sample_logprobs of {cells} tokens do not fit an answer: ask for {MAX_TOPK_CELLS} at most"
+        )
+    if not 0 <= request.temperature < math.inf:
+        raise UserError(f"temperature is {request.temperature}: it must be 0 or more")
+    if not 0 < request.top_p <= 1:
+        raise UserError(f"top_p is {request.top_p}: it must be above 0 and at most 1")
+    if len(request.stop_strings) + len(request.stop_tokens) > MAX_STOPS:
+        raise UserError(f"more than {MAX_STOPS} stops")
+    if "" in request.stop_strings:
+        raise UserError("an empty stop string ends everything: leave it out")
+    if request.prompt_logprobs_last_n is not None:
+        if not request.prompt_logprobs:
+            raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
+        _check_range("prompt_logprobs_last_n", request.prompt_logprobs_last_n, 1, length - 1)
+    if request.targets is not None:
+        raise UserError(f"target_prompt_logprobs {_UNSUPPORTED}")
+    if request.prompt_alt_tokens_k:
+        raise UserError(f"prompt_alt_tokens_k {_UNSUPPORTED}")
+
+
+_UNSUPPORTED = "is not served by vLLM: leave it out, or sample where the model is trained (USE_VLLM=false)"
+
+
+# -- the answer -------------------------------------------------------------------------------------
+
+
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float]
+    # Read only where it was asked for.
+    top_logprobs: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    token_ids: list[int]
+    logprobs: _Logprobs
+    finish_reason: str | None = None
+    # Every choice has a copy of it; the first is read.
+    prompt_logprobs: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Completion(msgspec.Struct):
+    model: str
+    choices: list[_Choice]
+
+
+class _Scored(msgspec.Struct):
+    logprob: float
+
+
+_read_completion = msgspec.json.Decoder(_Completion).decode
+_read_top = msgspec.json.Decoder(list[dict[str, float]]).decode
+_read_prompt = msgspec.json.Decoder(list[dict[int, _Scored] | None]).decode
+
+
+def decode(answer: bytes, request: SampleRequest, *, model: str) -> Sampled:
+    """The answer to `request` by `model`. Raises ReplicaGone unless all of it was done, and by that model:
+    vLLM's status is 200 for an aborted request too."""
+    try:
+        completion = _read_completion(answer)
+        response = pb.SampleResponse()
+        _check_complete(completion, request, model)
+        if _scores_prompt(request):
+            _fill_prompt(response, request, _read_prompt(completion.choices[0].prompt_logprobs))
+        ordered = sorted(completion.choices, key=lambda choice: choice.index)
+        sequences = [_sequence(choice, request) for choice in ordered]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, ValueError) as error:
+        raise ReplicaGone(f"the sampling server's answer is not vLLM's: {_line(error)}") from error
+    # Greedy samples are all the same one, and so are empty ones.
+    sequences *= request.num_samples // len(sequences)
+    response.sequences.extend(sequences)
+    return Sampled(
+        body=response.SerializeToString(deterministic=True),
+        tokens_in=len(request.prompt),
+        tokens_out=sum(len(sequence.tokens) // 4 for sequence in sequences),
+    )
+
+
+def _check_complete(completion: _Completion, request: SampleRequest, model: str) -> None:
+    if completion.model != model:
+        raise ReplicaGone(f"the sampling server answered by {completion.model!r}: {model!r} was asked")
+    wanted = choices(request)
+    if sorted(choice.index for choice in completion.choices) != list(range(wanted)):
+        raise ReplicaGone(f"the sampling server gave {len(completion.choices)} samples of {wanted}")
+    for choice in completion.choices:
+        if choice.finish_reason not in ("stop", "length"):
+            raise ReplicaGone(f"the sampling server ended a sample as {choice.finish_reason!r}")
+        if not choice.token_ids or len(choice.logprobs.token_logprobs) != len(choice.token_ids):
+            raise ReplicaGone("the sampling server's answer lacks tokens or their logprobs")
+
+
+def _sequence(choice: _Choice, request: SampleRequest) -> pb.SampledSequence:
+    if request.max_tokens == 0:
+        return EMPTY
+    message = pb.SampledSequence(
+        stop_reason=pb.STOP_REASON_STOP if choice.finish_reason == "stop" else pb.STOP_REASON_LENGTH,
+        tokens=_ints(choice.token_ids),
+        logprobs=_floats(map(_logprob, choice.logprobs.token_logprobs), len(choice.token_ids)),
+    )
+    if k := request.topk_sample_logprobs:
+        steps = _read_top(choice.logprobs.top_logprobs)
+        if len(steps) != len(choice.token_ids):
+            raise ReplicaGone("the sampling server's answer lacks the likeliest tokens")
+        rows = [
+            _likeliest(step, k, f"token_id:{token}", _token_id)
+            for step, token in zip(steps, choice.token_ids, strict=True)
+        ]
+        message.topk_sampled_logprobs.CopyFrom(_topk(rows, k))
+    return message
+
+
+def _fill_prompt(
+    response: pb.SampleResponse, request: SampleRequest, found: list[dict[int, _Scored] | None]
+) -> None:
+    """Position i is scored after the tokens before it; those before the last n asked for are left empty."""
+    length = len(request.prompt)
+    if len(found) != length:
+        raise ReplicaGone(f"the sampling server scored {len(found)} tokens of a prompt of {length}")
+    last = request.prompt_logprobs_last_n
+    first = 1 if last is None else length - last
+    scored = [
+        {token: entry.logprob for token, entry in (entries or {}).items()} if place >= first else None
+        for place, entries in enumerate(found)
+    ]
+    if request.prompt_logprobs:
+        own = (
+            math.nan if values is None else _logprob(values[token])
+            for token, values in zip(request.prompt, scored, strict=True)
+        )
+        response.prompt_logprobs = _floats(own, length)
+    if k := request.topk_prompt_logprobs:
+        rows = [
+            [] if values is None else _likeliest(values, k, token, int)
+            for token, values in zip(request.prompt, scored, strict=True)
+        ]
+        response.topk_prompt_logprobs.CopyFrom(_topk(rows, k))
+
+
+def _likeliest(
+    values: dict[T, float], k: int, own: T, token_id: Callable[[T], int]
+) -> list[tuple[int, float]]:
+    """(token, logprob) of the k likeliest, likeliest first. vLLM gives these and, first of all, the token
+    that stands there, which is one more if it is none of them."""
+    pairs = [(key, value) for key, value in values.items() if len(values) <= k or key != own]
+    pairs.sort(key=lambda pair: -pair[1])
+    return [(token_id(key), _logprob(value)) for key, value in pairs[:k]]
+
+
+def _token_id(text: str) -> int:
+    return int(text.removeprefix("token_id:"))
+
+
+def _topk(rows: list[list[tuple[int, float]]], k: int) -> pb.TopkLogprobs:
+    cells = [cell for row in rows for cell in row + [(NO_TOKEN, NO_LOGPROB)] * (k - len(row))]
+    return pb.TopkLogprobs(
+        token_ids=_ints([token for token, _ in cells]),
+        logprobs=_floats((value for _, value in cells), len(cells)),
+        k=k,
+        length=len(rows),
+    )
+
+
+def _logprob(value: float) -> float:
+    return -math.inf if value <= NEVER else value
+
+
+def _ints(values: Sequence[int]) -> bytes:
+    try:
+        return struct.pack(f"<{len(values)}i", *values)
+    except struct.error as error:
+        raise ValueError(error) from error
+
+
+def _floats(values: Iterable[float], count: int) -> bytes:
+    try:
+        return struct.pack(f"<{count}f", *values)
+    except (struct.error, OverflowError) as error:
+        raise ValueError(error) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+# -- what is asked ----------------------------------------------------------------------------------
+
+
+def _scores_prompt(request: SampleRequest) -> bool:
+    return bool(request.prompt_logprobs or request.topk_prompt_logprobs)
+
+
+def choices(request: SampleRequest) -> int:
+    """How many choices vLLM is asked for: where all are the same, one."""
+    return 1 if request.temperature == 0 or request.max_tokens == 0 else request.num_samples
+
+
+def _room(request: SampleRequest, max_context: int) -> int:
+    """How many tokens may be generated."""
+    left = max_context - len(request.prompt)
+    return left if request.max_tokens is None else min(request.max_tokens, left)
+
+
+def _check_range(name: str, value: int, low: int, high: int | None) -> None:
+    if value < low or (high is not None and value > high):
+        bound = f"{low} or more" if high is None else f"{low} to {high}"
+        raise UserError(f"{name} is {value}: it must be {bound}")

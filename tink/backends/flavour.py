@@ -1,0 +1,46 @@
+"""Which kind of sampling server answers at a URL."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import httpx
+import msgspec
+
+from tink.backends.exchange import Answer, NoAnswer, exchange
+from tink.backends.replica import Refused, ReplicaGone
+from tink.limits import HEALTH_SECONDS
+from tink.world import World
+
+Flavour = Literal["vllm", "trl"]
+
+
+async def flavour(url: str, world: World) -> Flavour:
+    """`trl` is a `trl vllm-serve` before 1.11 (see TrlClient); later ones start a `vllm serve`. Raises
+    ReplicaGone if nothing answers, or not yet, and Refused if it is neither."""
+    transport = world.http_transport(url, 1)
+    async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
+
+        async def get(path: str) -> Answer:
+            try:
+                answer = await exchange(client, "GET", path, seconds=HEALTH_SECONDS)
+            except NoAnswer as error:
+                raise ReplicaGone(f"vLLM server can't be reached at {url}: {error}") from error
+            if answer.status >= 500:
+                raise ReplicaGone(f"what answers at {url} is not ready: {path} gives {answer.status}")
+            return answer
+
+        # 401: it has models, and wants its API key.
+        if (await get("/v1/models")).status in (200, 401):
+            return "vllm"
+        size = await get("/get_world_size/")
+        if size.status == 200 and _has(size.content, "world_size"):
+            return "trl"
+    raise Refused(f"what answers at {url} is neither `vllm serve` nor `trl vllm-serve`")
+
+
+def _has(content: bytes, key: str) -> bool:
+    try:
+        return key in msgspec.json.decode(content, type=dict[str, object])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False

@@ -1,0 +1,52 @@
+"""What any sampling server is to the worker: what it serves, how busy it is, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tink.errors import BackendError
+
+
+class ReplicaGone(BackendError):
+    """This server did not do it: no connection, a broken answer or none in time, a dead engine, an aborted
+    request, a server that is shutting down. A sample may be sent to another one, or again."""
+
+
+class AdapterMissing(BackendError):
+    """The server has no adapter of this name (any more): load it, then ask again."""
+
+
+class Refused(BackendError):
+    """The server answered that it will not do this, and would again: an adapter it cannot load, a feature
+    that it was started without. The text has its reason and the remedy."""
+
+
+class Served(NamedTuple):
+    """`base_model` is the name that requests use, `root` where the server has it from. `max_context` counts
+    the tokens of prompt and answer together. `adapters`: name -> the path it was loaded from."""
+
+    base_model: str
+    root: str
+    max_context: int
+    adapters: Mapping[str, str]
+    version: str
+
+
+class Load(NamedTuple):
+    """Sequences that are computed, and that wait (also for a place for their adapter); the used part of
+    the KV cache, 0 to 1; and the tokens generated since the server's start: if that stands still while
+    sequences run, the server hangs."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+    generated: int
+
+
+class Sampled(NamedTuple):
+    """`body`: a SampleResponse protobuf."""
+
+    body: bytes
+    tokens_in: int
+    tokens_out: int

@@ -1,0 +1,149 @@
+"""One `trl vllm-serve` before 1.11: a server of TRL's own around vLLM, for the base model alone.
+
+It has no adapters and no list of models, and does not say why a sample ended. Its logprobs are those of the
+distribution that it drew from. It serves one request after another and answers nothing meanwhile, health
+included, so the calls of a client queue here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import msgspec
+import trio
+
+from tink.backends import completions
+from tink.backends.exchange import Answer, NoAnswer, exchange
+from tink.backends.replica import Refused, ReplicaGone, Sampled
+from tink.errors import UserError
+from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
+from tink.trainer.protocol import SampleRequest
+from tink.wire import tinker_pb2 as pb
+from tink.world import World
+
+# Only the server knows its context; a prompt that is longer is its 500.
+UNKNOWN_CONTEXT = 2**31
+
+
+class _Generated(msgspec.Struct):
+    """Sequence by sequence; the last two have a list of the likeliest for each token, here only its own."""
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[list[float | None]]]
+    logprob_token_ids: list[list[list[int]]]
+
+
+class TrlClient:
+    """Calls of one server, one at a time. Errors and cancellation as in VllmClient."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client, self.url = client, url
+        self._turn = trio.CapacityLimiter(1)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, url: str, world: World) -> AsyncIterator[TrlClient]:
+        transport = world.http_transport(url, 1)
+        async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
+            yield cls(client, url)
+
+    async def health(self) -> bool:
+        """Whether it answers. One that computes for this client cannot, and is taken to be well."""
+        if self._turn.borrowed_tokens:
+            return True
+        try:
+            async with self._turn:
+                return (await self._exchange("GET", "/health/", HEALTH_SECONDS)).status == 200
+        except ReplicaGone:
+            return False
+
+    async def sample(self, request: SampleRequest) -> Sampled:
+        """By the base model. Raises UserError for what this server cannot do."""
+        body = encode(request)
+        seconds = ANSWER_SECONDS + (request.max_tokens or 0) * TOKEN_SECONDS
+        async with self._turn:
+            answer = await self._exchange("POST", "/generate/", seconds, body)
+        if answer.status != 200:
+            reason = answer.content[:MAX_REASON].decode(errors="replace")
+            raise ReplicaGone(f"the TRL server at {self.url} failed: {answer.status} {reason}")
+        try:
+            return decode(answer.content, request)
+        except (msgspec.DecodeError, RecursionError, LookupError, ValueError, struct.error) as error:
+            raise Refused(
+                f"the TRL server at {self.url} does not answer as TRL 1.0 to 1.10 do: use `vllm serve`"
+            ) from error
+
+    async def _exchange(
+        self, method: str, path: str, seconds: float, content: bytes | None = None
+    ) -> Answer:
+        try:
+            return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
+        except NoAnswer as error:
+            raise ReplicaGone(f"the TRL server at {self.url} does not answer: {error}") from error
+
+
+def encode(request: SampleRequest) -> bytes:
+    """The body for `/generate/`."""
+    completions.check(request, UNKNOWN_CONTEXT)
+    if request.adapter is not None:
+        raise UserError(f"this sampler has trained weights, which {_LACKS}")
+    for field in ("prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs"):
+        if getattr(request, field):
+            raise UserError(f"{field}: {_LACKS}")
+    body: dict[str, Any] = {
+        "prompts": [request.prompt],
+        "n": completions.choices(request),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "logprobs": 0,
+        # Any field of vLLM's SamplingParams.
+        "generation_kwargs": {
+            "max_tokens": None if request.max_tokens is None else max(request.max_tokens, 1),
+            "seed": request.seed % completions.SEEDS,
+            "stop": request.stop_strings,
+            "stop_token_ids": request.stop_tokens,
+            "ignore_eos": request.ignore_eos,
+            "skip_special_tokens": False,
+        },
+    }
+    return msgspec.json.encode(body)
+
+
+_LACKS = "an old trl vllm-serve cannot serve: start vLLM itself (`vllm serve`), or TRL 1.11 or later"
+
+
+def decode(answer: bytes, request: SampleRequest) -> Sampled:
+    """What stops a sample is not told: one that ends before max_tokens, or on one of the request's stop
+    tokens, has been stopped."""
+    found = msgspec.json.decode(answer, type=_Generated)
+    if len(found.completion_ids) != completions.choices(request):
+        raise ReplicaGone(f"the TRL server gave {len(found.completion_ids)} samples")
+    each = zip(found.completion_ids, found.logprobs, found.logprob_token_ids, strict=True)
+    sequences = [_sequence(request, *parts) for parts in each]
+    sequences *= request.num_samples // len(sequences)
+    response = pb.SampleResponse(sequences=sequences)
+    count = sum(len(sequence.tokens) // 4 for sequence in sequences)
+    return Sampled(response.SerializeToString(deterministic=True), len(request.prompt), count)
+
+
+def _sequence(
+    request: SampleRequest, tokens: list[int], logprobs: list[list[float | None]], ids: list[list[int]]
+) -> pb.SampledSequence:
+    if request.max_tokens == 0:
+        return completions.EMPTY
+    if not tokens or [step[0] for step in ids] != tokens:
+        raise ValueError("the logprobs are not those of the tokens")
+    stopped = tokens[-1] in request.stop_tokens or len(tokens) != request.max_tokens
+    own = [-float("inf") if step[0] is None else step[0] for step in logprobs]
+    return pb.SampledSequence(
+        stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,
+        tokens=struct.pack(f"<{len(tokens)}i", *tokens),
+        logprobs=struct.pack(f"<{len(tokens)}f", *own),
+    )

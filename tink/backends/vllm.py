@@ -1,0 +1,260 @@
+"""One `vllm serve`: its adapters, its load and its samples. (`trl vllm-serve` from 1.11 is one too.)"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from tink.backends import completions
+from tink.backends.completions import Call
+from tink.backends.exchange import Answer, NoAnswer, exchange
+from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
+from tink.errors import UserError
+from tink.limits import ADAPTER_SECONDS, HEALTH_SECONDS, MAX_REASON, MAX_STOPS, MAX_TOPK
+from tink.trainer.protocol import SampleRequest
+from tink.wire import tinker_pb2 as pb
+from tink.world import World
+
+LogprobsMode = Literal["raw", "processed"]
+
+
+class _Model(msgspec.Struct):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+class VllmClient:
+    """Calls of one server. Whatever goes wrong is a ReplicaGone, an AdapterMissing, a Refused or (the
+    request's fault) a UserError. Cancelling `complete` closes its connection, which makes the server give
+    the request up; a load or unload that is cancelled may have been done: it can be repeated."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client, self.url = client, url
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, url: str, world: World, *, slots: int, token: str = ""
+    ) -> AsyncIterator[VllmClient]:
+        """`slots`: connections, so calls at once; more wait, their deadlines running. `token`: the server's
+        `--api-key`."""
+        async with httpx.AsyncClient(
+            base_url=url,
+            transport=world.http_transport(url, slots),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            trust_env=False,
+        ) as client:
+            yield cls(client, url)
+
+    # -- the server ---------------------------------------------------------------------------------
+
+    async def health(self) -> bool:
+        """Whether its engine lives. It also does while paused, asleep or draining."""
+        try:
+            return (await self._exchange("GET", "/health", HEALTH_SECONDS)).status == 200
+        except ReplicaGone:
+            return False
+
+    async def served(self) -> Served:
+        models = self._decoded(await self._get("/v1/models"), _Models).data
+        version = self._decoded(await self._get("/version"), _Version).version
+        base = next((model for model in models if model.parent is None), None)
+        if base is None or base.max_model_len is None:
+            raise ReplicaGone(f"the vLLM server at {self.url} names no base model")
+        adapters = {model.id: model.root or "" for model in models if model.parent is not None}
+        return Served(base.id, base.root or "", base.max_model_len, adapters, version)
+
+    async def load(self) -> Load:
+        sums, most = _gauges(await self._get("/metrics"))
+        if "vllm:num_requests_running" not in sums:
+            raise ReplicaGone(f"the vLLM server at {self.url} has no vLLM metrics (--disable-log-stats?)")
+        return Load(
+            running=int(sums["vllm:num_requests_running"]),
+            waiting=int(sums["vllm:num_requests_waiting"]),
+            kv_usage=most["vllm:kv_cache_usage_perc"],
+            generated=int(sums["vllm:generation_tokens_total"]),
+        )
+
+    async def logprobs_mode(self, model: str) -> LogprobsMode:
+        """Of which distribution the server's logprobs are: the model's own, or the one it drew from (after
+        temperature, top_p, ...). Samples one token, from which top_k leaves no choice: drawn from, it has
+        all the probability. Refused if they are no log-probabilities at all."""
+        probe = SampleRequest(sample_id="probe", prompt=[0], seed=0, max_tokens=1, top_k=1)
+        sampled = await self.sample(probe, model=model, max_context=2)
+        (value,) = struct.unpack("<f", pb.SampleResponse.FromString(sampled.body).sequences[0].logprobs)
+        if value > 1e-6:
+            raise Refused(
+                f"the vLLM server at {self.url} gives logits for logprobs: start it with --logprobs-mode "
+                "raw_logprobs"
+            )
+        return "processed" if value > -1e-6 else "raw"
+
+    # -- adapters -----------------------------------------------------------------------------------
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Returns once requests may name it. Loaded already, from the same path, is success. The path is
+        the server's. Raises Refused if it cannot, or serves something else by this name."""
+        content = msgspec.json.encode({"lora_name": name, "lora_path": path, "load_inplace": False})
+        answer = await self._exchange("POST", "/v1/load_lora_adapter", ADAPTER_SECONDS, content)
+        if answer.status == 200:
+            return
+        reason = _reason(answer)
+        if answer.status == 400 and "already been loaded" in reason:
+            loaded = (await self.served()).adapters.get(name)
+            if loaded == path:
+                return
+            reason = f"it has loaded another one by this name, from {loaded}"
+        elif answer.status == 404 and "No adapter found" in reason:
+            reason = f"it finds none in {path}: it must see the worker's artifact folder by the same path"
+        elif answer.status == 500 and "add_lora" in reason:
+            found = re.search("failed with error '(.*?)', please check", reason)
+            found = found or re.search("failed: (.*)", reason)
+            reason = found[1] if found else reason
+        else:
+            self._check_adapter_answer(answer, reason)
+        raise Refused(f"the vLLM server at {self.url} cannot load the adapter {name!r}: {reason}")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Returns once no new request may name it; those under way end undisturbed. Absent is success."""
+        content = msgspec.json.encode({"lora_name": name})
+        answer = await self._exchange("POST", "/v1/unload_lora_adapter", ADAPTER_SECONDS, content)
+        reason = _reason(answer)
+        if answer.status == 200 or (answer.status == 404 and "cannot be found" in reason):
+            return
+        self._check_adapter_answer(answer, reason)
+        raise Refused(f"the vLLM server at {self.url} cannot unload the adapter {name!r}: {reason}")
+
+    def _check_adapter_answer(self, answer: Answer, reason: str) -> None:
+        """Returns if the answer is a refusal of this adapter."""
+        if answer.status == 404 and reason == "Not Found":
+            raise Refused(
+                f"the vLLM server at {self.url} takes no adapters while it runs: start it with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
+            )
+        self._check_answered(answer, reason)
+
+    # -- samples ------------------------------------------------------------------------------------
+
+    async def sample(self, request: SampleRequest, *, model: str, max_context: int) -> Sampled:
+        """A pure function of the request: may be repeated, here or at another server of the same models."""
+        call = completions.encode(request, model=model, max_context=max_context)
+        answer = await self.complete(call)
+        try:
+            return completions.decode(answer, request, model=model)
+        except ReplicaGone as error:
+            raise ReplicaGone(f"{self.url}: {error}") from error
+
+    async def complete(self, call: Call) -> bytes:
+        """The answer of `/v1/completions`, for `completions.decode` to judge."""
+        answer = await self._exchange("POST", "/v1/completions", call.seconds, call.body)
+        if answer.status == 200:
+            return answer.content
+        reason = _reason(answer)
+        if answer.status == 404 and "does not exist" in reason:
+            raise AdapterMissing(f"the vLLM server at {self.url} does not serve {call.model!r}")
+        if answer.status in (400, 422):
+            raise UserError(_fault(reason))
+        self._check_answered(answer, reason)
+        raise Refused(f"the vLLM server at {self.url} does not complete: {answer.status} {reason}")
+
+    # -- one exchange -------------------------------------------------------------------------------
+
+    async def _get(self, path: str) -> bytes:
+        answer = await self._exchange("GET", path, HEALTH_SECONDS)
+        if answer.status != 200:
+            reason = _reason(answer)
+            self._check_answered(answer, reason)
+            raise Refused(
+                f"what answers at {self.url} is no vLLM server: {path} gives {answer.status} {reason}"
+            )
+        return answer.content
+
+    def _check_answered(self, answer: Answer, reason: str) -> None:
+        """Returns if the answer is a refusal of the call itself."""
+        if answer.status in (401, 403):
+            raise Refused(f"the vLLM server at {self.url} wants its API key: {reason}")
+        if answer.status not in range(400, 500) or answer.status in (408, 429):
+            raise ReplicaGone(f"the vLLM server at {self.url} failed: {answer.status} {reason}")
+
+    async def _exchange(
+        self, method: str, path: str, seconds: float, content: bytes | None = None
+    ) -> Answer:
+        try:
+            # Anything here may be done twice, and an idle connection is closed by vLLM after 5 s.
+            return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
+        except NoAnswer as error:
+            raise ReplicaGone(f"the vLLM server at {self.url} does not answer: {error}") from error
+
+    def _decoded(self, content: bytes, kind: Any) -> Any:
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ReplicaGone(f"what answers at {self.url} is no vLLM server: {error}") from error
+
+
+def _reason(answer: Answer) -> str:
+    """What an answer that is not 200 says, in one line."""
+    text = answer.content[: 16 * MAX_REASON].decode(errors="replace")
+    try:
+        found = msgspec.json.decode(answer.content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        error = found.get("error", found.get("detail", text))
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    return " ".join(text.split())[:MAX_REASON]
+
+
+_LOGPROBS = re.compile(r"(sample|prompt) logprobs of (\d+), which is greater than max allowed: (\d+)")
+_STOPS = re.compile(r"'body\.stop'.*at most (\d+) items")
+
+
+def _fault(reason: str) -> str:
+    """What is wrong with a request; and if that is a limit of the server, what to start it with."""
+    if found := _LOGPROBS.search(reason):
+        return (
+            f"topk_{found[1]}_logprobs is {found[2]}: this vLLM server gives {found[3]} at most; "
+            f"it must be started with --max-logprobs {MAX_TOPK} to give more"
+        )
+    if found := _STOPS.search(reason):
+        return (
+            f"stop has more strings than the {found[1]} that this vLLM server takes: it must be started "
+            f"with VLLM_MAX_STOP_STRINGS={MAX_STOPS} to take more"
+        )
+    return f"vLLM refuses the request: {reason}"
+
+
+_SAMPLE = re.compile(rb"^(vllm:\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
+
+
+def _gauges(metrics: bytes) -> tuple[dict[str, float], dict[str, float]]:
+    """Sum and largest value of each series, over its labels (a server may have several engines)."""
+    sums: dict[str, float] = defaultdict(float)
+    most: dict[str, float] = defaultdict(float)
+    for name, text in _SAMPLE.findall(metrics):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            sums[name.decode()] += value
+            most[name.decode()] = max(most[name.decode()], value)
+    return sums, most
