@@ -9,7 +9,7 @@ from tests.simulation import chaos, mutants
 # What the promise rests on. The others are tried where the slow tests are.
 FIRST = ("no-op-fence", "no-dedupe", "no-fsync")
 # Of the seeds from 0 on, this many must be enough.
-SEEDS = 30
+SEEDS = 120
 
 
 @pytest.mark.parametrize(
