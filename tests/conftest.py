@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests with the SDK in this process last: it leaves threads and sockets behind, which would be
     taken for those of whatever test comes next."""
-    items.sort(key=lambda item: "acceptance" in item.path.parts or item.path.name == "test_stuck.py")
+    items.sort(key=lambda item: not {"acceptance", "crash"}.isdisjoint(item.path.parts))
 
 
 @pytest.hookimpl(tryfirst=True)
