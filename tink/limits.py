@@ -128,6 +128,8 @@ ANSWER_SECONDS = 600.0
 TOKEN_SECONDS = 0.5
 # vLLM reads an adapter from a disk that others use too, between two of its steps.
 ADAPTER_SECONDS = 120.0
+# A sample whose logits are not finite is tried so often: another one may have left them so in the KV cache.
+NOT_FINITE_TRIES = 4
 # Of what a server says when it refuses something.
 MAX_REASON = 400
 

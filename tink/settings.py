@@ -174,8 +174,8 @@ class Settings:
         return Settings(**{f.name: getattr(self, f.name) for f in fields(self)} | paths)
 
 
-# Read by the trainer itself.
-OTHERS = frozenset({"TINK_TRAINER_TOKEN"})
+# Read by the trainer itself, and by the tests.
+OTHERS = frozenset({"TINK_TRAINER_TOKEN", "TINK_TEST_VLLM"})
 
 
 def _switch(text: str) -> str:

@@ -18,7 +18,7 @@ from tink.backends.completions import Call
 from tink.backends.exchange import Answer, NoAnswer, exchange
 from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
 from tink.errors import UserError
-from tink.limits import ADAPTER_SECONDS, HEALTH_SECONDS, MAX_REASON, MAX_STOPS, MAX_TOPK
+from tink.limits import ADAPTER_SECONDS, HEALTH_SECONDS, MAX_REASON, MAX_STOPS, MAX_TOPK, NOT_FINITE_TRIES
 from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
@@ -164,10 +164,13 @@ class VllmClient:
 
     async def complete(self, call: Call) -> bytes:
         """The answer of `/v1/completions`, for `completions.decode` to judge."""
-        answer = await self._exchange("POST", "/v1/completions", call.seconds, call.body)
-        if answer.status == 200:
-            return answer.content
-        reason = _reason(answer)
+        for _ in range(NOT_FINITE_TRIES):
+            answer = await self._exchange("POST", "/v1/completions", call.seconds, call.body)
+            if answer.status == 200:
+                return answer.content
+            reason = _reason(answer)
+            if _NOT_FINITE not in reason:
+                break
         if answer.status == 404 and "does not exist" in reason:
             raise AdapterMissing(f"the vLLM server at {self.url} does not serve {call.model!r}")
         if answer.status in (400, 422):
@@ -223,6 +226,9 @@ def _reason(answer: Answer) -> str:
     return " ".join(text.split())[:MAX_REASON]
 
 
+# NaN, in the words of vLLM's JSON encoder. A model whose training has diverged gives it, but also leaves it
+# in blocks of the KV cache; who is given these next gets it too, once or twice, until they are overwritten.
+_NOT_FINITE = "not JSON compliant"
 _LOGPROBS = re.compile(r"(sample|prompt) logprobs of (\d+), which is greater than max allowed: (\d+)")
 _STOPS = re.compile(r"'body\.stop'.*at most (\d+) items")
 
@@ -239,6 +245,8 @@ def _fault(reason: str) -> str:
             f"stop has more strings than the {found[1]} that this vLLM server takes: it must be started "
             f"with VLLM_MAX_STOP_STRINGS={MAX_STOPS} to take more"
         )
+    if _NOT_FINITE in reason:
+        return "the model's logits are not finite: its training has diverged"
     return f"vLLM refuses the request: {reason}"
 
 

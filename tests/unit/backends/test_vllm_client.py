@@ -290,6 +290,7 @@ async def test_an_answer_of_the_base_model_is_never_that_of_an_adapter() -> None
             "Token id 5000 is out of vocabulary",
             "^vLLM refuses the request: Token id 5000 is out of",
         ),
+        ("Out of range float values are not JSON compliant", "^the model's logits are not finite"),
         (
             "Requested sample logprobs of 30, which is greater than max allowed: 20 (parameter=logprobs)",
             "^topk_sample_logprobs is 30: .* 20 at most; .*--max-logprobs 64",
@@ -308,6 +309,19 @@ async def test_the_requests_own_fault_is_its_callers_error(message: str, said: s
     async with talking_to(error(400, message)) as client:
         with pytest.raises(UserError, match=said):
             await client.sample(SAMPLE, model="base", max_context=512)
+
+
+@pytest.mark.parametrize("times", [1, 3, 4])
+async def test_logits_that_another_model_spoilt_are_not_this_ones_fault(times: int) -> None:
+    """A diverged model leaves NaN in the KV cache, for whoever is given its blocks next."""
+    spoilt = [error(400, "Out of range float values are not JSON compliant") for _ in range(times)]
+    answers = [*spoilt, completion()]
+    async with talking_to(lambda request: answers.pop(0)) as client:
+        if times < 4:
+            await client.sample(SAMPLE, model="base", max_context=512)
+        else:
+            with pytest.raises(UserError, match="not finite: its training has diverged"):
+                await client.sample(SAMPLE, model="base", max_context=512)
 
 
 async def test_an_aborted_sample_is_not_a_sample() -> None:
