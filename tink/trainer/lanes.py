@@ -200,7 +200,15 @@ def apply(engine: Engine, request: OpRequest) -> OpResult:
     origin = f"{model_id}:{request.op_no}:{request.job_id}"
     match op:
         case CreateModel():
-            return OpResult(model=engine.create(model_id, op))
+            model = engine.create(model_id, op)
+            if op.export is None:
+                return OpResult(model=model)
+            try:
+                files = engine.export_adapter(model_id, ExportAdapter(op.export), origin)
+            except BaseException:
+                engine.remove(model_id)
+                raise
+            return OpResult(model=model, files=files)
         case Forward():
             return engine.forward(model_id, op)
         case ForwardBackward():

@@ -61,7 +61,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class CreateModel(Message, frozen=True, tag="create_model"):
     """A new LoRA on the frozen base, B = 0; or, with `source`, one read from a saved state (its rank,
-    alpha and targets then come from there, and its moments too when `optimizer` is true)."""
+    alpha and targets then come from there, and its moments too when `optimizer` is true). `export`: a new
+    directory for the adapter as it is now, as `export_adapter` writes it; both are done, or neither."""
 
     rank: int
     alpha: float
@@ -71,6 +72,7 @@ class CreateModel(Message, frozen=True, tag="create_model"):
     train_unembed: bool = True
     source: str | None = None
     optimizer: bool = False
+    export: str | None = None
 
 
 class Forward(Message, frozen=True, tag="forward"):
