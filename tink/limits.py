@@ -132,6 +132,20 @@ ADAPTER_SECONDS = 120.0
 NOT_FINITE_TRIES = 4
 # Of what a server says when it refuses something.
 MAX_REASON = 400
+# Samples that are out at one server. Each may be many sequences: vLLM queues what it cannot batch.
+REPLICA_SLOTS = 512
+# Adapters registered at one server at once, but for those in use: a name costs it little, and each is
+# loaded again after a restart.
+ADAPTERS_REGISTERED = 1000
+# Between two looks at a server that serves.
+REPLICA_BEAT_SECONDS = 2.0
+# A server that has requests and generates nothing for so long hangs, or is paused.
+REPLICA_STALL_SECONDS = 60.0
+# A prompt goes where one with the same first tokens went, if that server has at most so many sequences
+# more than the least busy one.
+AFFINITY_TOKENS = 64
+AFFINITY_SLACK = 16
+AFFINITIES = 10_000
 
 # -- trainer ----------------------------------------------------------------------------------------
 

@@ -1,38 +1,46 @@
-"""Sampling on the training server's own engine, when no vLLM is configured."""
+"""The samples: each is sent to whatever serves sampling, and its answer journaled."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import structlog
 import trio
 
 from tink import crash
 from tink.actors import plans
-from tink.actors.attempts import Attempts
 from tink.actors.jobs import Jobs
 from tink.actors.settling import Settle, request_of
-from tink.actors.trainer_link import TrainerLink
-from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import rows
-from tink.domain.events import JobDone, JobFailed, JobStarted
+from tink.domain.events import JobDone, JobFailed
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
-from tink.limits import SAMPLE_SLOTS
 from tink.trainer import protocol
-from tink.world import World
 
 log = structlog.get_logger()
+
+
+class SamplingBackend(Protocol):
+    """`slots`: samples that it takes at once."""
+
+    @property
+    def slots(self) -> int: ...
+
+    async def sample(
+        self, job: rows.Job, request: protocol.SampleRequest, adapter: rows.Adapter | None
+    ) -> protocol.SampleReply:
+        """Sends the request until it is answered, and journals each attempt. Raises UserError, or
+        BackendError when its attempts are used up or nobody will ever take it. Cancelled, the sample may
+        go on where it is, and is given up there in the end."""
 
 
 class SamplerActor:
     """Runs the samples in `jobs`, and settles each with its terminal event. A sample is a pure function of
     its request, so one whose fate is unknown is simply sent again."""
 
-    def __init__(
-        self, journal: Journal, link: TrainerLink, settle: Settle, world: World, *, max_attempts: int
-    ) -> None:
-        self._journal, self._link, self._settle, self._world = journal, link, settle, world
-        self._max_attempts = max_attempts
-        self.jobs = Jobs(SAMPLE_SLOTS)
+    def __init__(self, journal: Journal, backend: SamplingBackend, settle: Settle) -> None:
+        self._journal, self._backend, self._settle = journal, backend, settle
+        self.jobs = Jobs(backend.slots)
 
     async def run(self) -> None:
         await self.jobs.run(self._run_one)
@@ -60,8 +68,9 @@ class SamplerActor:
         try:
             accepted = await self._journal.acceptance(job)
             body = await request_of(self._journal, job)
-            request = plans.sampling(job, accepted, body, await self._adapter(job))
-            reply = await self._send(job, request)
+            adapter = await self._adapter(job)
+            request = plans.sampling(job, accepted, body, adapter)
+            reply = await self._backend.sample(job, request, adapter)
         except UserError as error:
             return plans.subject(job), JobFailed(category="user", error=str(error))
         except BackendError as error:
@@ -85,26 +94,3 @@ class SamplerActor:
     async def _adapter(self, job: rows.Job) -> rows.Adapter | None:
         sampler = self._journal.ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]
         return None if sampler.adapter_id is None else await self._journal.adapter(sampler.adapter_id)
-
-    async def _send(self, job: rows.Job, request: protocol.SampleRequest) -> protocol.SampleReply:
-        """Raises BackendError when the job's attempts are used up, or the server will never take it."""
-
-        async def begin() -> None:
-            started = JobStarted(attempt=job.attempts + 1, backend="trainer")
-            await self._journal.append((plans.subject(job), started))
-
-        attempts = Attempts(self._link, job, begin, most=self._max_attempts)
-        while True:
-            try:
-                async with attempts.call() as life:
-                    return await life.client.sample(request)
-            except TrainerGone as error:
-                log.warning("sampling call lost", job=job.job_id, reason=str(error))
-                self._link.lost(life)
-            except Refused as error:
-                if error.invalid:
-                    raise
-                log.warning("sampling call refused", job=job.job_id, reason=str(error))
-                # Busy, or the answer was kept for us no longer: the same request again, of the same life.
-                if error.refusal.error not in ("busy", "no_sample"):
-                    self._link.lost(life)

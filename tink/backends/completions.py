@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from tink.backends.replica import ReplicaGone, Sampled
+from tink.backends.replica import Aborted, ReplicaGone, Sampled
 from tink.errors import UserError
 from tink.limits import (
     ANSWER_SECONDS,
@@ -195,7 +195,7 @@ def _check_complete(completion: _Completion, request: SampleRequest, model: str)
         raise ReplicaGone(f"the sampling server gave {len(completion.choices)} samples of {wanted}")
     for choice in completion.choices:
         if choice.finish_reason not in ("stop", "length"):
-            raise ReplicaGone(f"the sampling server ended a sample as {choice.finish_reason!r}")
+            raise Aborted(f"the sampling server ended a sample as {choice.finish_reason!r}")
         if not choice.token_ids or len(choice.logprobs.token_logprobs) != len(choice.token_ids):
             raise ReplicaGone("the sampling server's answer lacks tokens or their logprobs")
 

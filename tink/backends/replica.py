@@ -13,6 +13,10 @@ class ReplicaGone(BackendError):
     request, a server that is shutting down. A sample may be sent to another one, or again."""
 
 
+class Aborted(ReplicaGone):
+    """The server gave the request up by itself: it drains, or somebody told it to. It was not its death."""
+
+
 class AdapterMissing(BackendError):
     """The server has no adapter of this name (any more): load it, then ask again."""
 

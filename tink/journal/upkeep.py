@@ -48,6 +48,15 @@ def adapter_directories(connection: Connection, adapters: Collection[str]) -> li
     return found
 
 
+def placements(connection: Connection, replica: str) -> dict[str, str]:
+    """adapter -> state there, of each adapter that was ever on this server and lives."""
+    table, adapters = schema.adapter_placements, schema.adapters
+    joined = table.join(adapters, adapters.c.adapter_id == table.c.adapter_id)
+    query = select(table.c.adapter_id, table.c.state).select_from(joined)
+    found = connection.execute(query.where(table.c.replica == replica, table.c.state != "gone"))
+    return {row.adapter_id: row.state for row in found}
+
+
 def damaged_snapshots(connection: Connection, since: float) -> list[str]:
     """The directories of snapshots that were found to be damaged since then."""
     table = schema.snapshots

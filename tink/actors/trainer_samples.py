@@ -1,0 +1,51 @@
+"""Sampling on the training server's own engine, when no vLLM is configured."""
+
+from __future__ import annotations
+
+import structlog
+
+from tink.actors import plans
+from tink.actors.attempts import Attempts
+from tink.actors.trainer_link import TrainerLink
+from tink.backends.trainer import Refused, TrainerGone
+from tink.domain import rows
+from tink.domain.events import JobStarted
+from tink.journal.journal import Journal
+from tink.limits import SAMPLE_SLOTS
+from tink.trainer import protocol
+
+log = structlog.get_logger()
+
+
+class TrainerSamples:
+    """A SamplingBackend."""
+
+    slots = SAMPLE_SLOTS
+
+    def __init__(self, journal: Journal, link: TrainerLink, *, max_attempts: int) -> None:
+        self._journal, self._link, self._max_attempts = journal, link, max_attempts
+
+    async def sample(
+        self, job: rows.Job, request: protocol.SampleRequest, adapter: rows.Adapter | None
+    ) -> protocol.SampleReply:
+        """The trainer knows the adapter by its directory, which the request names."""
+
+        async def begin() -> None:
+            started = JobStarted(attempt=job.attempts + 1, backend="trainer")
+            await self._journal.append((plans.subject(job), started))
+
+        attempts = Attempts(self._link, job, begin, most=self._max_attempts)
+        while True:
+            try:
+                async with attempts.call() as life:
+                    return await life.client.sample(request)
+            except TrainerGone as error:
+                log.warning("sampling call lost", job=job.job_id, reason=str(error))
+                self._link.lost(life)
+            except Refused as error:
+                if error.invalid:
+                    raise
+                log.warning("sampling call refused", job=job.job_id, reason=str(error))
+                # Busy, or the answer was kept for us no longer: the same request again, of the same life.
+                if error.refusal.error not in ("busy", "no_sample"):
+                    self._link.lost(life)

@@ -1,0 +1,351 @@
+"""One vLLM server: whether it is there, which adapters it has, and the samples that it runs.
+
+A server that comes (back) gets its adapters first and requests after that; one that fails, drains, hangs or
+has lost its adapters gets none, and what it was running is moved. vLLM's traps, of which each rule here is
+one: docs/vllm.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import structlog
+import trio
+
+from tink import crash
+from tink.actors.backoff import Backoff
+from tink.backends.replica import Aborted, AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
+from tink.backends.vllm import VllmClient
+from tink.domain import adapters, rows
+from tink.domain.events import AdapterPlaced, Subject
+from tink.errors import BackendError
+from tink.journal import upkeep
+from tink.journal.journal import Entry, Journal
+from tink.limits import (
+    ADAPTERS_REGISTERED,
+    REPLICA_BEAT_SECONDS,
+    REPLICA_SLOTS,
+    REPLICA_STALL_SECONDS,
+)
+from tink.trainer.protocol import SampleRequest
+from tink.world import World
+
+log = structlog.get_logger()
+
+# Calls beside the samples: a look at the server, loading and unloading.
+OWN_SLOTS = 4
+
+
+class _Life:
+    """The server from when it had its adapters until it failed. `loaded`: name -> adapter version, the one
+    that was used last at the end. `using`: how many are about to send a request, or wait for one."""
+
+    def __init__(self, client: VllmClient, served: Served) -> None:
+        self.client, self.served = client, served
+        self.loaded: OrderedDict[str, str] = OrderedDict()
+        self.using: Counter[str] = Counter()
+        self.loading = trio.Lock()
+        self.load = Load(0, 0, 0.0, 0)
+        self.calls: set[trio.CancelScope] = set()
+        self.suspect = False
+        self.over: str | None = None
+
+    def end(self, reason: str) -> None:
+        self.over = reason
+        for call in list(self.calls):
+            call.cancel()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call: ReplicaGone if the server fails meanwhile."""
+        if self.over is not None:
+            raise ReplicaGone(self.over)
+        with trio.CancelScope() as scope:
+            self.calls.add(scope)
+            try:
+                yield
+            finally:
+                self.calls.discard(scope)
+        if scope.cancelled_caught:
+            raise ReplicaGone(self.over or "the server failed")
+
+
+class VLLMActor:
+    """`run` is its task. `limiter` is the server's queue: samples that are out, or wait to be. `changed` is
+    called when it comes or goes."""
+
+    def __init__(
+        self,
+        url: str,
+        journal: Journal,
+        folder: Path,
+        world: World,
+        changed: Callable[[], None],
+        *,
+        token: str = "",
+        registered: int = ADAPTERS_REGISTERED,
+    ) -> None:
+        """`registered`: as many adapters are registered at most, but for those in use."""
+        self.url, self._token = url, token
+        self._journal, self._folder, self._world = journal, folder, world
+        self._changed, self._registered = changed, registered
+        self.limiter = trio.CapacityLimiter(REPLICA_SLOTS)
+        # Samples that have seen a server die run one at a time, so that only one of them is to blame.
+        self._suspects = trio.CapacityLimiter(1)
+        self.outstanding = 0  # sequences
+        self.reason = "it has not answered yet"
+        self.served: Served | None = None
+        self._life: _Life | None = None
+        self._look = trio.Event()
+        self._backoff = Backoff()
+        self._told: str | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether it takes requests."""
+        return self._life is not None and not self._life.suspect
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that the server had in its queue when it was last looked at."""
+        return 0 if self._life is None else self._life.load.waiting
+
+    def has(self, name: str) -> bool:
+        """Whether this adapter is registered there."""
+        return self._life is not None and name in self._life.loaded
+
+    # -- the server ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Follows the server for ever."""
+        while True:
+            try:
+                async with VllmClient.connect(
+                    self.url, self._world, slots=REPLICA_SLOTS + OWN_SLOTS, token=self._token
+                ) as client:
+                    await self._keep(client)
+            except BackendError as error:
+                self._lose(str(error))
+            finally:
+                self._lose("the worker stops following it")
+            await self._backoff.pause()
+
+    def _lose(self, reason: str) -> None:
+        if self._life is not None:
+            self._life.end(reason)
+            self._life = None
+            self._changed()
+        elif reason == self._told:
+            return
+        self.reason = self._told = reason
+        log.warning("vllm server lost", url=self.url, reason=reason)
+
+    async def _keep(self, client: VllmClient) -> None:
+        """Raises BackendError when it fails."""
+        served = await client.served()
+        # It samples a token for that: a server that is paused or draining is healthy and does not.
+        mode = await client.logprobs_mode(served.base_model)
+        life = _Life(client, served)
+        await self._reconcile(life)
+        self._life, self.served, self._told = life, served, None
+        self._backoff.reset()
+        log.info("vllm server ready", url=self.url, model=served.base_model, adapters=len(life.loaded))
+        if mode == "processed":
+            log.warning(
+                "vllm server gives processed logprobs",
+                url=self.url,
+                remedy="start it with --logprobs-mode raw_logprobs: clients compare them with training's",
+            )
+        self._changed()
+        generated, moved_at = -1, self._world.monotonic()
+        while True:
+            self._look = trio.Event()
+            with trio.move_on_after(REPLICA_BEAT_SECONDS):
+                await self._look.wait()
+            await self._check(life)
+            if life.load.generated != generated or not self.outstanding:
+                generated, moved_at = life.load.generated, self._world.monotonic()
+            elif self._world.monotonic() - moved_at > REPLICA_STALL_SECONDS:
+                raise ReplicaGone(f"it has generated nothing for {REPLICA_STALL_SECONDS:.0f} s")
+
+    async def _check(self, life: _Life) -> None:
+        if not await life.client.health():
+            raise ReplicaGone("it is not healthy")
+        before = set(life.loaded)
+        served = await life.client.served()
+        lacks = [name for name in before if name in life.loaded and name not in served.adapters]
+        if lacks:
+            raise ReplicaGone(f"it was restarted: {len(lacks)} adapters are not there any more")
+        life.load = await life.client.load()
+        if life.suspect:
+            try:
+                await life.client.logprobs_mode(served.base_model)
+            except BackendError:
+                if not life.calls:
+                    raise
+                return  # it drains: what it has under way may end well
+            life.suspect = False
+            self._changed()
+
+    # -- its adapters -------------------------------------------------------------------------------
+
+    async def _reconcile(self, life: _Life) -> None:
+        """What is registered there and what should be, before there are requests."""
+        ledger, there = self._journal.ledger, life.served.adapters
+        live = {
+            self._name(adapter): adapter
+            for adapter in ledger.table("adapters", rows.Adapter).values()
+            if adapter.state == "live"
+        }
+        for name, path in there.items():
+            if not name.startswith(adapters.prefix(self._journal.home_id)):
+                continue  # another worker's
+            if name in live and path == self._path(live[name]):
+                life.loaded[name] = live[name].adapter_id
+            else:
+                await life.client.unload_adapter(name)
+        for adapter in adapters.wanted(ledger)[-self._registered :]:
+            try:
+                await self._load(life, adapter)
+            except Refused as error:  # whoever samples from it is told
+                log.error("adapter not loaded", adapter=adapter.adapter_id, reason=str(error))
+        before = await self._journal.read(partial(upkeep.placements, replica=self.url))
+        after = set(life.loaded.values())
+        gone = [a for a, state in before.items() if state != "gone" and a not in after]
+        new = [a for a in after if before.get(a) != "loaded"]
+        entries = [self._placed(a, "gone") for a in gone] + [self._placed(a, "loaded") for a in new]
+        if entries:
+            await self._journal.append(*entries)
+
+    @asynccontextmanager
+    async def _using(self, life: _Life, adapter: rows.Adapter | None) -> AsyncIterator[str]:
+        """The name by which the server has it, for as long as it is needed there."""
+        if adapter is None:
+            yield life.served.base_model
+            return
+        name = self._name(adapter)
+        life.using[name] += 1
+        try:
+            if await self._load(life, adapter):
+                await self._journal.append(self._placed(adapter.adapter_id, "loaded"))
+            yield name
+        finally:
+            life.using[name] -= 1
+            if not life.using[name]:
+                del life.using[name]
+
+    async def _load(self, life: _Life, adapter: rows.Adapter) -> bool:
+        """Registers it, if it is not; whether it had to."""
+        name = self._name(adapter)
+        async with life.loading:
+            new = name not in life.loaded
+            if new:
+                await self._make_room(life)
+                await life.client.load_adapter(name, self._path(adapter))
+                life.loaded[name] = adapter.adapter_id
+            life.loaded.move_to_end(name)
+        return new
+
+    async def _make_room(self, life: _Life) -> None:
+        """Takes out those that nobody has used for longest, and never one in use."""
+        idle = [name for name in life.loaded if not life.using[name]]
+        for name in idle[: max(0, len(life.loaded) + 1 - self._registered)]:
+            await self._unload(life, name)
+
+    async def _unload(self, life: _Life, name: str) -> None:
+        adapter_id = life.loaded.pop(name)  # first, so that its absence there is no surprise
+        await life.client.unload_adapter(name)
+        await self._journal.append(self._placed(adapter_id, "gone"))
+
+    async def place(self, adapter: rows.Adapter) -> bool:
+        """Registers a version that is not journaled yet: its placement is the caller's to journal. False if
+        the server is not there; raises Refused if it will not have it."""
+        life = self._life
+        if life is None:
+            return False
+        try:
+            with life.call():
+                await self._load(life, adapter)
+        except ReplicaGone as error:
+            self._doubt(life, error)
+            return False
+        return True
+
+    async def remove(self, adapter: rows.Adapter) -> None:
+        """Takes a version out that nobody will sample from any more; one whose server is not there is taken
+        out when it comes back."""
+        life, name = self._life, self._name(adapter)
+        if life is None or name not in life.loaded or life.using[name]:
+            return
+        try:
+            with life.call():
+                async with life.loading:
+                    if name in life.loaded:
+                        await self._unload(life, name)
+        except ReplicaGone as error:
+            self._doubt(life, error)
+
+    def _name(self, adapter: rows.Adapter) -> str:
+        return adapters.served_name(self._journal.home_id, adapter.adapter_id, adapter.files)
+
+    def _path(self, adapter: rows.Adapter) -> str:
+        return str(self._folder / adapter.directory)
+
+    def _placed(self, adapter_id: str, state: Literal["loaded", "gone"]) -> Entry:
+        adapter = self._journal.ledger.table("adapters", rows.Adapter).get((adapter_id,))
+        subject = Subject(
+            tenant=adapter.tenant if adapter else None,
+            model_id=adapter_id.rpartition("@")[0],
+            adapter_id=adapter_id,
+            replica=self.url,
+        )
+        return subject, AdapterPlaced(state=state)
+
+    # -- samples ------------------------------------------------------------------------------------
+
+    async def sample(
+        self, request: SampleRequest, adapter: rows.Adapter | None, *, suspect: bool
+    ) -> Sampled:
+        """Raises ReplicaGone if it should be sent elsewhere, BackendError or UserError if it will not be
+        served. `suspect`: it was out when a server died."""
+        self.outstanding += request.num_samples
+        try:
+            async with self._suspects if suspect else nullcontext(), self.limiter:
+                life = self._life
+                if life is None:
+                    raise ReplicaGone(self.reason)
+                try:
+                    with life.call():
+                        return await self._sample(life, request, adapter)
+                except ReplicaGone as error:
+                    self._doubt(life, error)
+                    raise
+        finally:
+            self.outstanding -= request.num_samples
+            self._changed()
+
+    async def _sample(self, life: _Life, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
+        async with self._using(life, adapter) as name:
+            crash.point("worker.sampling")
+            try:
+                return await life.client.sample(request, model=name, max_context=life.served.max_context)
+            except AdapterMissing as error:
+                if adapter is None:
+                    raise ReplicaGone(f"it does not serve its base model: {error}") from error
+                # Somebody has unloaded it, or the server is another one.
+                life.loaded.pop(name, None)
+                await self._load(life, adapter)
+            return await life.client.sample(request, model=name, max_context=life.served.max_context)
+
+    def _doubt(self, life: _Life, error: ReplicaGone) -> None:
+        """No more requests until it was looked at."""
+        life.suspect = True
+        self._look.set()
+        self._changed()
+        kind = "aborted" if isinstance(error, Aborted) else "lost"
+        log.warning("vllm call " + kind, url=self.url, reason=str(error))

@@ -1,0 +1,37 @@
+"""Adapter versions as sampling servers know them: by which name, and which ones a server should have."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from tink.domain import retention, rows
+from tink.domain.projection import Ledger
+
+
+def served_name(home_id: str, adapter_id: str, files: Mapping[str, str]) -> str:
+    """What a server has the version as. No two workers' names are alike (`home_id`), and no two contents:
+    vLLM's caches go by name, and a journal that was put back from a backup counts its versions again."""
+    content = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    return f"{prefix(home_id)}{adapter_id}-{content[:8]}"
+
+
+def prefix(home_id: str) -> str:
+    """Of every name of this home's adapters."""
+    return f"tink/{home_id}/"
+
+
+def wanted(ledger: Ledger) -> list[rows.Adapter]:
+    """The versions that a server should have before it gets requests, the one that was made last at the
+    end: the newest one of each model of an open session, and those that open jobs sample from. Any other
+    is loaded when it is asked for."""
+    sessions, models = ledger.table("sessions", rows.Session), ledger.table("models", rows.Model)
+    sampled = retention.sampled(ledger)
+    found = []
+    for adapter in ledger.table("adapters", rows.Adapter).values():
+        model = models[(adapter.model_id,)]
+        is_newest = adapter.version == model.versions
+        in_use = is_newest and sessions[(model.session_id,)].state == "open"
+        if adapter.state == "live" and (in_use or adapter.adapter_id in sampled):
+            found.append(adapter)
+    return sorted(found, key=lambda adapter: adapter.created_at)
