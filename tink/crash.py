@@ -25,6 +25,7 @@ POINTS = {
     "worker.started": "an attempt is journaled; the trainer was not called",
     "worker.answered": "the trainer has done a job; its answer is nowhere else",
     "worker.published": "an export or a saved state is published; it is not journaled",
+    "worker.placed": "every sampling server has an adapter version; it is not journaled",
     "worker.result": "a job's result is stored; its end is not journaled",
     "worker.ended": "a job's end is journaled; those who wait were not told",
     "worker.restored": "a trainer has a snapshot back; what came behind it was not applied again",

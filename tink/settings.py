@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -55,6 +56,17 @@ class Settings:
     use_hf: Switch = _setting("auto", "USE_HF", "HuggingFace engine: auto is on when both others are off")
     use_megatron: bool = _setting(False, "USE_MEGATRON", "train on a Megatron server")
     use_vllm: bool = _setting(False, "USE_VLLM", "sample on vLLM")
+    vllm_base_url: str = _setting(
+        "", "VLLM_BASE_URL", "vLLM servers, comma-separated (default: http://VLLM_HOST:VLLM_PORT)"
+    )
+    vllm_host: str = _setting(
+        "127.0.0.1", "VLLM_HOST", "where vLLM listens; 0.0.0.0 is dialled as 127.0.0.1"
+    )
+    vllm_port: int = _setting(8000, "VLLM_PORT", "the port of vLLM")
+    vllm_api_key: str = _setting("", "VLLM_API_KEY", "the key that vLLM wants (--api-key)", secret=True)
+    vllm_wait_seconds: float = _setting(
+        600.0, "TINK_VLLM_WAIT_SECONDS", "how long a job waits for a vLLM server before it fails"
+    )
     max_workers: int = _setting(
         4, "MAX_WORKERS", "different adapters the HuggingFace engine trains at once"
     )
@@ -84,6 +96,17 @@ class Settings:
             self.use_hf == "auto" and not self.use_megatron and not self.use_vllm
         )
         return routes(megatron=self.use_megatron, vllm=self.use_vllm, hf=hf)
+
+    @property
+    def vllm_urls(self) -> list[str]:
+        """Where vLLM servers are. Raises StartupError for what is no URL."""
+        host = "127.0.0.1" if self.vllm_host in ("0.0.0.0", "") else self.vllm_host  # noqa: S104  dialled
+        found = [url.strip().rstrip("/") for url in self.vllm_base_url.split(",") if url.strip()]
+        for url in found:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+                raise StartupError(f"VLLM_BASE_URL: {url!r} is not a URL such as http://127.0.0.1:8000")
+        return list(dict.fromkeys(found)) or [f"http://{host}:{self.vllm_port}"]
 
     @property
     def artifact_root(self) -> Path:
@@ -152,6 +175,7 @@ class Settings:
             "TINK_SNAPSHOT_SECONDS": (self.snapshot_seconds, 0.0),
             "TINK_RETENTION_HOURS": (self.retention_hours, 0.0),
             "TINK_HANG_SECONDS": (self.hang_seconds, 0.0),
+            "TINK_VLLM_WAIT_SECONDS": (self.vllm_wait_seconds, 0.0),
         }
         for name, (value, bound) in least.items():
             if not value >= bound:
@@ -165,7 +189,7 @@ class Settings:
             hf_model = str(Path(hf_model).expanduser().absolute())
             if not Path(hf_model).is_dir():
                 raise StartupError(f"TINK_HF_MODEL: there is no directory {hf_model}")
-        _ = self.tenants
+        _ = self.tenants, self.vllm_urls
         if self.crash_at:
             crash.parse(self.crash_at)
         paths: dict[str, Any] = {"home": self.home.expanduser().absolute(), "hf_model": hf_model}

@@ -4,12 +4,11 @@ retention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from tink.actors import plans
 from tink.actors.artifacts import ArtifactFolder
-from tink.actors.trainer_link import TrainerLink
 from tink.domain import ids, messages, rows
 from tink.domain.events import (
     CheckpointChanged,
@@ -32,17 +31,36 @@ from tink.world import World
 R = TypeVar("R", bound=rows.Row)
 
 
+class Base(NamedTuple):
+    """The base model that is served. `max_context`: tokens. `path`: a directory with its tokenizer, where
+    there is one on this machine."""
+
+    name: str
+    max_context: int
+    arch: str = ""
+    path: str | None = None
+
+
+class Backends(NamedTuple):
+    """What the catalogue asks of whatever serves. `base` waits until that is known; `health` is the state
+    of each server, by its name."""
+
+    base: Callable[[], Awaitable[Base]]
+    health: Callable[[], dict[str, str]]
+
+
 class Catalogue:
     def __init__(
         self,
         journal: Journal,
-        link: TrainerLink,
+        backends: Backends,
         routes: Routes,
         folder: ArtifactFolder,
         metrics: Metrics,
         world: World,
     ) -> None:
-        self._journal, self._link, self._routes, self._metrics = journal, link, routes, metrics
+        self._journal, self._backends, self._routes = journal, backends, routes
+        self._metrics = metrics
         self._folder, self._world = folder, world
 
     async def answer(self, ask: messages.Question) -> Any:
@@ -87,9 +105,7 @@ class Catalogue:
             case messages.DeleteCheckpoint():
                 return await self._delete_checkpoint(ask)
             case messages.GetHealth():
-                return messages.Health(
-                    mode=self._routes.mode, trainer="awaited" if self._link.present is None else "ready"
-                )
+                return messages.Health(mode=self._routes.mode, servers=self._backends.health())
             case messages.GetMetrics():
                 return self._metrics.exposition()
             case messages.GetCapabilities():
@@ -150,15 +166,15 @@ class Catalogue:
     async def _model_views(self, tenant: str, models: list[rows.Model]) -> list[messages.ModelView]:
         if not models:
             return []
-        served = await self._link.served()
+        base = await self._backends.base()
         newest: dict[tuple[str, str], rows.Checkpoint] = {}
         for checkpoint in _newest_first(self._live_checkpoints(tenant)):
             newest.setdefault((checkpoint.model_id, checkpoint.kind), checkpoint)
         return [
             messages.ModelView(
                 row=model,
-                arch=served.arch,
-                tokenizer=served.base_path,
+                arch=base.arch,
+                tokenizer=base.path,
                 last_checkpoint=newest.get((model.model_id, "weights")),
                 last_sampler_checkpoint=newest.get((model.model_id, "sampler_weights")),
             )
@@ -176,7 +192,7 @@ class Catalogue:
     async def _create_sampler(self, ask: messages.CreateSampler) -> messages.Created:
         if self._routes.sampling is None:
             raise UserError(NO_SAMPLING)
-        served = await self._link.served()
+        base = await self._backends.base()
         async with self._journal.naming:
             self.session(ask.tenant, ask.session_id)
             sampler_id = ids.sampler_id(ask.session_id, ask.sampling_seq_id)
@@ -193,13 +209,13 @@ class Catalogue:
                     )
                 adapter_id = checkpoint.adapter_id
             elif ask.base_model is not None:
-                plans.check_base_model(ask.base_model, served)
+                plans.check_base_model(ask.base_model, base.name, base.path)
             else:
                 raise UserError("a sampler needs base_model or model_path")
             created = SamplerCreated(
                 sampler_id=sampler_id,
                 sampling_seq_id=ask.sampling_seq_id,
-                base_model=served.base_model,
+                base_model=base.name,
                 model_path=ask.model_path,
             )
             subject = Subject(tenant=ask.tenant, session_id=ask.session_id, adapter_id=adapter_id)
@@ -209,10 +225,10 @@ class Catalogue:
     async def _capabilities(self) -> messages.Capabilities:
         if self._routes == (None, None):
             return messages.Capabilities(models=[])
-        served = await self._link.served()
+        base = await self._backends.base()
         model = messages.ServedModel(
-            name=served.base_model,
-            max_context=served.max_context,
+            name=base.name,
+            max_context=base.max_context,
             trainable=self._routes.training is not None,
             sampleable=self._routes.sampling is not None,
         )

@@ -11,7 +11,7 @@ model's journaled operations since are applied again, in order, and compared wit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -36,6 +36,9 @@ from tink.limits import HOLD_SECONDS
 from tink.trainer import protocol
 from tink.world import World
 
+# Returns the servers that have the version now. Raises BackendError.
+Place = Callable[[rows.Adapter], Awaitable[list[str]]]
+
 log = structlog.get_logger()
 
 
@@ -55,11 +58,14 @@ class MegatronActor:
         slots: int,
         alpha: float,
         max_attempts: int,
+        place: Place | None = None,
     ) -> None:
+        """`place`: gives a new adapter version to the sampling servers; None: the training server samples,
+        from the artifact folder."""
         self._journal, self._link, self._world = journal, link, world
         self._settle, self._release = settle, release
         self._snapshots, self._folder = snapshots, folder
-        self._alpha, self._max_attempts = alpha, max_attempts
+        self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
         self.jobs = Jobs(slots)
 
     async def run(self) -> None:
@@ -110,7 +116,7 @@ class MegatronActor:
         """Runs the job. The call that it returns gives the events that end it, the terminal one first;
         or raises UserError."""
         life = await self._link.life()
-        context = plans.Context(self._journal.ledger, life.info, self._alpha)
+        context = self._context(life)
         try:
             body = await request_of(self._journal, job)
             op_no = job.op_no or self._model(job).op_no + 1
@@ -120,24 +126,27 @@ class MegatronActor:
             return lambda: failed
         try:
             # What it reads or writes stays, from now until its row says so.
-            with self._folder.use(plan.directory):
+            with self._folder.use(plan.directory), self._folder.use(plan.export):
                 reply = await self._send(job, op_no, plan)
+                crash.point("worker.answered")
+                if reply.failure is not None:
+                    failed = [self._failed(job, reply.failure.category, reply.failure.message)]
+                    return lambda: failed
+                result = reply.result
+                assert result is not None, "a done op has a result"
+                if result.files:
+                    crash.point("worker.published")
+                adapter = plans.exported(job, plan, result, context, self._world.now())
+                placed = await self._placements(job, adapter)
         except BackendError as error:
             failed = [self._failed(job, "server", str(error))]
             return lambda: failed
-        crash.point("worker.answered")
-        if reply.failure is not None:
-            failed = [self._failed(job, reply.failure.category, reply.failure.message)]
-            return lambda: failed
-        result = reply.result
-        assert result is not None, "a done op has a result"
-        if result.files:
-            crash.point("worker.published")
         digest = await self._journal.bodies.put(result.body) if result.body else None
         crash.point("worker.result")
 
         def end() -> list[Entry]:
-            answer, more = plans.conclusion(job, body, plan, result, context, self._world.now())
+            now = self._world.now()
+            answer, more = plans.conclusion(job, body, plan, result, context, now, adapter)
             done = JobDone(
                 result=answer,
                 result_sha256=digest,
@@ -147,9 +156,18 @@ class MegatronActor:
                 metrics=result.metrics,
                 run_ms=result.run_ms,
             )
-            return [(plans.subject(job), done), *more]
+            return [(plans.subject(job), done), *placed, *more]
 
         return end
+
+    async def _placements(self, job: rows.Job, adapter: rows.Adapter | None) -> list[Entry]:
+        """The events of an adapter version that the job has written, once it can be sampled."""
+        if adapter is None:
+            return []
+        # The trainer samples from the artifact folder: what is published there, it can serve.
+        replicas = ["trainer"] if self._place is None else await self._place(adapter)
+        crash.point("worker.placed")
+        return plans.placements(job, adapter, replicas)
 
     async def _begin_attempt(self, job: rows.Job, op_no: int, plan: plans.Plan) -> None:
         started = JobStarted(
@@ -166,6 +184,9 @@ class MegatronActor:
             category="user" if category == "user" else "server", error=error, seq_id=job.seq_id
         )
         return plans.subject(job), failed
+
+    def _context(self, life: Life) -> plans.Context:
+        return plans.Context(self._journal.ledger, life.info, self._alpha, exports=self._place is not None)
 
     def _model(self, job: rows.Job) -> rows.Model:
         return self._journal.ledger.table("models", rows.Model)[(job.model_id,)]
@@ -222,7 +243,7 @@ class MegatronActor:
         if applied >= upto:
             return
         applied, unusable = await self._snapshots.restore(life, model_id, applied)
-        context = plans.Context(self._journal.ledger, life.info, self._alpha)
+        context = self._context(life)
         log.info("redo", model=model_id, first=applied + 1, last=upto)
         for job in await self._journal.ops(model_id, applied, upto):
             op_no = job.op_no

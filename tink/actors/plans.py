@@ -4,7 +4,7 @@ Pure: everything comes in as arguments, and the same job gives the same plan in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -20,18 +20,22 @@ Entry = tuple[Subject, AnyEvent]
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """`directory`: what the operation reads or writes under the artifact folder."""
+    """`directory`: what the operation reads or writes under the artifact folder. `export`: where it writes
+    an adapter version."""
 
     op: protocol.Op
     directory: str | None = None
+    export: str | None = None
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a plan depends on beside the job: the journal's state and what the trainer serves."""
+    """What a plan depends on beside the job: the journal's state, what the trainer serves, and whether
+    sampling servers have to be given a new model's adapter (`exports`)."""
 
     ledger: Ledger
     served: protocol.Info
     alpha: float
+    exports: bool
 
 
 # -- training ---------------------------------------------------------------------------------------
@@ -50,11 +54,13 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
         case "forward_backward":
             return Plan(protocol.ForwardBackward(body))
         case "create_model":
-            return Plan(_create_model(model_id, requests.decode(body, requests.CreateModel), context))
+            create = _create_model(model_id, requests.decode(body, requests.CreateModel), context)
+            return _exporting(Plan(create), model_id, op_no, context)
         case "optim_step":
             return Plan(_optim_step(requests.decode(body, requests.OptimStep)))
         case "load_weights":
-            return _load_weights(job, requests.decode(body, requests.LoadWeights), context)
+            load = _load_weights(job, requests.decode(body, requests.LoadWeights), context)
+            return _exporting(load, model_id, op_no, context)
     directory = ids.directory(model_id, op_no, job.op)
     match job.op:
         case "save_weights":
@@ -65,7 +71,7 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
             _check_save(job, "sampler_weights", request, context.ledger)
             if request.path is None:
                 _check_ephemeral(job, request, context.ledger)
-            return Plan(protocol.ExportAdapter(directory), directory)
+            return Plan(protocol.ExportAdapter(directory), directory, directory)
         case "save_weights_external":
             external = requests.decode(body, requests.SaveWeightsExternal)
             if external.age_encryption_recipients:
@@ -73,6 +79,14 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
             _check_save(job, "external_weights", external, context.ledger)
             return Plan(protocol.ExportAdapter(directory), directory)
     raise UserError(f"{job.op} is not a training operation")
+
+
+def _exporting(plan: Plan, model_id: str, op_no: int, context: Context) -> Plan:
+    """With the new model's version 0, if the plan makes a model and somebody has to be given it."""
+    if not context.exports or not isinstance(plan.op, protocol.CreateModel):
+        return plan
+    export = ids.first_adapter(model_id, op_no)
+    return Plan(msgspec.structs.replace(plan.op, export=export), plan.directory, export)
 
 
 def again(job: rows.Job, body: bytes, context: Context) -> protocol.Op:
@@ -107,10 +121,10 @@ def again(job: rows.Job, body: bytes, context: Context) -> protocol.Op:
     )
 
 
-def check_base_model(name: str, served: protocol.Info | events.TrainerStarted) -> None:
+def check_base_model(name: str, served: str, path: str | None) -> None:
     """Raises UserError unless `name` is the model that is served, by its name or its path."""
-    if name not in (served.base_model, served.base_path):
-        raise UserError(f"the base model {name[:200]!r} is not served here: {served.base_model!r} is")
+    if name not in (served, path):
+        raise UserError(f"the base model {name[:200]!r} is not served here: {served!r} is")
 
 
 def find_checkpoint(ledger: Ledger, address: ids.Address, tenant: str) -> rows.Checkpoint:
@@ -127,7 +141,7 @@ def _model_id(job: rows.Job) -> str:
 
 
 def _create_model(model_id: str, request: requests.CreateModel, context: Context) -> protocol.CreateModel:
-    check_base_model(request.base_model, context.served)
+    check_base_model(request.base_model, context.served.base_model, context.served.base_path)
     lora = request.lora_config
     if not 1 <= lora.rank <= context.served.max_rank:
         raise UserError(f"rank {lora.rank} cannot be used: 1 to {context.served.max_rank} can")
@@ -170,7 +184,7 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
     directory = job.directory or find_checkpoint(context.ledger, address, job.tenant).directory
     source = context.ledger.table("models", rows.Model)[(address.model_id,)]
     if request.base_model is not None:
-        check_base_model(request.base_model, context.served)
+        check_base_model(request.base_model, context.served.base_model, context.served.base_path)
     if job.seq_id != 0:
         target = context.ledger.table("models", rows.Model)[(_model_id(job),)]
         for part in ("rank", "train_attn", "train_mlp", "train_unembed"):
@@ -234,10 +248,55 @@ def _save_name(job: rows.Job, kind: ids.CheckpointKind, request: Save) -> str | 
 # -- the end of a training job ----------------------------------------------------------------------
 
 
+def exported(
+    job: rows.Job, plan: Plan, result: protocol.OpResult, context: Context, now: float
+) -> rows.Adapter | None:
+    """The adapter version that a done job has written, if it has: the row that its event will make."""
+    if plan.export is None:
+        return None
+    model_id = _model_id(job)
+    versions = context.ledger.table("models", rows.Model)[(model_id,)].versions
+    version = 1 + versions if job.op == "save_weights_for_sampler" else 0
+    return rows.Adapter(
+        adapter_id=ids.adapter_id(model_id, version),
+        tenant=job.tenant,
+        model_id=model_id,
+        version=version,
+        job_id=job.job_id,
+        directory=plan.export,
+        size_bytes=sum(file.size for file in result.files),
+        files={file.name: file.sha256 for file in result.files},
+        created_at=now,
+    )
+
+
+def placements(job: rows.Job, adapter: rows.Adapter, replicas: Iterable[str]) -> list[Entry]:
+    """The events of a new version, and of the servers that have it."""
+    who = subject(job, adapter_id=adapter.adapter_id)
+    made = events.AdapterExported(
+        version=adapter.version,
+        directory=adapter.directory,
+        size_bytes=adapter.size_bytes,
+        files=adapter.files,
+    )
+    placed = [
+        (subject(job, adapter_id=adapter.adapter_id, replica=replica), events.AdapterPlaced(state="loaded"))
+        for replica in replicas
+    ]
+    return [(who, made), *placed]
+
+
 def conclusion(
-    job: rows.Job, body: bytes, plan: Plan, result: protocol.OpResult, context: Context, now: float
+    job: rows.Job,
+    body: bytes,
+    plan: Plan,
+    result: protocol.OpResult,
+    context: Context,
+    now: float,
+    adapter: rows.Adapter | None,
 ) -> tuple[dict[str, Any] | None, list[Entry]]:
-    """What a done job answers in JSON (None: its body is the answer), and the events beside its own."""
+    """What a done job answers in JSON (None: its body is the answer), and the events beside its own and
+    those of the `adapter` version that it has written."""
     model_id = _model_id(job)
     match job.op:
         case "forward" | "forward_backward":
@@ -255,13 +314,20 @@ def conclusion(
             return {"path": load.path, **answer}, entries
         case "save_weights":
             return _saved(
-                job, "weights", requests.decode(body, requests.SaveWeights), plan, result, context, now
+                job,
+                "weights",
+                requests.decode(body, requests.SaveWeights),
+                plan,
+                result,
+                context,
+                now,
+                None,
             )
         case "save_weights_external":
             external = requests.decode(body, requests.SaveWeightsExternal)
-            return _saved(job, "external_weights", external, plan, result, context, now)
+            return _saved(job, "external_weights", external, plan, result, context, now, None)
     request = requests.decode(body, requests.SaveWeightsForSampler)
-    return _saved(job, "sampler_weights", request, plan, result, context, now)
+    return _saved(job, "sampler_weights", request, plan, result, context, now, adapter)
 
 
 def _created(
@@ -290,22 +356,13 @@ def _saved(
     result: protocol.OpResult,
     context: Context,
     now: float,
+    adapter: rows.Adapter | None,
 ) -> tuple[dict[str, Any], list[Entry]]:
     model_id, directory = _model_id(job), str(plan.directory)
     size = sum(file.size for file in result.files)
     entries: list[Entry] = []
-    who = subject(job)
+    who = subject(job, adapter_id=None if adapter is None else adapter.adapter_id)
     answer: dict[str, Any] = {"path": None}
-    if kind == "sampler_weights":
-        version = 1 + context.ledger.table("models", rows.Model)[(model_id,)].versions
-        who = subject(job, adapter_id=ids.adapter_id(model_id, version))
-        files = {file.name: file.sha256 for file in result.files}
-        exported = events.AdapterExported(
-            version=version, directory=directory, size_bytes=size, files=files
-        )
-        # The trainer samples from the artifact folder: what is published there, it can serve.
-        placed = subject(job, adapter_id=who.adapter_id, replica="trainer")
-        entries += [(who, exported), (placed, events.AdapterPlaced(state="loaded"))]
     name = _save_name(job, kind, request)
     if name is None:
         assert isinstance(request, requests.SaveWeightsForSampler)

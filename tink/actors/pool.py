@@ -1,4 +1,4 @@
-"""The vLLM servers together: a sample goes to the one that has least to do, and to another if that fails."""
+"""The vLLM servers together: a sample goes to the one with least to do, and to another if that fails."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ class VLLMPool:
                 log.warning("sample moved", job=job.job_id, url=replica.url, reason=str(error))
                 if deaths >= self._max_attempts:
                     raise BackendError(
-                        f"the sampling server failed {deaths} times while it ran this job, at last: {error}; "
-                        f"given up after TINK_MAX_ATTEMPTS={self._max_attempts}"
+                        f"the sampling server failed {deaths} times while it ran this job, at last: "
+                        f"{error}; given up after TINK_MAX_ATTEMPTS={self._max_attempts}"
                     ) from error
                 continue
             return SampleReply(
@@ -133,8 +133,8 @@ class VLLMPool:
             )
 
     async def _choose(self, request: SampleRequest) -> VLLMActor:
-        """The server with least to do; one that has seen the beginning of the prompt, if it has hardly more.
-        Waits for one to come; raises BackendError if none does."""
+        """The server with least to do, or one that has seen the beginning of the prompt if it has hardly
+        more. Waits for one to come; raises BackendError if none does."""
         with trio.move_on_after(self._wait_seconds):
             while True:
                 ready = [replica for replica in self.replicas if replica.up]

@@ -8,6 +8,7 @@ which looks at what is there and asks who needs it.
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import structlog
@@ -27,12 +28,24 @@ from tink.world import World
 
 log = structlog.get_logger()
 
+TakeOut = Callable[[rows.Adapter], Awaitable[None]]
+
 
 class Retention:
-    """An actor. `hours`: how long bodies and unused adapters stay at least (TINK_RETENTION_HOURS)."""
+    """An actor. `hours`: how long bodies and unused adapters stay at least (TINK_RETENTION_HOURS).
+    `take_out` takes a deleted version from the sampling servers; None: there are none."""
 
-    def __init__(self, journal: Journal, folder: ArtifactFolder, world: World, *, hours: float) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        folder: ArtifactFolder,
+        world: World,
+        *,
+        hours: float,
+        take_out: TakeOut | None = None,
+    ) -> None:
         self._journal, self._folder, self._world = journal, folder, world
+        self._take_out = take_out
         self._seconds = hours * 3600
         self._began = world.now(), world.monotonic()
         self._last_requests: dict[str, float] = {}
@@ -125,13 +138,16 @@ class Retention:
         self._last_requests |= made | asked
         async with self._journal.naming:  # no sampler is made meanwhile
             entries: list[Entry] = []
-            for adapter, reason in retention.spare_adapters(ledger, before, self._last_requests):
+            spare = list(retention.spare_adapters(ledger, before, self._last_requests))
+            for adapter, reason in spare:
                 entries.append((_about(adapter), AdapterDeleted(reason=reason)))
-                entries.append((_about(adapter, replica="trainer"), AdapterPlaced(state="gone")))
+                if self._take_out is None:
+                    entries.append((_about(adapter, replica="trainer"), AdapterPlaced(state="gone")))
             await self._journal.append(*entries)
-        for subject, event in entries:
-            if isinstance(event, AdapterDeleted):
-                log.info("adapter deleted", adapter=subject.adapter_id, reason=event.reason)
+        for adapter, reason in spare:
+            log.info("adapter deleted", adapter=adapter.adapter_id, reason=reason)
+            if self._take_out is not None:  # before its files go
+                await self._take_out(adapter)
         self._last_requests = {s: at for s, at in self._last_requests.items() if at >= before}
 
     # -- directories --------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Literal
 import structlog
 import trio
 
-from tink import crash
 from tink.actors.backoff import Backoff
 from tink.backends.replica import Aborted, AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
 from tink.backends.vllm import VllmClient
@@ -109,6 +108,11 @@ class VLLMActor:
     def up(self) -> bool:
         """Whether it takes requests."""
         return self._life is not None and not self._life.suspect
+
+    @property
+    def state(self) -> str:
+        """For people: `ready`, or why it is waited for."""
+        return "ready" if self.up else f"awaited: {self.reason}"
 
     @property
     def waiting(self) -> int:
@@ -331,7 +335,6 @@ class VLLMActor:
 
     async def _sample(self, life: _Life, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
         async with self._using(life, adapter) as name:
-            crash.point("worker.sampling")
             try:
                 return await life.client.sample(request, model=name, max_context=life.served.max_context)
             except AdapterMissing as error:
@@ -345,6 +348,7 @@ class VLLMActor:
     def _doubt(self, life: _Life, error: ReplicaGone) -> None:
         """No more requests until it was looked at."""
         life.suspect = True
+        self.reason = str(error)
         self._look.set()
         self._changed()
         kind = "aborted" if isinstance(error, Aborted) else "lost"

@@ -1,4 +1,4 @@
-"""The worker without its HTTP side: journal, link, actors and Router, put together and supervised."""
+"""The worker without its HTTP side: journal, backends, actors and Router, put together and supervised."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from contextlib import asynccontextmanager
 import trio
 
 from tink.actors.artifacts import ArtifactFolder
-from tink.actors.catalogue import Catalogue
+from tink.actors.catalogue import Backends, Base, Catalogue
 from tink.actors.megatron import MegatronActor
+from tink.actors.pool import VLLMPool
 from tink.actors.retention import Retention
 from tink.actors.router import Router
 from tink.actors.sampler import SamplerActor
 from tink.actors.snapshots import Snapshots
 from tink.actors.supervisor import supervise
 from tink.actors.trainer_link import Find, TrainerLink
+from tink.actors.trainer_samples import TrainerSamples
 from tink.journal.journal import Journal
 from tink.limits import SAMPLE_SLOTS
 from tink.metrics import Metrics
@@ -39,9 +41,21 @@ async def open_worker(
         hang_seconds=settings.hang_seconds,
     )
     folder = ArtifactFolder(settings.artifact_root, world)
+    pool = None
+    if routes.sampling == "vllm":
+        pool = VLLMPool(
+            settings.vllm_urls,
+            journal,
+            settings.artifact_root,
+            world,
+            token=settings.vllm_api_key,
+            wait_seconds=settings.vllm_wait_seconds,
+            max_attempts=settings.max_attempts,
+        )
     metrics = Metrics(journal.ledger, journal.diverged)
     journal.observers.append(metrics.observe)
-    catalogue = Catalogue(journal, link, routes, folder, metrics, world)
+    backends = _backends(link if routes.trainer else None, pool)
+    catalogue = Catalogue(journal, backends, routes, folder, metrics, world)
     router = Router(journal, catalogue, world)
     megatron = MegatronActor(
         journal,
@@ -54,13 +68,21 @@ async def open_worker(
         slots=training_slots,
         alpha=settings.lora_alpha,
         max_attempts=settings.max_attempts,
+        place=None if pool is None else pool.place,
     )
-    sampler = SamplerActor(journal, link, router.settle, world, max_attempts=settings.max_attempts)
-    retention = Retention(journal, folder, world, hours=settings.retention_hours)
-    trains, samples = routes.training is not None, routes.sampling is not None
+    samples = pool or TrainerSamples(journal, link, max_attempts=settings.max_attempts)
+    sampler = SamplerActor(journal, samples, router.settle)
+    retention = Retention(
+        journal,
+        folder,
+        world,
+        hours=settings.retention_hours,
+        take_out=None if pool is None else pool.remove,
+    )
+    trains, sampled = routes.training is not None, routes.sampling is not None
     router.connect(
         train=megatron.jobs.send if trains else None,
-        sample=sampler.jobs.send if samples else None,
+        sample=sampler.jobs.send if sampled else None,
         withdraw=sampler.jobs.withdraw,
     )
 
@@ -74,12 +96,34 @@ async def open_worker(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(router.run)
-        if trains or samples:
+        if routes.trainer:
             nursery.start_soon(supervise, "trainer link", link.run, world)
+        if pool is not None:
+            nursery.start_soon(pool.run)
         if trains:
             nursery.start_soon(supervise, "training lane", train, world)
-        if samples:
+        if sampled:
             nursery.start_soon(supervise, "sampler", sample, world)
         nursery.start_soon(supervise, "retention", retention.run, world)
         yield router
         nursery.cancel_scope.cancel()
+
+
+def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
+    """Models are made on what the trainer serves; without one, what vLLM serves is all there is."""
+
+    async def base() -> Base:
+        if link is not None:
+            served = await link.served()
+            return Base(served.base_model, served.max_context, served.arch, served.base_path)
+        assert pool is not None, "something serves"
+        sampled = await pool.served()
+        return Base(sampled.base_model, sampled.max_context)
+
+    def health() -> dict[str, str]:
+        states = {} if pool is None else {replica.url: replica.state for replica in pool.replicas}
+        if link is not None:
+            states["trainer"] = "awaited" if link.present is None else "ready"
+        return states
+
+    return Backends(base, health)

@@ -29,7 +29,7 @@ async def index(call: Call) -> dict[str, Any]:
 async def health(call: Call) -> dict[str, Any]:
     """Healthy is a worker that answers, not a server that listens."""
     found: messages.Health = await call.ask(messages.GetHealth(tenant=call.tenant))
-    return {"status": "ok", "version": tink.__version__, "mode": found.mode, "trainer": found.trainer}
+    return {"status": "ok", "version": tink.__version__, "mode": found.mode, "servers": found.servers}
 
 
 async def metrics(call: Call) -> Response:

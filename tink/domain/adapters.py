@@ -18,7 +18,7 @@ def served_name(home_id: str, adapter_id: str, files: Mapping[str, str]) -> str:
 
 def prefix(home_id: str) -> str:
     """Of every name of this home's adapters."""
-    return f"tink/{home_id}/"
+    return f"tink/{home_id[:12]}/"
 
 
 def wanted(ledger: Ledger) -> list[rows.Adapter]:

@@ -53,6 +53,11 @@ def directory(model: str, op_no: int, kind: str) -> str:
     return f"{model_directory(model)}/{op_no:08d}-{kind}"
 
 
+def first_adapter(model: str, op_no: int) -> str:
+    """Where the operation that makes a model writes its adapter's version 0."""
+    return directory(model, op_no, "adapter")
+
+
 def check_name(name: str) -> str:
     """`name` if a checkpoint may be called so. A name is only ever a key, never a path; the rule keeps
     it whole in the three-part addresses that clients build from it."""

@@ -270,7 +270,8 @@ class Capabilities(Answer, frozen=True):
 
 
 class Health(Answer, frozen=True):
-    """`trainer`: whether one answers now; without it jobs are accepted, and wait."""
+    """`servers`: what serves, the trainer and vLLM servers by their URL, and how each is: `ready`, or why
+    it is waited for. Without them jobs are accepted, and wait."""
 
     mode: str
-    trainer: Literal["ready", "awaited"]
+    servers: dict[str, str]

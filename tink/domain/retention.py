@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from tink.domain import rows
+from tink.domain import ids, rows
 from tink.domain.projection import Ledger
 from tink.domain.requests import MUTATING
 from tink.limits import LEAST_KEPT_SECONDS, SNAPSHOTS_KEPT
@@ -108,8 +108,16 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
         for sampler in ledger.table("samplers", rows.Sampler).values()
         if sampler.model_path is None
     }
+    models, sessions = ledger.table("models", rows.Model), ledger.table("sessions", rows.Session)
     for adapter, samplers in _unnamed(ledger):
         if any(last_requests.get(sampler.sampler_id, math.inf) >= before for sampler in samplers):
+            continue
+        model = models[(adapter.model_id,)]
+        if model.versions == 0 and sessions[(model.session_id,)].state == "open":
+            # What the model is registered with when it is made.
+            if model.last_request_at >= before:
+                continue
+            yield adapter, "idle"
             continue
         if adapter.adapter_id not in made_for_one:
             yield adapter, "deleted"
@@ -152,11 +160,12 @@ def directories_kept(ledger: Ledger) -> set[str]:
     """The directories that rows of the ledger need: of checkpoints, adapters and snapshots that live, and
     of open jobs. Not in the ledger is what a redo would load (`loads_needed`)."""
     models = ledger.table("models", rows.Model)
-    kept = {
-        str(job.directory)
-        for job in ledger.table("jobs", rows.Job).values()
-        if job.state in rows.OPEN and job.directory is not None
-    }
+    kept: set[str] = set()
+    for job in ledger.table("jobs", rows.Job).values():
+        if job.state in rows.OPEN and job.directory is not None:
+            kept.add(job.directory)
+        if job.state in rows.OPEN and job.op_no is not None:
+            kept.add(ids.first_adapter(str(job.model_id), job.op_no))
     for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
         if checkpoint.state == "live":
             kept.add(checkpoint.directory)

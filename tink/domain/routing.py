@@ -26,6 +26,11 @@ class Routes(NamedTuple):
     training: Training | None
 
     @property
+    def trainer(self) -> bool:
+        """Whether there is a training server: it may sample, too."""
+        return self.training is not None or self.sampling in ("megatron", "hf")
+
+    @property
     def mode(self) -> str:
         names = {"megatron": "Megatron", "hf": "HuggingFace", "vllm": "vLLM", None: "none"}
         return f"training on {names[self.training]}, sampling on {names[self.sampling]}"

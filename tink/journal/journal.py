@@ -82,6 +82,8 @@ class Journal:
         self.ledger = Ledger()
         self.last_trainer: TrainerStarted | None = None
         self.incarnation = 0
+        # Tells this journal from any other, for ever.
+        self.home_id = ""
         # `diverged`: events of that kind before this incarnation. Observers see each committed event, on
         # the Trio thread, before `ledger` has taken it in.
         self.diverged = 0
@@ -105,9 +107,11 @@ class Journal:
                 nursery.start_soon(journal.bodies.run)
                 nursery.start_soon(journal._commits.watch)
                 nursery.start_soon(journal.bodies.watch)
+                boot_id = world.new_id()
+                journal.home_id = journal.home_id or boot_id
                 opened = IncarnationStarted(
                     number=journal.incarnation,
-                    boot_id=world.new_id(),
+                    boot_id=boot_id,
                     version=version,
                     settings_digest=settings_digest,
                 )
@@ -219,6 +223,7 @@ class Journal:
             present = Ledger()
             try:
                 self.last_trainer = store.last_trainer(self._connection)
+                self.home_id = store.first_boot(self._connection) or ""
                 self.diverged = store.count(self._connection, Diverged)
                 present = store.read_present(self._connection)
                 wrong = store.check_end(self._connection, present)

@@ -124,6 +124,13 @@ def last_seq(connection: Connection) -> int:
     return int(connection.execute(select(func.coalesce(func.max(schema.events.c.seq), 0))).scalar_one())
 
 
+def first_boot(connection: Connection) -> str | None:
+    """The id of the worker that made the journal; None if it is empty."""
+    table = schema.incarnations
+    found = connection.execute(select(table.c.boot_id).where(table.c.number == 1)).scalar_one_or_none()
+    return None if found is None else str(found)
+
+
 def last_incarnation(connection: Connection) -> int:
     """Of the worker that wrote the last event; 0 in an empty journal."""
     table = schema.events

@@ -112,7 +112,7 @@ def _ordinary(q: messages.Question) -> Any:
         case messages.GetCapabilities():
             return messages.Capabilities([messages.ServedModel(BASE, 2048, True, True)])
         case messages.GetHealth():
-            return messages.Health("hf", "ready")
+            return messages.Health("hf", {"trainer": "ready"})
         case messages.GetMetrics():
             return b"tink_diverged_total 0.0\n"
     return None
