@@ -113,7 +113,7 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
         if any(last_requests.get(sampler.sampler_id, math.inf) >= before for sampler in samplers):
             continue
         model = models[(adapter.model_id,)]
-        if model.versions == 0 and sessions[(model.session_id,)].state == "open":
+        if adapter.version == model.versions == 0 and sessions[(model.session_id,)].state == "open":
             # What the model is registered with when it is made.
             if model.last_request_at >= before:
                 continue
@@ -164,8 +164,9 @@ def directories_kept(ledger: Ledger) -> set[str]:
     for job in ledger.table("jobs", rows.Job).values():
         if job.state in rows.OPEN and job.directory is not None:
             kept.add(job.directory)
-        if job.state in rows.OPEN and job.op_no is not None:
-            kept.add(ids.first_adapter(str(job.model_id), job.op_no))
+        makes_a_model = job.op in ("create_model", "load_weights") and job.op_no is not None
+        if job.state in rows.OPEN and makes_a_model:
+            kept.add(ids.first_adapter(str(job.model_id), job.op_no or 0))
     for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
         if checkpoint.state == "live":
             kept.add(checkpoint.directory)

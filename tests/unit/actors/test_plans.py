@@ -74,7 +74,7 @@ def _job(op: str, seq: int = 5, model: str = MODEL, **more: Any) -> rows.Job:
 
 
 def _plan(op: str, seq: int = 5, ledger: Ledger | None = None, tenant: str = "t", **request: Any) -> Plan:
-    context = Context(ledger or _ledger(), SERVED, 16.0)
+    context = Context(ledger or _ledger(), SERVED, 16.0, exports=False)
     model = request.pop("model", MODEL)
     if op != "load_weights":
         request = {"model_id": model, "seq_id": seq, **request}
@@ -193,7 +193,9 @@ def test_an_optimizer_step_without_parameters_takes_the_sdks_defaults() -> None:
 )
 def test_a_save_goes_to_a_new_directory_that_the_server_names(op: str, kind: Any) -> None:
     plan = _plan(op, path="b")
-    assert plan == Plan(kind(f"s/0/00000007-{op}"), f"s/0/00000007-{op}")
+    directory = f"s/0/00000007-{op}"
+    export = directory if op == "save_weights_for_sampler" else None
+    assert plan == Plan(kind(directory), directory, export)
 
 
 def test_overwriting_changes_the_address_never_the_files() -> None:
@@ -247,7 +249,7 @@ def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: st
     ledger = _ledger()
     body = msgspec.json.encode(BODIES[op])
     seq = 0 if op == "create_model" else 5
-    first = plans.training(_job(op, seq), body, 7, Context(ledger, SERVED, 16.0))
+    first = plans.training(_job(op, seq), body, 7, Context(ledger, SERVED, 16.0, exports=False))
     # The checkpoint is deleted, its address used for another one; the server is configured differently.
     for number, event in enumerate(
         [
@@ -258,7 +260,7 @@ def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: st
         ledger.apply(project(Record(99 + number, 2.0, 2, _who(f"later-{number}"), event)))
     served = msgspec.structs.replace(SERVED, base_model="org/renamed", base_path=None, max_rank=1)
     job = _job(op, seq, state=state, op_no=7, directory=first.directory)
-    again = plans.again(job, body, Context(ledger, served, 99.0))
+    again = plans.again(job, body, Context(ledger, served, 99.0, exports=True))
     if state == "failed" or op not in requests.MUTATING:
         assert again == protocol.Skip()
     else:

@@ -298,8 +298,9 @@ def test_a_sampler_is_asked_after_only_if_its_adapter_hangs_on_it_and_it_may_be_
         (_snapshot(1, "pruned", NOW), set()),
         (_snapshot(1, "damaged", NOW), set()),
         (("jobs", _job(1, "save_weights", "running", directory="d")), {"d"}),
-        (("jobs", _job(1, "load_weights", "running", directory="d")), {"d"}),
-        (("jobs", _job(1, "load_weights", "accepted", directory=None)), set()),
+        (("jobs", _job(1, "load_weights", "running", directory="d")), {"d", "s/0/00000001-adapter"}),
+        (("jobs", _job(1, "create_model", "running", directory=None)), {"s/0/00000001-adapter"}),
+        (("jobs", _job(1, "forward", "running", directory=None)), set()),
         (("jobs", _job(1, "save_weights", "failed", directory="d")), set()),
     ],
 )
