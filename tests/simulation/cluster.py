@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import httpx
 import msgspec
 import trio
 
 from tests.simulation.doubles import Died, Nature, Network, SimulatedTrainer, SimulatedWorld
 from tests.simulation.power import Image, Storage
 from tests.simulation.watch import Watch
+from tests.vllm.double import VllmDouble
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.domain import ids, messages
@@ -50,6 +52,10 @@ class WorkerWorld(SimulatedWorld):
     def perform(self, fn: Callable[..., T], *args: Any) -> T:
         return self._cluster.perform(self, fn, *args)
 
+    def http_transport(self, origin: str, max_slots: int) -> httpx.AsyncBaseTransport:
+        server = self._cluster.vllm.get(origin)
+        return super().http_transport(origin, max_slots) if server is None else server.transport()
+
 
 Meets = Literal["power", "full before", "full after"]
 
@@ -64,7 +70,8 @@ class Ambush:
 
 
 class Cluster:
-    """`ambush`: a fault that waits for the next commit."""
+    """`ambush`: a fault that waits for the next commit. `vllm`: servers that sample, by their URL; without
+    them the trainer does."""
 
     def __init__(
         self,
@@ -75,8 +82,12 @@ class Cluster:
         duplicates: float = 0.0,
         slow: float = 0.0,
         jump: float = 0.0,
+        vllm: Sequence[VllmDouble] = (),
         **settings: Any,
     ) -> None:
+        self.vllm = {f"http://vllm-{number}:8000": server for number, server in enumerate(vllm)}
+        if vllm:
+            settings = {"use_hf": "true", "use_vllm": True, "vllm_base_url": ",".join(self.vllm)} | settings
         self._settings = Settings(home=folder, **settings)
         self.nature = Nature(seed, slow=slow, jump=jump)
         self.rng = self.nature.rng

@@ -292,6 +292,7 @@ class State(msgspec.Struct, frozen=True):
     chain: str
     gradient: str = ""
     step: int = 0
+    rank: int = 0
 
 
 def _hash(*parts: object) -> str:
@@ -316,7 +317,7 @@ class HashEngine:
 
     def create(self, model_id: str, op: protocol.CreateModel) -> protocol.ModelInfo:
         if op.source is None:
-            self._models[model_id] = State(_hash("new", op.seed, op.rank))
+            self._models[model_id] = State(_hash("new", op.seed, op.rank), rank=op.rank)
         else:
             self._models[model_id] = self._saved(op.source, op.optimizer)
         return protocol.ModelInfo(op.rank, op.alpha, op.seed, op.train_attn, op.train_mlp, op.train_unembed)
@@ -335,7 +336,7 @@ class HashEngine:
     def optim_step(self, model_id: str, op: protocol.OptimStep) -> dict[str, float]:
         state = self._models[model_id]
         chain = _hash(state.chain, state.gradient, op, state.step + 1)
-        self._models[model_id] = State(chain, step=state.step + 1)
+        self._models[model_id] = State(chain, step=state.step + 1, rank=state.rank)
         return {"step": state.step + 1, "weights": int(chain[:12], 16)}
 
     def save_state(self, model_id: str, op: protocol.SaveState, origin: str) -> list[protocol.File]:
@@ -345,7 +346,10 @@ class HashEngine:
         self._models[model_id] = self._saved(op.path, op.optimizer)
 
     def export_adapter(self, model_id: str, op: protocol.ExportAdapter, origin: str) -> list[protocol.File]:
-        return self._publish(op.path, origin, adapter=self._models[model_id].chain.encode())
+        """With the one file that a vLLM server reads first."""
+        config = msgspec.json.encode({"r": self._models[model_id].rank})
+        chain = self._models[model_id].chain.encode()
+        return self._publish(op.path, origin, adapter=chain, **{"adapter_config.json": config})
 
     def remove(self, model_id: str) -> None:
         del self._models[model_id]
@@ -371,7 +375,7 @@ class HashEngine:
 
     def _saved(self, path: str, optimizer: bool) -> State:
         saved = msgspec.json.decode(self._read(path, "state"), type=State)
-        return State(saved.chain, step=saved.step if optimizer else 0)
+        return State(saved.chain, step=saved.step if optimizer else 0, rank=saved.rank)
 
     def _publish(self, path: str, origin: str, **files: bytes) -> list[protocol.File]:
         if self._trainer.disk_full:

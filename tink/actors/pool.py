@@ -13,7 +13,7 @@ import trio
 from tink.actors import plans
 from tink.actors.supervisor import supervise
 from tink.actors.vllm import VLLMActor
-from tink.backends.replica import Aborted, AdapterMissing, ReplicaGone, Served
+from tink.backends.replica import Aborted, AdapterMissing, ReplicaGone, Served, Unsent
 from tink.domain import rows
 from tink.domain.events import JobStarted
 from tink.errors import BackendError
@@ -115,7 +115,7 @@ class VLLMPool:
             try:
                 sampled = await replica.sample(request, adapter, suspect=deaths > 0)
             except (ReplicaGone, AdapterMissing) as error:
-                deaths += not isinstance(error, Aborted)
+                deaths += not isinstance(error, Aborted | Unsent)
                 log.warning("sample moved", job=job.job_id, url=replica.url, reason=str(error))
                 if deaths >= self._max_attempts:
                     raise BackendError(

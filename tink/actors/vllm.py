@@ -18,7 +18,16 @@ import structlog
 import trio
 
 from tink.actors.backoff import Backoff
-from tink.backends.replica import Aborted, AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
+from tink.backends.replica import (
+    Aborted,
+    AdapterMissing,
+    Load,
+    Refused,
+    ReplicaGone,
+    Sampled,
+    Served,
+    Unsent,
+)
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, rows
 from tink.domain.events import AdapterPlaced, Subject
@@ -63,7 +72,7 @@ class _Life:
     def call(self) -> Iterator[None]:
         """Around a call: ReplicaGone if the server fails meanwhile."""
         if self.over is not None:
-            raise ReplicaGone(self.over)
+            raise Unsent(self.over)
         with trio.CancelScope() as scope:
             self.calls.add(scope)
             try:
@@ -136,7 +145,8 @@ class VLLMActor:
             except BackendError as error:
                 self._lose(str(error))
             finally:
-                self._lose("the worker stops following it")
+                if self._life is not None:  # cancelled, or a bug
+                    self._lose("the worker stops following it")
             await self._backoff.pause()
 
     def _lose(self, reason: str) -> None:
@@ -186,6 +196,8 @@ class VLLMActor:
         if lacks:
             raise ReplicaGone(f"it was restarted: {len(lacks)} adapters are not there any more")
         life.load = await life.client.load()
+        async with life.loading:  # more were in use at once
+            await self._make_room(life)
         if life.suspect:
             try:
                 await life.client.logprobs_mode(served.base_model)
@@ -213,15 +225,15 @@ class VLLMActor:
                 life.loaded[name] = live[name].adapter_id
             else:
                 await life.client.unload_adapter(name)
+        found = set(life.loaded.values())
         for adapter in adapters.wanted(ledger)[-self._registered :]:
             try:
                 await self._load(life, adapter)
             except Refused as error:  # whoever samples from it is told
                 log.error("adapter not loaded", adapter=adapter.adapter_id, reason=str(error))
-        before = await self._journal.read(partial(upkeep.placements, replica=self.url))
-        after = set(life.loaded.values())
-        gone = [a for a, state in before.items() if state != "gone" and a not in after]
-        new = [a for a in after if before.get(a) != "loaded"]
+        before = await self._journal.read(partial(upkeep.placed, replica=self.url))
+        gone = [adapter_id for adapter_id in sorted(before) if adapter_id not in found]
+        new = [a for a in life.loaded.values() if a not in found or a not in before]
         entries = [self._placed(a, "gone") for a in gone] + [self._placed(a, "loaded") for a in new]
         if entries:
             await self._journal.append(*entries)
@@ -249,16 +261,16 @@ class VLLMActor:
         async with life.loading:
             new = name not in life.loaded
             if new:
-                await self._make_room(life)
+                await self._make_room(life, 1)
                 await life.client.load_adapter(name, self._path(adapter))
                 life.loaded[name] = adapter.adapter_id
             life.loaded.move_to_end(name)
         return new
 
-    async def _make_room(self, life: _Life) -> None:
+    async def _make_room(self, life: _Life, room: int = 0) -> None:
         """Takes out those that nobody has used for longest, and never one in use."""
         idle = [name for name in life.loaded if not life.using[name]]
-        for name in idle[: max(0, len(life.loaded) + 1 - self._registered)]:
+        for name in idle[: max(0, len(life.loaded) + room - self._registered)]:
             await self._unload(life, name)
 
     async def _unload(self, life: _Life, name: str) -> None:
@@ -322,7 +334,7 @@ class VLLMActor:
             async with self._suspects if suspect else nullcontext(), self.limiter:
                 life = self._life
                 if life is None:
-                    raise ReplicaGone(self.reason)
+                    raise Unsent(self.reason)
                 try:
                     with life.call():
                         return await self._sample(life, request, adapter)

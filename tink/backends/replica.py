@@ -17,6 +17,10 @@ class Aborted(ReplicaGone):
     """The server gave the request up by itself: it drains, or somebody told it to. It was not its death."""
 
 
+class Unsent(ReplicaGone):
+    """The server was gone before the request was sent."""
+
+
 class AdapterMissing(BackendError):
     """The server has no adapter of this name (any more): load it, then ask again."""
 

@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"{settings.host} can be reached from other machines: set TINK_API_KEYS=KEY=TENANT,... "
             "or pass --no-auth if you mean it"
         )
-    if settings.use_megatron or settings.use_vllm:
+    if settings.use_megatron:
         raise StartupError(
-            "this version serves the embedded engine only: unset USE_MEGATRON and USE_VLLM "
-            "(Megatron and vLLM backends are not there yet)"
+            "this version trains on the embedded engine only: unset USE_MEGATRON (the Megatron backend is "
+            "not there yet)"
         )
     if "hf" in settings.routes:
         engines.check()

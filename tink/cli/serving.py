@@ -111,14 +111,13 @@ def _banner(settings: Settings, url: str, trainer: EmbeddedTrainer) -> str:
         key = "tml-..."
     else:
         auth, key = "none: everyone who reaches the port is one tenant", "tml-local"
-    rows = [
-        ("mode", settings.routes.mode),
-        ("model", model),
-        (
-            "trainer",
-            f"embedded, HuggingFace engine, {settings.max_workers} adapters at once, "
-            f"log in {trainer.log_file}",
-        ),
+    rows = [("mode", settings.routes.mode)]
+    if settings.routes.trainer:
+        engine = f"embedded, HuggingFace engine, {settings.max_workers} adapters at once"
+        rows += [("model", model), ("trainer", f"{engine}, log in {trainer.log_file}")]
+    if settings.routes.sampling == "vllm":
+        rows.append(("vllm", ", ".join(settings.vllm_urls)))
+    rows += [
         ("database", f"SQLite, {settings.home / 'journal.sqlite'}"),
         ("artifacts", str(settings.artifact_root)),
         ("auth", auth),

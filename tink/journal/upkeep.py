@@ -48,13 +48,11 @@ def adapter_directories(connection: Connection, adapters: Collection[str]) -> li
     return found
 
 
-def placements(connection: Connection, replica: str) -> dict[str, str]:
-    """adapter -> state there, of each adapter that was ever on this server and lives."""
-    table, adapters = schema.adapter_placements, schema.adapters
-    joined = table.join(adapters, adapters.c.adapter_id == table.c.adapter_id)
-    query = select(table.c.adapter_id, table.c.state).select_from(joined)
-    found = connection.execute(query.where(table.c.replica == replica, table.c.state != "gone"))
-    return {row.adapter_id: row.state for row in found}
+def placed(connection: Connection, replica: str) -> set[str]:
+    """The adapter versions that this server has, as far as is known."""
+    table = schema.adapter_placements
+    query = select(table.c.adapter_id).where(table.c.replica == replica, table.c.state != "gone")
+    return set(connection.execute(query).scalars())
 
 
 def damaged_snapshots(connection: Connection, since: float) -> list[str]:
