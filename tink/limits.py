@@ -139,6 +139,8 @@ REPLICA_SLOTS = 512
 ADAPTERS_REGISTERED = 1000
 # Between two looks at a server that serves.
 REPLICA_BEAT_SECONDS = 2.0
+# A server that is told to stop gets so long to end what it runs.
+REPLICA_DRAIN_SECONDS = 60.0
 # A server that has requests and generates nothing for so long hangs, or is paused.
 REPLICA_STALL_SECONDS = 60.0
 # A prompt goes where one with the same first tokens went, if that server has at most so many sequences

@@ -64,6 +64,12 @@ class Settings:
     )
     vllm_port: int = _setting(8000, "VLLM_PORT", "the port of vLLM")
     vllm_api_key: str = _setting("", "VLLM_API_KEY", "the key that vLLM wants (--api-key)", secret=True)
+    vllm_gpu_memory_util: float = _setting(
+        0.2, "VLLM_GPU_MEMORY_UTIL", "for `tink vllm`: the part of the GPU's memory that vLLM takes"
+    )
+    vllm_enable_lora: bool = _setting(True, "VLLM_ENABLE_LORA", "for `tink vllm`: serve adapters")
+    vllm_max_loras: int = _setting(4, "VLLM_MAX_LORAS", "for `tink vllm`: adapters in one batch")
+    vllm_max_lora_rank: int = _setting(64, "VLLM_MAX_LORA_RANK", "for `tink vllm`: the highest rank")
     vllm_wait_seconds: float = _setting(
         600.0, "TINK_VLLM_WAIT_SECONDS", "how long a job waits for a vLLM server before it fails"
     )
@@ -175,11 +181,17 @@ class Settings:
             "TINK_SNAPSHOT_SECONDS": (self.snapshot_seconds, 0.0),
             "TINK_RETENTION_HOURS": (self.retention_hours, 0.0),
             "TINK_HANG_SECONDS": (self.hang_seconds, 0.0),
+            "VLLM_MAX_LORAS": (self.vllm_max_loras, 1),
+            "VLLM_MAX_LORA_RANK": (self.vllm_max_lora_rank, 1),
             "TINK_VLLM_WAIT_SECONDS": (self.vllm_wait_seconds, 0.0),
         }
         for name, (value, bound) in least.items():
             if not value >= bound:
                 raise StartupError(f"{name}: {value} must be at least {bound}")
+        if not 0 < self.vllm_gpu_memory_util <= 1:
+            raise StartupError(
+                f"VLLM_GPU_MEMORY_UTIL: {self.vllm_gpu_memory_util} is not above 0 and up to 1"
+            )
         if not 0 < self.lora_alpha < float("inf"):
             raise StartupError(f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0")
         if self.log_level not in {"debug", "info", "warning", "error"}:

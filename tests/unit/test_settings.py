@@ -202,3 +202,13 @@ def test_serve_prints_a_line_for_each_mistake(served, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 2
     assert all(line.startswith("tink serve: ") for line in err.splitlines())
+
+
+def test_vllm_servers_are_a_list_of_urls_or_the_one_of_host_and_port():
+    assert load().vllm_urls == ["http://127.0.0.1:8000"]
+    assert load(VLLM_HOST="0.0.0.0", VLLM_PORT="9000").vllm_urls == ["http://127.0.0.1:9000"]
+    several = "http://gpu-1:8000/, https://gpu-2 ,http://gpu-1:8000"
+    assert load(VLLM_BASE_URL=several).vllm_urls == ["http://gpu-1:8000", "https://gpu-2"]
+    for wrong in ("gpu-1:8000", "http://", "ftp://gpu-1", "http://user:word@gpu-1"):
+        with pytest.raises(StartupError, match="VLLM_BASE_URL"):
+            load(VLLM_BASE_URL=wrong)

@@ -24,7 +24,7 @@ examples:
 Settings are environment variables; README.md lists them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-COMMANDS = ("serve", "status", "jobs", "db", "trainer")
+COMMANDS = ("serve", "status", "jobs", "db", "trainer", "vllm")
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ def test_the_commands_are_these():
         ("db", "upgrade"),
         ("db", "check"),
         ("trainer",),
+        ("vllm",),
     }
 
 
