@@ -57,7 +57,7 @@ def test_every_setting_is_read_from_its_variable():
     samples = {"str": "text", "int": "7", "float": "0.5", "bool": "true", "Switch": "true"}
     samples |= {"Path": "/a/folder", "Path | None": "/a/folder"}
     special = {"api_keys": "key=tenant", "log_level": "debug", "crash_at": "worker.body:2"}
-    special["vllm_base_url"] = "http://gpu-1:8000"
+    special |= {"vllm_base_url": "http://gpu-1:8000", "vllm_enable_lora": "false"}
     for field in fields(Settings):
         name = field.metadata["names"][0]
         default = getattr(load(), field.name)
@@ -189,7 +189,7 @@ def test_serve_takes_options_before_variables(served, monkeypatch, tmp_path):
 
 
 def test_serve_refuses_backends_that_are_not_there_yet(served, monkeypatch, capsys):
-    monkeypatch.setenv("USE_VLLM", "true")
+    monkeypatch.setenv("USE_MEGATRON", "true")
     assert main(["serve"]) == 2
     assert "not there yet" in capsys.readouterr().err
     assert served == []

@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     program = shutil.which(arguments.vllm)
     if program is None:
         raise StartupError(
-            f"there is no program {arguments.vllm!r}: install vLLM (tools/vllm-venv makes one for the CPU), "
-            "and pass it with --vllm"
+            f"there is no program {arguments.vllm!r}: install vLLM (tools/vllm-venv does, for the CPU), and "
+            "pass it with --vllm"
         )
     write_line(shlex.join(words), sys.stderr)
     os.execve(program, words, environment(os.environ))  # noqa: S606  no shell
@@ -116,7 +116,7 @@ def _built_in(home: Path) -> Path:
         return directory
     if find_spec("torch") is None:
         raise StartupError(
-            f"the built-in model is not in {home}: start 'tink serve' once, which builds it, or name another"
+            f"the built-in model is not in {home}: 'tink serve' builds it at its start; or name another"
         )
     from tink.trainer import tiny  # imports torch
 
