@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     program = shutil.which(arguments.vllm)
     if program is None:
         raise StartupError(
-            f"there is no program {arguments.vllm!r}: install vLLM (for the CPU: tools/vllm-venv), and pass "
-            "it with --vllm"
+            f"there is no program {arguments.vllm!r}: install vLLM (tools/vllm-venv does, for the CPU), "
+            "and pass it with --vllm"
         )
     write_line(shlex.join(words), sys.stderr)
     os.execve(program, words, environment(os.environ))  # noqa: S606  no shell
