@@ -5,6 +5,8 @@ rewarded for the real words in it that begin with "s". The loop is the textbook 
 sampler with the present weights, draws a group of samples for each prompt, computes rewards here in
 Python, and makes one importance-sampling update with advantages relative to the group.
 
+With --vllm the samples come from two vLLM servers on the CPU, and one of them is killed half way.
+
 The first run also trains that model, which takes a minute or two; it is kept. The home folder keeps the
 journal of all runs (journal.sqlite), the server's log and the plots.
 """
@@ -24,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import tinker
+import vllm_pool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -242,10 +245,13 @@ def make_model(home: Path) -> Path:
 
 
 @contextmanager
-def serving(home: Path, model: Path) -> Iterator[str]:
+def serving(home: Path, model: Path, vllm: list[vllm_pool.Server]) -> Iterator[str]:
     """`tink serve` on a free port; gives its address. In a session of its own, so that Ctrl-C reaches
     only the demo, and the server is always stopped in good order."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TINK_", "USE_"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TINK_", "USE_", "VLLM_"))}
+    if vllm:
+        urls = ",".join(server.url for server in vllm)
+        environment |= {"USE_HF": "true", "USE_VLLM": "true", "VLLM_BASE_URL": urls}
     environment |= {"TINK_HF_MODEL": str(model), "TINK_HF_MODEL_NAME": MODEL_NAME}
     # Should this process be killed and the server after it, its trainer will not stay for long.
     environment["TINK_TRAINER_ORPHAN_SECONDS"] = "60"
@@ -444,25 +450,31 @@ def main() -> int:
     recipe = Recipe(options.steps or (15 if options.fast else 40), options.seed)
     errors, run, plot = ClientErrors(), Run(), home / "reward.png"
     try:
-        with serving(home, make_model(home)) as url:
+        model = make_model(home)
+        pool = vllm_pool.running(home, model, MODEL_NAME) if options.vllm else nullcontext([])
+        with pool as vllm, serving(home, model, vllm) as url:
             print(f"tink serve is at {url}, its log is {home / 'serve.log'}", flush=True)
             figures = (
                 "reward {task.fields[reward]:.3f}  loss {task.fields[loss]:+.4f}"
                 "  {task.fields[speed]:.0f} tokens/s"
             )
             with progress("learning", figures, reward=0.0, loss=0.0, speed=0.0) as update:
-                learn(
-                    url,
-                    recipe,
-                    run,
-                    lambda run: update(
-                        len(run.rewards),
+
+                def show(run: Run) -> None:
+                    step = len(run.rewards)
+                    update(
+                        step,
                         recipe.steps,
                         reward=run.rewards[-1],
                         loss=run.losses[-1],
                         speed=run.speed,
-                    ),
-                )
+                    )
+                    if vllm and step == recipe.steps // 2:
+                        # Its samples are on their way: they move to the other one.
+                        threading.Timer(0.2, vllm[0].kill).start()
+                        threading.Timer(2.0, vllm[0].start).start()
+
+                learn(url, recipe, run, show)
             count_jobs(home, run)
     except tinker.TinkerError as error:
         errors.count += 1
@@ -489,6 +501,11 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--fast", action="store_true", help="15 steps: under 90 s once the model is there")
+    parser.add_argument(
+        "--vllm",
+        action="store_true",
+        help="sample on two vLLM servers, one of which is killed half way and started again",
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default 40)")
     parser.add_argument(
         "--home", type=Path, default=ROOT / ".demo", help="where everything is kept (default: %(default)s)"
