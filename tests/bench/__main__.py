@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import recovery
+from tests.bench import calls, recovery, sampling
 
-BENCHES: dict[str, ModuleType] = {"recovery": recovery}
+BENCHES: dict[str, ModuleType] = {"calls": calls, "recovery": recovery, "sampling": sampling}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
