@@ -143,6 +143,8 @@ REPLICA_BEAT_SECONDS = 2.0
 REPLICA_DRAIN_SECONDS = 60.0
 # A server that has requests and generates nothing for so long hangs, or is paused.
 REPLICA_STALL_SECONDS = 60.0
+# Servers that give a sample up, one after the other, without dying of it: five minutes of them.
+SAMPLE_MOVES = 60
 # A prompt goes where one with the same first tokens went, if that server has at most so many sequences
 # more than the least busy one.
 AFFINITY_TOKENS = 64

@@ -1,7 +1,6 @@
 """Sampling through Tink against straight to the same vLLM servers: tokens a second and how long a request
 takes, 64 requests of 8 samples at once. Real vLLM on the CPU, a real `tink serve`, one client, which speaks
-HTTP to both; in turn, the best round of each. The baseline is straight to vLLM, half of the requests to each
-server.
+HTTP to both; in turn, the best round of each. The baseline is straight to vLLM, its servers in turn.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from tink.actors import plans
+from tink.actors.backoff import Backoff
 from tink.actors.supervisor import supervise
 from tink.actors.vllm import VLLMActor
 from tink.backends.replica import Aborted, AdapterMissing, ReplicaGone, Served, Unsent
@@ -18,7 +19,7 @@ from tink.domain import rows
 from tink.domain.events import JobStarted
 from tink.errors import BackendError
 from tink.journal.journal import Journal
-from tink.limits import AFFINITIES, AFFINITY_SLACK, AFFINITY_TOKENS, REPLICA_SLOTS
+from tink.limits import AFFINITIES, AFFINITY_SLACK, AFFINITY_TOKENS, REPLICA_SLOTS, SAMPLE_MOVES
 from tink.trainer.protocol import SampleReply, SampleRequest
 from tink.world import World
 
@@ -106,8 +107,8 @@ class VLLMPool:
     async def sample(
         self, job: rows.Job, request: SampleRequest, adapter: rows.Adapter | None
     ) -> SampleReply:
-        deaths = 0
-        while True:
+        deaths, backoff = 0, Backoff()
+        for _ in range(SAMPLE_MOVES):
             replica = await self._choose(request)
             started = JobStarted(attempt=job.attempts + 1, backend=replica.url)
             await self._journal.append((plans.subject(job), started))
@@ -122,6 +123,7 @@ class VLLMPool:
                         f"the sampling server failed {deaths} times while it ran this job, at last: "
                         f"{error}; given up after TINK_MAX_ATTEMPTS={self._max_attempts}"
                     ) from error
+                await backoff.pause()
                 continue
             return SampleReply(
                 "done",
@@ -131,6 +133,7 @@ class VLLMPool:
                 sampled.tokens_out,
                 run_ms=(self._world.monotonic() - began) * 1000,
             )
+        raise BackendError(f"no vLLM server has kept this sample in {SAMPLE_MOVES} tries")
 
     async def _choose(self, request: SampleRequest) -> VLLMActor:
         """The server with least to do, or one that has seen the beginning of the prompt if it has hardly

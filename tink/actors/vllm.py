@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -50,12 +50,12 @@ OWN_SLOTS = 4
 
 
 class _Life:
-    """The server from when it had its adapters until it failed. `loaded`: name -> adapter version, the one
-    that was used last at the end. `using`: how many are about to send a request, or wait for one."""
+    """The server from when it had its adapters until it failed. `loaded`: by name, the one that was used
+    last at the end. `using`: how many are about to send a request, or wait for one."""
 
     def __init__(self, client: VllmClient, served: Served) -> None:
         self.client, self.served = client, served
-        self.loaded: OrderedDict[str, str] = OrderedDict()
+        self.loaded: OrderedDict[str, rows.Adapter] = OrderedDict()
         self.using: Counter[str] = Counter()
         self.loading = trio.Lock()
         self.load = Load(0, 0, 0.0, 0)
@@ -222,18 +222,18 @@ class VLLMActor:
             if not name.startswith(adapters.prefix(self._journal.home_id)):
                 continue  # another worker's
             if name in live and path == self._path(live[name]):
-                life.loaded[name] = live[name].adapter_id
+                life.loaded[name] = live[name]
             else:
                 await life.client.unload_adapter(name)
-        found = set(life.loaded.values())
+        found = {adapter.adapter_id for adapter in life.loaded.values()}
         for adapter in adapters.wanted(ledger)[-self._registered :]:
             try:
                 await self._load(life, adapter)
             except Refused as error:  # whoever samples from it is told
                 log.error("adapter not loaded", adapter=adapter.adapter_id, reason=str(error))
         before = await self._journal.read(partial(upkeep.placed, replica=self.url))
-        gone = [adapter_id for adapter_id in sorted(before) if adapter_id not in found]
-        new = [a for a in life.loaded.values() if a not in found or a not in before]
+        gone = [await self._journal.adapter(adapter_id) for adapter_id in sorted(before - found)]
+        new = [a for a in life.loaded.values() if a.adapter_id not in found & before]
         entries = [self._placed(a, "gone") for a in gone] + [self._placed(a, "loaded") for a in new]
         if entries:
             await self._journal.append(*entries)
@@ -248,7 +248,7 @@ class VLLMActor:
         life.using[name] += 1
         try:
             if await self._load(life, adapter):
-                await self._journal.append(self._placed(adapter.adapter_id, "loaded"))
+                await self._journal.append(self._placed(adapter, "loaded"))
             yield name
         finally:
             life.using[name] -= 1
@@ -263,7 +263,7 @@ class VLLMActor:
             if new:
                 await self._make_room(life, 1)
                 await life.client.load_adapter(name, self._path(adapter))
-                life.loaded[name] = adapter.adapter_id
+                life.loaded[name] = adapter
             life.loaded.move_to_end(name)
         return new
 
@@ -274,9 +274,11 @@ class VLLMActor:
             await self._unload(life, name)
 
     async def _unload(self, life: _Life, name: str) -> None:
-        adapter_id = life.loaded.pop(name)  # first, so that its absence there is no surprise
+        adapter = life.loaded.pop(name)  # first, so that its absence there is no surprise
         await life.client.unload_adapter(name)
-        await self._journal.append(self._placed(adapter_id, "gone"))
+        with suppress(LookupError):  # it was placed for a job that failed then: nobody was told of it
+            await self._journal.adapter(adapter.adapter_id)
+            await self._journal.append(self._placed(adapter, "gone"))
 
     async def place(self, adapter: rows.Adapter) -> bool:
         """Registers a version that is not journaled yet: its placement is the caller's to journal. False if
@@ -312,12 +314,11 @@ class VLLMActor:
     def _path(self, adapter: rows.Adapter) -> str:
         return str(self._folder / adapter.directory)
 
-    def _placed(self, adapter_id: str, state: Literal["loaded", "gone"]) -> Entry:
-        adapter = self._journal.ledger.table("adapters", rows.Adapter).get((adapter_id,))
+    def _placed(self, adapter: rows.Adapter, state: Literal["loaded", "gone"]) -> Entry:
         subject = Subject(
-            tenant=adapter.tenant if adapter else None,
-            model_id=adapter_id.rpartition("@")[0],
-            adapter_id=adapter_id,
+            tenant=adapter.tenant,
+            model_id=adapter.model_id,
+            adapter_id=adapter.adapter_id,
             replica=self.url,
         )
         return subject, AdapterPlaced(state=state)

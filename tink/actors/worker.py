@@ -112,16 +112,21 @@ async def open_worker(
 def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
     """Models are made on what the trainer serves; without one, what vLLM serves is all there is."""
 
+    replicas = [] if pool is None else pool.replicas
+
     async def base() -> Base:
         if link is not None:
             served = await link.served()
-            return Base(served.base_model, served.max_context, served.arch, served.base_path)
+            # What is longer could be trained, and not sampled.
+            contexts = [replica.served.max_context for replica in replicas if replica.served is not None]
+            context = min([served.max_context, *contexts])
+            return Base(served.base_model, context, served.arch, served.base_path)
         assert pool is not None, "something serves"
         sampled = await pool.served()
         return Base(sampled.base_model, sampled.max_context)
 
     def health() -> dict[str, str]:
-        states = {} if pool is None else {replica.url: replica.state for replica in pool.replicas}
+        states = {replica.url: replica.state for replica in replicas}
         if link is not None:
             states["trainer"] = "awaited" if link.present is None else "ready"
         return states
