@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import httpx
 import msgspec
@@ -16,7 +16,6 @@ import trio
 from tests.simulation.doubles import Died, Nature, Network, SimulatedTrainer, SimulatedWorld
 from tests.simulation.power import Image, Storage
 from tests.simulation.watch import Watch
-from tests.vllm.double import VllmDouble
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.domain import ids, messages
@@ -33,6 +32,12 @@ T = TypeVar("T")
 TENANT = "default"
 # How long a client waits for one answer, and before it asks again.
 PATIENCE_SECONDS, RETRY_SECONDS = 30.0, 0.5
+
+
+class Server(Protocol):
+    """A sampling server's double."""
+
+    def transport(self) -> httpx.AsyncBaseTransport: ...
 
 
 class NoAnswer(Exception):
@@ -82,7 +87,7 @@ class Cluster:
         duplicates: float = 0.0,
         slow: float = 0.0,
         jump: float = 0.0,
-        vllm: Sequence[VllmDouble] = (),
+        vllm: Sequence[Server] = (),
         **settings: Any,
     ) -> None:
         self.vllm = {f"http://vllm-{number}:8000": server for number, server in enumerate(vllm)}

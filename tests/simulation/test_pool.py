@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 import trio
@@ -442,6 +443,48 @@ async def test_processed_logprobs_are_told_of_at_the_start(
         async with Cluster.running(tmp_path, vllm=servers(1, logprobs_mode="processed")) as cluster:
             await up(cluster, 1)
     assert [line["remedy"] for line in lines if line["event"] == "vllm server gives processed logprobs"]
+
+
+class OldTrl:
+    """A `trl vllm-serve` before 1.11, as far as it goes."""
+
+    def transport(self) -> httpx.AsyncBaseTransport:
+        return httpx.MockTransport(self._answer)
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        match request.url.path:
+            case "/get_world_size/":
+                return httpx.Response(200, json={"world_size": 1})
+            case "/health/":
+                return httpx.Response(200, json={"status": "ok"})
+            case "/generate/":
+                asked = msgspec.json.decode(request.content)
+                count, tokens = asked["n"], asked["generation_kwargs"]["max_tokens"]
+                return httpx.Response(
+                    200,
+                    json={
+                        "prompt_ids": asked["prompts"],
+                        "completion_ids": [[7] * tokens] * count,
+                        "logprobs": [[[-1.0]] * tokens] * count,
+                        "logprob_token_ids": [[[7]] * tokens] * count,
+                    },
+                )
+        return httpx.Response(404, json={"detail": "Not Found"})
+
+
+async def test_an_old_trl_server_samples_the_base_model_and_says_that_it_can_do_no_more(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path, vllm=[OldTrl()]) as cluster:
+        await up(cluster, 1)
+        session = await cluster.session()
+        sampler = await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model="sim/model"))
+        assert await User(cluster, session, "").sample(sampler.id)
+        model = await cluster.create(session)
+        failed = await cluster.outcome(f"{model}:0")
+        assert failed.state == "failed"
+        assert "before 1.11 serves the base model alone" in str(failed.error)
+        cluster.check_journal()
 
 
 async def test_samples_alone_need_no_trainer(autojump_clock: MockClock, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from tink.actors.backoff import Backoff
+from tink.backends.flavour import flavour
 from tink.backends.replica import (
     Aborted,
     AdapterMissing,
@@ -28,6 +29,7 @@ from tink.backends.replica import (
     Served,
     Unsent,
 )
+from tink.backends.trl import UNKNOWN_CONTEXT, TrlClient
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, rows
 from tink.domain.events import AdapterPlaced, Subject
@@ -49,12 +51,15 @@ log = structlog.get_logger()
 OWN_SLOTS = 4
 
 
+BASE_ONLY = "a trl vllm-serve before 1.11 serves the base model alone: use `vllm serve`, or a newer TRL"
+
+
 class _Life:
     """The server from when it had its adapters until it failed. `loaded`: by name, the one that was used
     last at the end. `using`: how many are about to send a request, or wait for one."""
 
-    def __init__(self, client: VllmClient, served: Served) -> None:
-        self.client, self.served = client, served
+    def __init__(self, server: VllmClient | TrlClient, served: Served) -> None:
+        self.server, self.served = server, served
         self.loaded: OrderedDict[str, rows.Adapter] = OrderedDict()
         self.using: Counter[str] = Counter()
         self.loading = trio.Lock()
@@ -62,6 +67,13 @@ class _Life:
         self.calls: set[trio.CancelScope] = set()
         self.suspect = False
         self.over: str | None = None
+
+    @property
+    def client(self) -> VllmClient:
+        """Refused by an old TRL, which has no adapters."""
+        if isinstance(self.server, TrlClient):
+            raise Refused(f"{self.server.url}: {BASE_ONLY}")
+        return self.server
 
     def end(self, reason: str) -> None:
         self.over = reason
@@ -138,6 +150,9 @@ class VLLMActor:
         """Follows the server for ever."""
         while True:
             try:
+                if await flavour(self.url, self._world) == "trl":
+                    async with TrlClient.connect(self.url, self._world) as old:
+                        await self._keep_old(old)
                 async with VllmClient.connect(
                     self.url, self._world, slots=REPLICA_SLOTS + OWN_SLOTS, token=self._token
                 ) as client:
@@ -181,26 +196,42 @@ class VLLMActor:
             self._look = trio.Event()
             with trio.move_on_after(REPLICA_BEAT_SECONDS):
                 await self._look.wait()
-            await self._check(life)
+            await self._check(life, client)
             if life.load.generated != generated or not self.outstanding:
                 generated, moved_at = life.load.generated, self._world.monotonic()
             elif self._world.monotonic() - moved_at > REPLICA_STALL_SECONDS:
                 raise ReplicaGone(f"it has generated nothing for {REPLICA_STALL_SECONDS:.0f} s")
 
-    async def _check(self, life: _Life) -> None:
-        if not await life.client.health():
+    async def _keep_old(self, client: TrlClient) -> None:
+        """An old `trl vllm-serve`: the base model, and nothing else. Raises BackendError when it fails."""
+        self._life = _Life(client, Served("base", "", UNKNOWN_CONTEXT, {}, "trl"))
+        self._told = None
+        self._backoff.reset()
+        log.warning("old trl server ready", url=self.url, remedy=BASE_ONLY)
+        self._changed()
+        while True:
+            self._look = trio.Event()
+            with trio.move_on_after(REPLICA_BEAT_SECONDS):
+                await self._look.wait()
+            if not await client.health():
+                raise ReplicaGone("it is not healthy")
+            self._life.suspect = False
+            self._changed()
+
+    async def _check(self, life: _Life, client: VllmClient) -> None:
+        if not await client.health():
             raise ReplicaGone("it is not healthy")
         before = set(life.loaded)
-        served = await life.client.served()
+        served = await client.served()
         lacks = [name for name in before if name in life.loaded and name not in served.adapters]
         if lacks:
             raise ReplicaGone(f"it was restarted: {len(lacks)} adapters are not there any more")
-        life.load = await life.client.load()
+        life.load = await client.load()
         async with life.loading:  # more were in use at once
             await self._make_room(life)
         if life.suspect:
             try:
-                await life.client.logprobs_mode(served.base_model)
+                await client.logprobs_mode(served.base_model)
             except BackendError:
                 if not life.calls:
                     raise
@@ -347,6 +378,8 @@ class VLLMActor:
             self._changed()
 
     async def _sample(self, life: _Life, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
+        if isinstance(life.server, TrlClient) and adapter is None:
+            return await life.server.sample(request)
         async with self._using(life, adapter) as name:
             try:
                 return await life.client.sample(request, model=name, max_context=life.served.max_context)
