@@ -6,8 +6,6 @@ HTTP to both; in turn, the best round of each. The baseline is straight to vLLM,
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,11 +19,11 @@ import trio
 
 from tests.bench.figures import Figure
 from tests.live import LiveServer
+from tests.vllm.fixtures import find_python
 from tests.vllm.server import VllmReplica
 from tink.trainer import tiny
 
 SUMMARY = "tokens a second through Tink, against straight to vLLM"
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = list(range(10, 42))
 # As many as the worker holds a poll.
 POLL_SECONDS = 60.0
@@ -50,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
-    made = subprocess.run([ROOT / "tools" / "vllm-venv"], stdout=subprocess.PIPE, text=True, check=True)
-    python = Path(os.environ.get("TINK_TEST_VLLM_PYTHON") or made.stdout.strip())
+    python = find_python()
     with tempfile.TemporaryDirectory(prefix="tink-bench-") as folder:
         home = Path(folder) / "home"
         home.mkdir()
