@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
                 python,
                 model,
                 Path(folder) / f"vllm-{number}.log",
-                ["--served-model-name", tiny.NAME, "--max-num-seqs", "512"],
+                ["--served-model-name", tiny.NAME, "--num-gpu-blocks-override", "2048"],
             )
             for number in range(arguments.replicas)
         ]
