@@ -471,6 +471,7 @@ def main() -> int:
                     )
                     if vllm and step == recipe.steps // 2:
                         # Its samples are on their way: they move to the other one.
+                        console.print(f"  kill -9 {vllm[0].url}, and a new one there")
                         threading.Timer(0.2, vllm[0].kill).start()
                         threading.Timer(2.0, vllm[0].start).start()
 

@@ -649,6 +649,17 @@ async def export_adapter_publishes_peft_files(server: Server) -> None:
     await model.remove()
 
 
+@check
+async def create_model_with_export_publishes_what_export_adapter_does(server: Server) -> None:
+    """For sampling servers, which are given a new model's adapter before anybody may ask for it."""
+    model, path = server.model(), server.path("first")
+    files = (await model.do(server.create(export=path))).files
+    _check_files("create_model with export", files)
+    later = (await model.do(ExportAdapter(server.path("adapter")))).files
+    expect("files of the first adapter", {file.name for file in later}, {file.name for file in files})
+    await model.remove()
+
+
 # -- snapshots --------------------------------------------------------------------------------------
 
 

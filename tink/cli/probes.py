@@ -26,7 +26,8 @@ T = TypeVar("T")
 class WorkerStatus(msgspec.Struct, kw_only=True):
     """`running`: it answers. `silent`: the process is there, and does not (it may wait for its trainer).
     `starting`: it has the home's lock and does not listen yet. `stopped`, `crashed`: nothing runs, and
-    the last one did or did not stop by itself. `started_at` is that of the last one, running or not."""
+    the last one did or did not stop by itself. `started_at` is that of the last one, running or not.
+    `servers`: what it says of those that it sends work to, by name or URL: `ready`, or why it waits."""
 
     state: Literal["running", "silent", "starting", "stopped", "crashed", "new"]
     pid: int | None = None
@@ -37,6 +38,7 @@ class WorkerStatus(msgspec.Struct, kw_only=True):
     started_at: float | None = None
     stopped_at: float | None = None
     uptime_seconds: float | None = None
+    servers: dict[str, str] = {}
 
 
 class TrainerStatus(msgspec.Struct, kw_only=True):
@@ -48,6 +50,10 @@ class TrainerStatus(msgspec.Struct, kw_only=True):
     incarnation: str | None = None
     detail: str = ""
     running: list[protocol.Running] = []
+
+
+class _Health(msgspec.Struct):
+    servers: dict[str, str] = {}
 
 
 def probe(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
@@ -107,8 +113,11 @@ async def _ask_worker(status: WorkerStatus, world: World) -> None:
             timeout=ANSWER_SECONDS,
             trust_env=False,
         ) as client:
-            if (await client.get("/healthz")).status_code == 200:
+            answer = await client.get("/healthz")
+            if answer.status_code == 200:
                 status.state = "running"
+                with contextlib.suppress(msgspec.DecodeError):
+                    status.servers = msgspec.json.decode(answer.content, type=_Health).servers
 
 
 async def _ask_trainer(status: TrainerStatus, world: World) -> None:

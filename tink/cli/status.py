@@ -28,8 +28,8 @@ examples:
   tink status --home /srv/tink --json
   tink status >/dev/null || echo "the worker needs a look"
 
-exit status: 0 the worker runs and answers; 1 it runs, but it or its trainer
-does not answer; 2 there is no such home or journal; 3 no worker runs"""
+exit status: 0 the worker runs and answers; 1 it runs, but it, its trainer or a
+vLLM server does not answer; 2 there is no such home or journal; 3 no worker runs"""
 
 SHOWN = 10
 
@@ -82,12 +82,19 @@ def run(arguments: argparse.Namespace) -> int:
         printing.print_document(found)
     else:
         _print(found, world.now())
-    match found.worker.state, found.trainer.state:
-        case "running", "ready" | "loading":
-            return 0
-        case "running" | "silent" | "starting", _:
+    match found.worker.state:
+        case "running":
+            # A worker that only samples, on vLLM, has no trainer.
+            trains = "trainer" in found.worker.servers or not found.worker.servers
+            well = found.trainer.state in ("ready", "loading") or not trains
+            return 0 if well and all(state == "ready" for state in _vllm(found).values()) else 1
+        case "silent" | "starting":
             return 1
     return 3
+
+
+def _vllm(found: Status) -> dict[str, str]:
+    return {name: state for name, state in found.worker.servers.items() if name != "trainer"}
 
 
 def collect(option: Path | None, world: World) -> Status:
@@ -144,6 +151,10 @@ def _print(found: Status, now: float) -> None:
     facts.add_row("home", printing.text(found.home))
     facts.add_row("worker", _worker(found.worker))
     facts.add_row("trainer", _trainer(found.trainer))
+    for url, state in _vllm(found).items():
+        word, _, reason = state.partition(": ")
+        line = f"{printing.state(word)}, {printing.text(url)}"
+        facts.add_row("vllm", f"{line}: {printing.text(reason)}" if reason else line)
     facts.add_row("journal", f"{found.events:,} events; jobs: {_counts(found.jobs)}")
     if found.diverged:
         facts.add_row("diverged", f"[red]{found.diverged:,} redone result(s) differ from the journaled[/]")

@@ -87,6 +87,20 @@ def test_a_running_worker_is_described_and_exits_0(home, runs, tink, tink_json):
     assert f"runs {WAITING} for 1.5 s" in out
 
 
+def test_vllm_servers_are_shown_and_one_that_is_awaited_exits_1(home, runs, tink, tink_json):
+    servers = {"http://gpu-1:8000": "ready", "http://gpu-2:8000": "awaited: it is not healthy"}
+    runs["/healthz"] = httpx.Response(200, json={"servers": {**servers, "trainer": "ready"}})
+    code, document = tink_json("status", "--home", home.root)
+    assert (code, document["worker"]["servers"]) == (1, {**servers, "trainer": "ready"})
+    out = tink("status", "--home", home.root)[1]
+    assert "ready, http://gpu-1:8000" in out
+    assert "awaited, http://gpu-2:8000: it is not healthy" in out
+    # Samples alone need no trainer.
+    runs["/healthz"] = httpx.Response(200, json={"servers": {"http://gpu-1:8000": "ready"}})
+    home.trainer.unlink()
+    assert tink_json("status", "--home", home.root)[0] == 0
+
+
 def test_a_worker_that_does_not_answer_exits_1(home, runs, tink, tink_json):
     runs["/healthz"] = httpx.Response(503)
     code, document = tink_json("status", "--home", home.root)
