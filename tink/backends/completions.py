@@ -57,14 +57,14 @@ def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
     """The call that serves `request` by `model` (the base model's name or an adapter's) on a server with so
     large a context. Raises UserError for what vLLM cannot do."""
     check(request, max_context)
-    # vLLM generates one token at least, and takes one greedy sample at most: `decode` makes up for both.
-    tokens = max(_room(request, max_context), 1)
+    # One greedy sample is all that vLLM takes: `decode` makes up for it.
+    most = tokens(request, max_context)
     greedy = request.temperature == 0
     body: dict[str, Any] = {
         "model": model,
         "prompt": request.prompt,
         "n": choices(request),
-        "max_tokens": tokens,
+        "max_tokens": most,
         "min_tokens": 0,
         "temperature": request.temperature,
         "top_p": 1.0 if greedy else request.top_p,
@@ -89,7 +89,7 @@ def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
         "echo": False,
         "stream": False,
     }
-    seconds = ANSWER_SECONDS + tokens * TOKEN_SECONDS
+    seconds = ANSWER_SECONDS + most * TOKEN_SECONDS
     return Call(msgspec.json.encode(body), model, seconds)
 
 
@@ -303,6 +303,11 @@ def _scores_prompt(request: SampleRequest) -> bool:
 def choices(request: SampleRequest) -> int:
     """How many choices vLLM is asked for: where all are the same, one."""
     return 1 if request.temperature == 0 or request.max_tokens == 0 else request.num_samples
+
+
+def tokens(request: SampleRequest, max_context: int) -> int:
+    """How many tokens vLLM is asked for at most: one more than none, which it cannot give."""
+    return max(_room(request, max_context), 1)
 
 
 def _room(request: SampleRequest, max_context: int) -> int:

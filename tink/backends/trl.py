@@ -25,8 +25,8 @@ from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
-# Only the server knows its context; a prompt that is longer is its 500.
-UNKNOWN_CONTEXT = 2**31
+# vLLM refuses more, and this server hangs for ever after any such refusal.
+MAX_TEMPERATURE = 2.0
 
 
 class _Generated(msgspec.Struct):
@@ -61,17 +61,18 @@ class TrlClient:
         except ReplicaGone:
             return False
 
-    async def sample(self, request: SampleRequest) -> Sampled:
-        """By the base model. Raises UserError for what this server cannot do."""
-        body = encode(request)
-        seconds = ANSWER_SECONDS + (request.max_tokens or 0) * TOKEN_SECONDS
+    async def sample(self, request: SampleRequest, *, max_context: int) -> Sampled:
+        """By the base model. Raises UserError for what this server cannot do. It does not tell how large a
+        context it has, and a prompt that is longer makes it hang for ever."""
+        body = encode(request, max_context)
+        seconds = ANSWER_SECONDS + completions.tokens(request, max_context) * TOKEN_SECONDS
         async with self._turn:
             answer = await self._exchange("POST", "/generate/", seconds, body)
         if answer.status != 200:
             reason = answer.content[:MAX_REASON].decode(errors="replace")
             raise ReplicaGone(f"the TRL server at {self.url} failed: {answer.status} {reason}")
         try:
-            return decode(answer.content, request)
+            return decode(answer.content, request, max_context)
         except (msgspec.DecodeError, RecursionError, LookupError, ValueError, struct.error) as error:
             raise Refused(
                 f"the TRL server at {self.url} does not answer as TRL 1.0 to 1.10 do: use `vllm serve`"
@@ -86,9 +87,11 @@ class TrlClient:
             raise ReplicaGone(f"the TRL server at {self.url} does not answer: {error}") from error
 
 
-def encode(request: SampleRequest) -> bytes:
+def encode(request: SampleRequest, max_context: int) -> bytes:
     """The body for `/generate/`."""
-    completions.check(request, UNKNOWN_CONTEXT)
+    completions.check(request, max_context)
+    if request.temperature > MAX_TEMPERATURE:
+        raise UserError(f"temperature is {request.temperature}: it must be {MAX_TEMPERATURE} or less")
     if request.adapter is not None:
         raise UserError(f"this sampler has trained weights, which {_LACKS}")
     for field in ("prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs"):
@@ -105,7 +108,7 @@ def encode(request: SampleRequest) -> bytes:
         "logprobs": 0,
         # Any field of vLLM's SamplingParams.
         "generation_kwargs": {
-            "max_tokens": None if request.max_tokens is None else max(request.max_tokens, 1),
+            "max_tokens": completions.tokens(request, max_context),
             "seed": request.seed % completions.SEEDS,
             "stop": request.stop_strings,
             "stop_token_ids": request.stop_tokens,
@@ -119,14 +122,15 @@ def encode(request: SampleRequest) -> bytes:
 _LACKS = "an old trl vllm-serve cannot serve: start vLLM itself (`vllm serve`), or TRL 1.11 or later"
 
 
-def decode(answer: bytes, request: SampleRequest) -> Sampled:
-    """What stops a sample is not told: one that ends before max_tokens, or on one of the request's stop
-    tokens, has been stopped."""
+def decode(answer: bytes, request: SampleRequest, max_context: int) -> Sampled:
+    """What stops a sample is not told: one that is shorter than it may be, or ends on one of the request's
+    stop tokens, has been stopped."""
     found = msgspec.json.decode(answer, type=_Generated)
     if len(found.completion_ids) != completions.choices(request):
         raise ReplicaGone(f"the TRL server gave {len(found.completion_ids)} samples")
     each = zip(found.completion_ids, found.logprobs, found.logprob_token_ids, strict=True)
-    sequences = [_sequence(request, *parts) for parts in each]
+    longest = completions.tokens(request, max_context)
+    sequences = [_sequence(request, longest, *parts) for parts in each]
     sequences *= request.num_samples // len(sequences)
     response = pb.SampleResponse(sequences=sequences)
     count = sum(len(sequence.tokens) // 4 for sequence in sequences)
@@ -134,13 +138,17 @@ def decode(answer: bytes, request: SampleRequest) -> Sampled:
 
 
 def _sequence(
-    request: SampleRequest, tokens: list[int], logprobs: list[list[float | None]], ids: list[list[int]]
+    request: SampleRequest,
+    longest: int,
+    tokens: list[int],
+    logprobs: list[list[float | None]],
+    ids: list[list[int]],
 ) -> pb.SampledSequence:
     if request.max_tokens == 0:
         return completions.EMPTY
     if not tokens or [step[0] for step in ids] != tokens:
         raise ValueError("the logprobs are not those of the tokens")
-    stopped = tokens[-1] in request.stop_tokens or len(tokens) != request.max_tokens
+    stopped = tokens[-1] in request.stop_tokens or len(tokens) < longest
     own = [-float("inf") if step[0] is None else step[0] for step in logprobs]
     return pb.SampledSequence(
         stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,

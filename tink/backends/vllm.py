@@ -8,6 +8,7 @@ import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal
 
 import httpx
@@ -18,7 +19,15 @@ from tink.backends.completions import Call
 from tink.backends.exchange import Answer, NoAnswer, exchange
 from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
 from tink.errors import UserError
-from tink.limits import ADAPTER_SECONDS, HEALTH_SECONDS, MAX_REASON, MAX_STOPS, MAX_TOPK, NOT_FINITE_TRIES
+from tink.limits import (
+    ADAPTER_SECONDS,
+    HEALTH_SECONDS,
+    INLINE_BYTES,
+    MAX_REASON,
+    MAX_STOPS,
+    MAX_TOPK,
+    NOT_FINITE_TRIES,
+)
 from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
@@ -46,8 +55,8 @@ class VllmClient:
     request's fault) a UserError. Cancelling `complete` closes its connection, which makes the server give
     the request up; a load or unload that is cancelled may have been done: it can be repeated."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
-        self._client, self.url = client, url
+    def __init__(self, client: httpx.AsyncClient, url: str, world: World) -> None:
+        self._client, self.url, self._world = client, url, world
 
     @classmethod
     @asynccontextmanager
@@ -62,7 +71,7 @@ class VllmClient:
             headers={"Authorization": f"Bearer {token}"} if token else {},
             trust_env=False,
         ) as client:
-            yield cls(client, url)
+            yield cls(client, url, world)
 
     # -- the server ---------------------------------------------------------------------------------
 
@@ -85,7 +94,9 @@ class VllmClient:
     async def load(self) -> Load:
         sums, most = _gauges(await self._get("/metrics"))
         if "vllm:num_requests_running" not in sums:
-            raise ReplicaGone(f"the vLLM server at {self.url} has no vLLM metrics (--disable-log-stats?)")
+            raise Refused(
+                f"the vLLM server at {self.url} has no metrics: start it without --disable-log-stats"
+            )
         return Load(
             running=int(sums["vllm:num_requests_running"]),
             waiting=int(sums["vllm:num_requests_waiting"]),
@@ -157,8 +168,10 @@ class VllmClient:
         """A pure function of the request: may be repeated, here or at another server of the same models."""
         call = completions.encode(request, model=model, max_context=max_context)
         answer = await self.complete(call)
+        decode = partial(completions.decode, answer, request, model=model)
         try:
-            return completions.decode(answer, request, model=model)
+            # A long one would be felt in the loop.
+            return await self._world.run_sync(decode) if len(answer) > INLINE_BYTES else decode()
         except ReplicaGone as error:
             raise ReplicaGone(f"{self.url}: {error}") from error
 

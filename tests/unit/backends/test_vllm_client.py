@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -20,12 +21,13 @@ from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone
 from tink.backends.trl import TrlClient
 from tink.backends.vllm import VllmClient
 from tink.errors import TinkError, UserError
-from tink.limits import ADAPTER_SECONDS, ANSWER_SECONDS, HEALTH_SECONDS
+from tink.limits import ADAPTER_SECONDS, ANSWER_SECONDS, HEALTH_SECONDS, INLINE_BYTES
 from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
 Answer = Callable[[httpx.Request], httpx.Response]
+T = TypeVar("T")
 
 URL = "http://vllm:8000"
 SAMPLE = SampleRequest(sample_id="s", prompt=[5, 6], seed=0, max_tokens=1)
@@ -125,6 +127,12 @@ vllm:broken{engine="0"} NaN
 async def test_its_load_is_that_of_all_its_engines() -> None:
     async with talking_to(httpx.Response(200, content=METRICS)) as client:
         assert await client.load() == Load(running=5, waiting=2, kv_usage=0.25, generated=1200)
+
+
+async def test_a_server_without_metrics_says_how_to_start_it() -> None:
+    async with talking_to(httpx.Response(200, text="python_info 1.0\n")) as client:
+        with pytest.raises(Refused, match="--disable-log-stats"):
+            await client.load()
 
 
 @pytest.mark.parametrize(("status", "well"), [(200, True), (503, False), (500, False), (404, False)])
@@ -267,6 +275,21 @@ async def test_a_sample_is_one_exchange() -> None:
         sampled = await client.sample(SAMPLE, model="m@1", max_context=512)
     assert asked == ["POST /v1/completions m@1"]
     assert pb.SampleResponse.FromString(sampled.body).sequences[0].tokens == b"\7\0\0\0"
+
+
+async def test_a_long_answer_is_read_beside_the_loop() -> None:
+    class Watched(OneServer):
+        threads = 0
+
+        async def run_sync(self, fn: Callable[..., T], *args: Any, limiter: Any = None) -> T:
+            self.threads += 1
+            return await super().run_sync(fn, *args, limiter=limiter)
+
+    for padding, threads in ((0, 0), (INLINE_BYTES, 1)):
+        world = Watched(lambda request, padding=padding: completion(text=" " * padding))  # type: ignore[misc]
+        async with VllmClient.connect(URL, world, slots=1) as client:
+            await client.sample(SAMPLE, model="base", max_context=512)
+        assert world.threads == threads
 
 
 @pytest.mark.parametrize("said", ["does not exist. Valid aliases: base.", "does not exist."])
@@ -466,7 +489,7 @@ async def test_an_old_trl_samples_by_the_base_model() -> None:
         return generated([8, 9], [4])
 
     async with TrlClient.connect(URL, OneServer(answer)) as client:
-        sampled = await client.sample(old(stop_strings=["."], temperature=0.5))
+        sampled = await client.sample(old(stop_strings=["."], temperature=0.5), max_context=512)
     path, body = asked[0]
     assert path == "/generate/"
     assert (body["prompts"], body["n"], body["temperature"], body["top_k"]) == ([[5, 6]], 2, 0.5, -1)
@@ -489,12 +512,14 @@ async def test_an_old_trl_samples_by_the_base_model() -> None:
         {"topk_prompt_logprobs": 1},
         {"topk_sample_logprobs": 1},
         {"targets": [[1]]},
+        {"temperature": 2.5},
+        {"prompt": [1] * 512},
     ],
 )
 async def test_what_an_old_trl_cannot_do_is_the_callers_error(fields: dict[str, Any]) -> None:
     async with TrlClient.connect(URL, OneServer(lambda request: generated([8, 9]))) as client:
         with pytest.raises(UserError):
-            await client.sample(old(**fields))
+            await client.sample(old(**fields), max_context=512)
 
 
 @pytest.mark.parametrize(
@@ -516,10 +541,27 @@ async def test_a_wrong_answer_of_an_old_trl_is_no_sample(
     answer = OneServer(lambda request: httpx.Response(answered.status_code, content=answered.content))
     async with TrlClient.connect(URL, answer) as client:
         if raised is None:
-            await client.sample(old())
+            await client.sample(old(), max_context=512)
         else:
             with pytest.raises(raised):
-                await client.sample(old())
+                await client.sample(old(), max_context=512)
+
+
+async def test_what_an_old_trl_may_generate_is_bounded_by_the_context() -> None:
+    asked: list[Any] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(msgspec.json.decode(request.content)["generation_kwargs"]["max_tokens"])
+        return generated([8, 9], [4])
+
+    async with TrlClient.connect(URL, OneServer(answer)) as client:
+        sampled = await client.sample(old(max_tokens=None), max_context=4)
+    assert asked == [2]
+    sequences = pb.SampleResponse.FromString(sampled.body).sequences
+    assert [sequence.stop_reason for sequence in sequences] == [
+        pb.STOP_REASON_LENGTH,
+        pb.STOP_REASON_STOP,
+    ]
 
 
 async def test_an_old_trl_that_works_for_us_is_well_though_it_does_not_answer() -> None:
@@ -536,8 +578,8 @@ async def test_an_old_trl_that_works_for_us_is_well_though_it_does_not_answer() 
             return OneAtATime()
 
     async with TrlClient.connect(URL, Busy()) as client, trio.open_nursery() as nursery:
-        nursery.start_soon(client.sample, old())
-        nursery.start_soon(client.sample, old())
+        nursery.start_soon(partial(client.sample, old(), max_context=512))
+        nursery.start_soon(partial(client.sample, old(), max_context=512))
         await trio.testing.wait_all_tasks_blocked()
         assert await client.health()
         assert asked == ["/generate/"]
