@@ -212,10 +212,7 @@ def _sequence(choice: _Choice, request: SampleRequest) -> pb.SampledSequence:
         steps = _read_top(choice.logprobs.top_logprobs)
         if len(steps) != len(choice.token_ids):
             raise ReplicaGone("the sampling server's answer lacks the likeliest tokens")
-        rows = [
-            _likeliest(step, k, f"token_id:{token}", _token_id)
-            for step, token in zip(steps, choice.token_ids, strict=True)
-        ]
+        rows = [_likeliest(step, k, _token_id) for step in steps]
         message.topk_sampled_logprobs.CopyFrom(_topk(rows, k))
     return message
 
@@ -240,20 +237,14 @@ def _fill_prompt(
         )
         response.prompt_logprobs = _floats(own, length)
     if k := request.topk_prompt_logprobs:
-        rows = [
-            [] if values is None else _likeliest(values, k, token, int)
-            for token, values in zip(request.prompt, scored, strict=True)
-        ]
+        rows = [[] if values is None else _likeliest(values, k, int) for values in scored]
         response.topk_prompt_logprobs.CopyFrom(_topk(rows, k))
 
 
-def _likeliest(
-    values: dict[T, float], k: int, own: T, token_id: Callable[[T], int]
-) -> list[tuple[int, float]]:
-    """(token, logprob) of the k likeliest, likeliest first. vLLM gives these and, first of all, the token
-    that stands there, which is one more if it is none of them."""
-    pairs = [(key, value) for key, value in values.items() if len(values) <= k or key != own]
-    pairs.sort(key=lambda pair: -pair[1])
+def _likeliest(values: dict[T, float], k: int, token_id: Callable[[T], int]) -> list[tuple[int, float]]:
+    """(token, logprob) of the k likeliest, likeliest first. vLLM gives these, and the token that stands
+    there, which is one more if it is none of them."""
+    pairs = sorted(values.items(), key=lambda pair: -pair[1])
     return [(token_id(key), _logprob(value)) for key, value in pairs[:k]]
 
 

@@ -374,6 +374,19 @@ async def test_a_connection_that_was_closed_while_idle_is_not_a_server_that_is_g
     assert len(answers) == 1
 
 
+async def test_what_came_before_a_connection_broke_is_no_part_of_the_answer() -> None:
+    whole = completion().content
+
+    class Broken(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield whole[:40]
+            raise httpx.ReadError("reset")
+
+    answers = [httpx.Response(200, stream=Broken()), completion()]
+    async with talking_to(lambda request: answers.pop(0)) as client:
+        await client.sample(SAMPLE, model="base", max_context=512)
+
+
 async def test_no_call_waits_for_ever(autojump_clock: MockClock) -> None:
     class SilentTransport(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -408,7 +421,8 @@ def test_no_bytes_make_another_error(status: int, content: bytes) -> None:
     trio.run(main)
 
 
-async def test_the_api_key_is_sent() -> None:
+async def test_the_api_key_is_sent_and_proxies_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     seen: list[str | None] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -417,7 +431,7 @@ async def test_the_api_key_is_sent() -> None:
 
     for token in ("secret", ""):
         async with talking_to(answer, token=token) as client:
-            await client.health()
+            assert await client.health()
     assert seen == ["Bearer secret", None]
 
 
@@ -555,13 +569,13 @@ async def test_what_an_old_trl_may_generate_is_bounded_by_the_context() -> None:
         return generated([8, 9], [4])
 
     async with TrlClient.connect(URL, OneServer(answer)) as client:
-        sampled = await client.sample(old(max_tokens=None), max_context=4)
-    assert asked == [2]
-    sequences = pb.SampleResponse.FromString(sampled.body).sequences
-    assert [sequence.stop_reason for sequence in sequences] == [
-        pb.STOP_REASON_LENGTH,
-        pb.STOP_REASON_STOP,
-    ]
+        free = await client.sample(old(max_tokens=None), max_context=4)
+        stopped = await client.sample(old(max_tokens=None, stop_tokens=[9]), max_context=4)
+    assert asked == [2, 2]
+    length, stop = pb.STOP_REASON_LENGTH, pb.STOP_REASON_STOP
+    for sampled, reasons in ((free, [length, stop]), (stopped, [stop, stop])):
+        sequences = pb.SampleResponse.FromString(sampled.body).sequences
+        assert [sequence.stop_reason for sequence in sequences] == reasons
 
 
 async def test_an_old_trl_that_works_for_us_is_well_though_it_does_not_answer() -> None:
