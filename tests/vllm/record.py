@@ -10,6 +10,7 @@ writes tests/vllm/recording.json, from servers that it starts and ends as tests/
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import shutil
@@ -206,6 +207,9 @@ def main() -> None:
     if not check:
         RECORDING.write_text(text)
     elif text != RECORDING.read_text():
+        sys.stdout.writelines(
+            difflib.unified_diff(RECORDING.read_text().splitlines(True), text.splitlines(True))
+        )
         sys.exit(f"vLLM says something else than {RECORDING.name}")
 
 

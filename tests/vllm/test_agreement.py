@@ -121,4 +121,4 @@ def test_vllm_still_says_what_was_recorded(vllm_python: Path) -> None:
         text=True,
         check=False,
     )
-    assert checked.returncode == 0, checked.stderr
+    assert checked.returncode == 0, checked.stdout + checked.stderr
