@@ -25,6 +25,8 @@ from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
+# What a caller takes a server's to be who does not know it.
+UNKNOWN_CONTEXT = 2**31
 # vLLM refuses more, and this server hangs for ever after any such refusal.
 MAX_TEMPERATURE = 2.0
 
@@ -61,11 +63,11 @@ class TrlClient:
         except ReplicaGone:
             return False
 
-    async def sample(self, request: SampleRequest, *, max_context: int) -> Sampled:
+    async def sample(self, request: SampleRequest, *, max_context: int = UNKNOWN_CONTEXT) -> Sampled:
         """By the base model. Raises UserError for what this server cannot do. It does not tell how large a
-        context it has, and a prompt that is longer makes it hang for ever."""
+        context it has, and a prompt that is longer makes it hang for ever: pass what is known."""
         body = encode(request, max_context)
-        seconds = ANSWER_SECONDS + completions.tokens(request, max_context) * TOKEN_SECONDS
+        seconds = ANSWER_SECONDS + (_longest(request, max_context) or 0) * TOKEN_SECONDS
         async with self._turn:
             answer = await self._exchange("POST", "/generate/", seconds, body)
         if answer.status != 200:
@@ -108,7 +110,7 @@ def encode(request: SampleRequest, max_context: int) -> bytes:
         "logprobs": 0,
         # Any field of vLLM's SamplingParams.
         "generation_kwargs": {
-            "max_tokens": completions.tokens(request, max_context),
+            "max_tokens": _longest(request, max_context),
             "seed": request.seed % completions.SEEDS,
             "stop": request.stop_strings,
             "stop_token_ids": request.stop_tokens,
@@ -129,7 +131,7 @@ def decode(answer: bytes, request: SampleRequest, max_context: int) -> Sampled:
     if len(found.completion_ids) != completions.choices(request):
         raise ReplicaGone(f"the TRL server gave {len(found.completion_ids)} samples")
     each = zip(found.completion_ids, found.logprobs, found.logprob_token_ids, strict=True)
-    longest = completions.tokens(request, max_context)
+    longest = _longest(request, max_context)
     sequences = [_sequence(request, longest, *parts) for parts in each]
     sequences *= request.num_samples // len(sequences)
     response = pb.SampleResponse(sequences=sequences)
@@ -137,9 +139,16 @@ def decode(answer: bytes, request: SampleRequest, max_context: int) -> Sampled:
     return Sampled(response.SerializeToString(deterministic=True), len(request.prompt), count)
 
 
+def _longest(request: SampleRequest, max_context: int) -> int | None:
+    """How many tokens a sample may have; None where only the server knows it."""
+    if request.max_tokens is None and max_context == UNKNOWN_CONTEXT:
+        return None
+    return completions.tokens(request, max_context)
+
+
 def _sequence(
     request: SampleRequest,
-    longest: int,
+    longest: int | None,
     tokens: list[int],
     logprobs: list[list[float | None]],
     ids: list[list[int]],
@@ -148,7 +157,7 @@ def _sequence(
         return completions.EMPTY
     if not tokens or [step[0] for step in ids] != tokens:
         raise ValueError("the logprobs are not those of the tokens")
-    stopped = tokens[-1] in request.stop_tokens or len(tokens) < longest
+    stopped = tokens[-1] in request.stop_tokens or longest is None or len(tokens) < longest
     own = [-float("inf") if step[0] is None else step[0] for step in logprobs]
     return pb.SampledSequence(
         stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,
