@@ -17,8 +17,10 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +164,10 @@ def _record_all(recorder: Recorder, folder: Path, server: VllmReplica) -> None:
     batch = sample(max_tokens=CONTEXT - 3, num_samples=64, ignore_eos=True)
     with _meanwhile(recorder, complete, batch):
         server.terminate()
-        _until(lambda: recorder.send("POST", load, _named("b", adapters / "a")).status_code == 500)
-        recorder.record("load: draining", "POST", load, _named("b", adapters / "a"))
+        # Each time by a new name: the first ones may come before the signal, and be loaded.
+        names = (f"b{number}" for number in count())
+        _until(lambda: recorder.send("POST", load, _named(next(names), adapters / "a")).status_code == 500)
+        recorder.record("load: draining", "POST", load, _named(next(names), adapters / "a"))
         recorder.record("completion: draining", "POST", complete, sample())
         recorder.record("health: draining", "GET", "/health")
     assert server.process is not None
@@ -192,9 +196,9 @@ def _meanwhile(recorder: Recorder, path: str, body: bytes) -> Iterator[list[http
     thread.join()
 
 
-def _until(found: Any) -> None:
+def _until(found: Callable[[], object]) -> None:
     while not found():
-        pass
+        time.sleep(0.01)
 
 
 def main() -> None:
