@@ -236,6 +236,26 @@ async def test_without_any_server_jobs_wait_and_then_say_what_to_do(
         cluster.check_journal()
 
 
+async def test_those_who_wait_for_a_server_keep_nobody_from_training(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    vllm = servers(1)
+    async with Cluster.running(tmp_path, vllm=vllm, max_workers=2) as cluster:
+        users = [await User.begin(cluster, number) for number in range(4)]
+        vllm[0].kill()
+        await up(cluster, 0)
+        for user in users[:3]:
+            body = json(model_id=user.model, seq_id=1, sampling_session_seq_id=0)
+            await cluster.submit(user.model, 1, "save_weights_for_sampler", body)
+        await trio.sleep(5.0)
+        with trio.fail_after(10.0):
+            await users[3].train()
+        vllm[0].start()
+        for user in users[:3]:
+            assert (await cluster.outcome(f"{user.model}:1")).state == "done"
+        cluster.check_journal()
+
+
 async def test_an_adapter_that_a_server_refuses_fails_its_job_with_the_reason(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:

@@ -8,12 +8,14 @@ import trio
 
 
 class Jobs:
-    """At most `slots` run at once. A job is here once, however often it is sent."""
+    """At most `slots` run at once, beside those that have stepped aside. A job is here once, however often
+    it is sent."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._waiting: dict[str, None] = {}
         self._running: set[str] = set()
+        self._aside: set[str] = set()
         self._changed = trio.Event()
 
     def send(self, job_id: str) -> None:
@@ -28,6 +30,12 @@ class Jobs:
         self._waiting.pop(job_id, None)
         return waits
 
+    def step_aside(self, job_id: str) -> None:
+        """What is left to do for a job that runs needs no slot."""
+        if job_id in self._running:
+            self._aside.add(job_id)
+            self._changed.set()
+
     def clear(self) -> None:
         """Forgets those that wait."""
         self._waiting.clear()
@@ -36,7 +44,7 @@ class Jobs:
         """Runs them for ever. What `run_one` raises ends all that run."""
         async with trio.open_nursery() as nursery:
             while True:
-                while not self._waiting or len(self._running) >= self._slots:
+                while not self._waiting or len(self._running) - len(self._aside) >= self._slots:
                     self._changed = trio.Event()
                     await self._changed.wait()
                 job_id = next(iter(self._waiting))
@@ -49,4 +57,5 @@ class Jobs:
             await run_one(job_id)
         finally:
             self._running.discard(job_id)
+            self._aside.discard(job_id)
             self._changed.set()

@@ -164,8 +164,13 @@ class MegatronActor:
         """The events of an adapter version that the job has written, once it can be sampled."""
         if adapter is None:
             return []
-        # The trainer samples from the artifact folder: what is published there, it can serve.
-        replicas = ["trainer"] if self._place is None else await self._place(adapter)
+        if self._place is None:
+            # The trainer samples from the artifact folder: what is published there, it can serve.
+            replicas = ["trainer"]
+        else:
+            # It may wait for a server to come: others train meanwhile.
+            self.jobs.step_aside(job.job_id)
+            replicas = await self._place(adapter)
         crash.point("worker.placed")
         return plans.placements(job, adapter, replicas)
 

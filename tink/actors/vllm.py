@@ -204,7 +204,10 @@ class VLLMActor:
 
     async def _keep_old(self, client: TrlClient) -> None:
         """An old `trl vllm-serve`: the base model, and nothing else. Raises BackendError when it fails."""
-        self._life = _Life(client, Served("base", "", UNKNOWN_CONTEXT, {}, "trl"))
+        # It does not say how large its context is, and hangs on a prompt that is longer.
+        trainer = self._journal.last_trainer
+        context = UNKNOWN_CONTEXT if trainer is None else trainer.max_context
+        self._life = _Life(client, Served("base", "", context, {}, "trl"))
         self._told = None
         self._backoff.reset()
         log.warning("old trl server ready", url=self.url, remedy=BASE_ONLY)
@@ -379,7 +382,7 @@ class VLLMActor:
 
     async def _sample(self, life: _Life, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
         if isinstance(life.server, TrlClient) and adapter is None:
-            return await life.server.sample(request)
+            return await life.server.sample(request, max_context=life.served.max_context)
         async with self._using(life, adapter) as name:
             try:
                 return await life.client.sample(request, model=name, max_context=life.served.max_context)

@@ -66,6 +66,27 @@ async def test_what_waits_can_be_withdrawn_and_what_runs_cannot(
     assert runs.begun == ["a", "c"]
 
 
+async def test_a_job_that_steps_aside_leaves_its_slot_to_others(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    jobs = Jobs(1)
+    runs = Runs(jobs)
+    nursery.start_soon(jobs.run, runs)
+    for name in "abc":
+        jobs.send(name)
+    await wait_all_tasks_blocked()
+    jobs.step_aside("a")
+    jobs.send("a")  # it still runs
+    await wait_all_tasks_blocked()
+    assert runs.begun == ["a", "b"]
+    jobs.step_aside("nobody")
+    await wait_all_tasks_blocked()
+    assert runs.begun == ["a", "b"]
+    runs.gate.set()
+    await wait_all_tasks_blocked()
+    assert runs.begun == ["a", "b", "c"]
+
+
 async def test_after_a_crash_the_same_jobs_can_be_run_again(autojump_clock: MockClock) -> None:
     jobs = Jobs(2)
     runs = Runs(jobs)
