@@ -13,9 +13,14 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import calls, recovery, sampling
+from tests.bench import affinity, calls, recovery, sampling
 
-BENCHES: dict[str, ModuleType] = {"calls": calls, "recovery": recovery, "sampling": sampling}
+BENCHES: dict[str, ModuleType] = {
+    "affinity": affinity,
+    "calls": calls,
+    "recovery": recovery,
+    "sampling": sampling,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
