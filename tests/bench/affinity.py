@@ -92,10 +92,7 @@ async def measure(folder: Path, urls: list[str], arguments: argparse.Namespace, 
         open_worker(journal, nobody, settings, world) as router,  # type: ignore[arg-type]
     ):
         capabilities = await router.ask(messages.GetCapabilities(TENANT))
-        while any(
-            state != "ready" for state in (await router.ask(messages.GetHealth(""))).servers.values()
-        ):
-            await trio.sleep(0.1)
+        await _all_ready(router)
         session = (await router.ask(messages.CreateSession(TENANT))).id
         base = capabilities.models[0].name
         sampler = (await router.ask(messages.CreateSampler(TENANT, session, 0, base_model=base))).id
@@ -105,6 +102,14 @@ async def measure(folder: Path, urls: list[str], arguments: argparse.Namespace, 
                 nursery.start_soon(_converse, router, sampler, number, arguments.turns, salt, seconds)
         hits, queries = (after - b for after, b in zip(_counts(urls), before, strict=True))
         return Outcome(hits / queries, median(seconds))
+
+
+async def _all_ready(router: Router) -> None:
+    while True:
+        health: messages.Health = await router.ask(messages.GetHealth(""))
+        if all(state == "ready" for state in health.servers.values()):
+            return
+        await trio.sleep(0.1)
 
 
 async def _converse(
