@@ -106,13 +106,17 @@ class Settings:
     @property
     def vllm_urls(self) -> list[str]:
         """Where vLLM servers are. Raises StartupError for what is no URL."""
-        host = "127.0.0.1" if self.vllm_host in ("0.0.0.0", "") else self.vllm_host  # noqa: S104  dialled
+        anywhere = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104  dialled, not bound
+        host = anywhere.get(self.vllm_host, self.vllm_host)
         found = [url.strip().rstrip("/") for url in self.vllm_base_url.split(",") if url.strip()]
         for url in found:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-                raise StartupError(f"VLLM_BASE_URL: {url!r} is not a URL such as http://127.0.0.1:8000")
-        return list(dict.fromkeys(found)) or [f"http://{host}:{self.vllm_port}"]
+            if not _is_origin(url):
+                raise StartupError(
+                    f"VLLM_BASE_URL: {url!r} is not where a server is, such as http://127.0.0.1:8000 "
+                    "(without /v1 or any other path)"
+                )
+        named = f"[{host}]" if ":" in host else host
+        return list(dict.fromkeys(found)) or [f"http://{named}:{self.vllm_port}"]
 
     @property
     def artifact_root(self) -> Path:
@@ -183,7 +187,7 @@ class Settings:
             "TINK_HANG_SECONDS": (self.hang_seconds, 0.0),
             "VLLM_MAX_LORAS": (self.vllm_max_loras, 1),
             "VLLM_MAX_LORA_RANK": (self.vllm_max_lora_rank, 1),
-            "TINK_VLLM_WAIT_SECONDS": (self.vllm_wait_seconds, 0.0),
+            "TINK_VLLM_WAIT_SECONDS": (self.vllm_wait_seconds, 1.0),
         }
         for name, (value, bound) in least.items():
             if not value >= bound:
@@ -208,6 +212,16 @@ class Settings:
         if self.artifacts is not None:
             paths["artifacts"] = self.artifacts.expanduser().absolute()
         return Settings(**{f.name: getattr(self, f.name) for f in fields(self)} | paths)
+
+
+def _is_origin(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    whole = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and port != 0
+    return bool(whole) and not (parts.path or parts.query or parts.fragment)
 
 
 # Read by the trainer itself, and by the tests.

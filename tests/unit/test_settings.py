@@ -209,6 +209,9 @@ def test_vllm_servers_are_a_list_of_urls_or_the_one_of_host_and_port():
     assert load(VLLM_HOST="0.0.0.0", VLLM_PORT="9000").vllm_urls == ["http://127.0.0.1:9000"]
     several = "http://gpu-1:8000/, https://gpu-2 ,http://gpu-1:8000"
     assert load(VLLM_BASE_URL=several).vllm_urls == ["http://gpu-1:8000", "https://gpu-2"]
-    for wrong in ("gpu-1:8000", "http://", "ftp://gpu-1", "http://user:word@gpu-1"):
+    assert load(VLLM_HOST="::").vllm_urls == ["http://[::1]:8000"]
+    assert load(VLLM_BASE_URL="http://[::1]:9000").vllm_urls == ["http://[::1]:9000"]
+    wrongs = ["gpu-1:8000", "http://", "ftp://gpu-1", "http://user:word@gpu-1", "http://gpu-1:80a"]
+    for wrong in [*wrongs, "http://gpu-1:99999", "http://gpu-1:8000/v1", "http://gpu-1?a=b"]:
         with pytest.raises(StartupError, match="VLLM_BASE_URL"):
             load(VLLM_BASE_URL=wrong)

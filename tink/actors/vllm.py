@@ -343,7 +343,7 @@ class VLLMActor:
             self._doubt(life, error)
 
     def _name(self, adapter: rows.Adapter) -> str:
-        return adapters.served_name(self._journal.home_id, adapter.adapter_id, adapter.files)
+        return adapters.served_name(self._journal.home_id, adapter)
 
     def _path(self, adapter: rows.Adapter) -> str:
         return str(self._folder / adapter.directory)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 from tink.domain import retention, rows
 from tink.domain.projection import Ledger
 
 
-def served_name(home_id: str, adapter_id: str, files: Mapping[str, str]) -> str:
+def served_name(home_id: str, adapter: rows.Adapter) -> str:
     """What a server has the version as. No two workers' names are alike (`home_id`), and no two contents:
-    vLLM's caches go by name, and a journal that was put back from a backup counts its versions again."""
-    content = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    return f"{prefix(home_id)}{adapter_id}-{content[:8]}"
+    vLLM's caches go by name, and a journal that was put back from a backup counts its versions again. Nor
+    two directories: what a save that failed has left on a server is read from there until it is gone."""
+    content = hashlib.sha256(repr((adapter.directory, sorted(adapter.files.items()))).encode()).hexdigest()
+    return f"{prefix(home_id)}{adapter.adapter_id}-{content[:8]}"
 
 
 def prefix(home_id: str) -> str:
