@@ -52,7 +52,7 @@ class Server:
     def start(self) -> None:
         """Does not wait until it is up."""
         command = [sys.executable, "-m", "tink.cli.main", "vllm", str(self._model), "--name", self._name]
-        command += ["--port", str(self._port), "--vllm", str(self._vllm), "--options", OPTIONS]
+        command += ["--port", str(self._port), "--vllm", str(self._vllm), "--options", *OPTIONS.split()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TINK_")}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -77,6 +77,8 @@ class VLLMPool:
         placed: list[str] = []
         refused: list[BackendError] = []
 
+        backoff = Backoff()
+
         async def place_on(replica: VLLMActor) -> None:
             try:
                 if await replica.place(adapter):
@@ -87,10 +89,13 @@ class VLLMPool:
         with trio.move_on_after(self._wait_seconds):
             while not placed and not refused:
                 changes = self._changes
+                ready = [replica for replica in self.replicas if replica.up]
                 async with trio.open_nursery() as nursery:
-                    for replica in self.replicas:
+                    for replica in ready:
                         nursery.start_soon(place_on, replica)
-                if not placed and not refused:
+                if ready and not placed and not refused:
+                    await backoff.pause()
+                elif not ready:
                     await changes.wait()
         if refused:
             raise refused[0]
@@ -116,7 +121,7 @@ class VLLMPool:
             try:
                 sampled = await replica.sample(request, adapter, suspect=deaths > 0)
             except (ReplicaGone, AdapterMissing) as error:
-                deaths += not isinstance(error, Aborted | Unsent)
+                deaths += not isinstance(error, Aborted | Unsent | AdapterMissing)
                 log.warning("sample moved", job=job.job_id, url=replica.url, reason=str(error))
                 if deaths >= self._max_attempts:
                     raise BackendError(

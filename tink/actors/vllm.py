@@ -30,7 +30,7 @@ from tink.backends.replica import (
     Unsent,
 )
 from tink.backends.trl import UNKNOWN_CONTEXT, TrlClient
-from tink.backends.vllm import VllmClient
+from tink.backends.vllm import LogprobsMode, VllmClient
 from tink.domain import adapters, rows
 from tink.domain.events import AdapterPlaced, Subject
 from tink.errors import BackendError
@@ -65,6 +65,8 @@ class _Life:
         self.loading = trio.Lock()
         self.load = Load(0, 0, 0.0, 0)
         self.calls: set[trio.CancelScope] = set()
+        # Of `loaded`; and calls that ended well.
+        self.changes = self.finished = 0
         self.suspect = False
         self.over: str | None = None
 
@@ -178,10 +180,11 @@ class VLLMActor:
         """Raises BackendError when it fails."""
         served = await client.served()
         # It samples a token for that: a server that is paused or draining is healthy and does not.
-        mode = await client.logprobs_mode(served.base_model)
+        mode = await self._probe(client, served)
         life = _Life(client, served)
+        life.load = await client.load()  # one that says nothing of its load is of no use
         await self._reconcile(life)
-        self._life, self.served, self._told = life, served, None
+        self._life, self.served, self._told, self.reason = life, served, None, "it answers"
         self._backoff.reset()
         log.info("vllm server ready", url=self.url, model=served.base_model, adapters=len(life.loaded))
         if mode == "processed":
@@ -191,24 +194,35 @@ class VLLMActor:
                 remedy="start it with --logprobs-mode raw_logprobs: clients compare them with training's",
             )
         self._changed()
-        generated, moved_at = -1, self._world.monotonic()
+        progress, moved_at = (-1, 0), self._world.monotonic()
         while True:
             self._look = trio.Event()
             with trio.move_on_after(REPLICA_BEAT_SECONDS):
                 await self._look.wait()
             await self._check(life, client)
-            if life.load.generated != generated or not self.outstanding:
-                generated, moved_at = life.load.generated, self._world.monotonic()
+            now = life.load.generated, life.finished
+            if now != progress or not self.outstanding:
+                progress, moved_at = now, self._world.monotonic()
             elif self._world.monotonic() - moved_at > REPLICA_STALL_SECONDS:
-                raise ReplicaGone(f"it has generated nothing for {REPLICA_STALL_SECONDS:.0f} s")
+                # A long prompt takes its time, and lets a short one pass.
+                await self._probe(client, served)
+                moved_at = self._world.monotonic()
+
+    async def _probe(self, client: VllmClient, served: Served) -> LogprobsMode:
+        """Samples one token. ReplicaGone if it does not come."""
+        with trio.move_on_after(REPLICA_STALL_SECONDS):
+            return await client.logprobs_mode(served.base_model)
+        raise ReplicaGone(
+            f"it answers, and has sampled not one token in {REPLICA_STALL_SECONDS:.0f} s: is it paused?"
+        )
 
     async def _keep_old(self, client: TrlClient) -> None:
         """An old `trl vllm-serve`: the base model, and nothing else. Raises BackendError when it fails."""
         # It does not say how large its context is, and hangs on a prompt that is longer.
         trainer = self._journal.last_trainer
         context = UNKNOWN_CONTEXT if trainer is None else trainer.max_context
-        self._life = _Life(client, Served("base", "", context, {}, "trl"))
-        self._told = None
+        self.served = Served("base", "", context, {}, "trl")
+        self._life, self._told, self.reason = _Life(client, self.served), None, "it answers"
         self._backoff.reset()
         log.warning("old trl server ready", url=self.url, remedy=BASE_ONLY)
         self._changed()
@@ -224,17 +238,21 @@ class VLLMActor:
     async def _check(self, life: _Life, client: VllmClient) -> None:
         if not await client.health():
             raise ReplicaGone("it is not healthy")
-        before = set(life.loaded)
+        changes, before = life.changes, set(life.loaded)
         served = await client.served()
-        lacks = [name for name in before if name in life.loaded and name not in served.adapters]
-        if lacks:
-            raise ReplicaGone(f"it was restarted: {len(lacks)} adapters are not there any more")
+        lacks = before - served.adapters.keys()
+        if lacks and changes == life.changes:  # else it may have been asked at any moment of theirs
+            if lacks == before:
+                raise ReplicaGone(f"it was restarted: its {len(lacks)} adapters are not there any more")
+            for name in lacks:  # somebody has unloaded them: they are loaded when they are asked for
+                life.loaded.pop(name, None)
         life.load = await client.load()
-        async with life.loading:  # more were in use at once
-            await self._make_room(life)
+        if len(life.loaded) > self._registered:  # more were in use at once
+            async with life.loading:
+                await self._make_room(life)
         if life.suspect:
             try:
-                await client.logprobs_mode(served.base_model)
+                await self._probe(client, served)
             except BackendError:
                 if not life.calls:
                     raise
@@ -281,7 +299,11 @@ class VLLMActor:
         name = self._name(adapter)
         life.using[name] += 1
         try:
-            if await self._load(life, adapter):
+            try:
+                new = await self._load(life, adapter)
+            except ReplicaGone as error:
+                raise Unsent(str(error)) from error
+            if new:
                 await self._journal.append(self._placed(adapter, "loaded"))
             yield name
         finally:
@@ -292,12 +314,17 @@ class VLLMActor:
     async def _load(self, life: _Life, adapter: rows.Adapter) -> bool:
         """Registers it, if it is not; whether it had to."""
         name = self._name(adapter)
+        if name in life.loaded:  # no waiting for those that load others
+            await trio.lowlevel.checkpoint()
+            life.loaded.move_to_end(name)
+            return False
         async with life.loading:
             new = name not in life.loaded
             if new:
                 await self._make_room(life, 1)
                 await life.client.load_adapter(name, self._path(adapter))
                 life.loaded[name] = adapter
+                life.changes += 1
             life.loaded.move_to_end(name)
         return new
 
@@ -309,6 +336,7 @@ class VLLMActor:
 
     async def _unload(self, life: _Life, name: str) -> None:
         adapter = life.loaded.pop(name)  # first, so that its absence there is no surprise
+        life.changes += 1
         await life.client.unload_adapter(name)
         with suppress(LookupError):  # it was placed for a job that failed then: nobody was told of it
             await self._journal.adapter(adapter.adapter_id)
@@ -341,6 +369,8 @@ class VLLMActor:
                         await self._unload(life, name)
         except ReplicaGone as error:
             self._doubt(life, error)
+        except BackendError as error:
+            log.warning("adapter not unloaded", adapter=adapter.adapter_id, reason=str(error))
 
     def _name(self, adapter: rows.Adapter) -> str:
         return adapters.served_name(self._journal.home_id, adapter)
@@ -372,7 +402,9 @@ class VLLMActor:
                     raise Unsent(self.reason)
                 try:
                     with life.call():
-                        return await self._sample(life, request, adapter)
+                        sampled = await self._sample(life, request, adapter)
+                        life.finished += 1
+                        return sampled
                 except ReplicaGone as error:
                     self._doubt(life, error)
                     raise

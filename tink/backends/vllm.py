@@ -17,7 +17,7 @@ import msgspec
 from tink.backends import completions
 from tink.backends.completions import Call
 from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served
+from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served, Unsent
 from tink.errors import UserError
 from tink.limits import (
     ADAPTER_SECONDS,
@@ -186,6 +186,8 @@ class VllmClient:
                 break
         if answer.status == 404 and "does not exist" in reason:
             raise AdapterMissing(f"the vLLM server at {self.url} does not serve {call.model!r}")
+        if answer.status in (408, 429, 503):
+            raise Unsent(f"the vLLM server at {self.url} takes no request now: {answer.status} {reason}")
         if answer.status in (400, 422):
             raise UserError(_fault(reason))
         self._check_answered(answer, reason)

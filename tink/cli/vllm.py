@@ -25,12 +25,12 @@ process: signals and exit status are vLLM's."""
 EPILOG = """\
 environment: VLLM_HOST, VLLM_PORT, VLLM_GPU_MEMORY_UTIL, VLLM_ENABLE_LORA,
 VLLM_MAX_LORAS, VLLM_MAX_LORA_RANK, and TINK_HF_MODEL for the model. Whatever
-else vLLM can do goes into --options.
+else vLLM can do goes behind --options.
 
 examples:
   tink vllm                                     the built-in model, port 8000
   tink vllm Qwen/Qwen3-8B --port 8001           another model, another port
-  tink vllm --vllm /opt/vllm/bin/vllm --options '--max-model-len 8192 --dtype float32'
+  tink vllm --vllm /opt/vllm/bin/vllm --options --max-model-len 8192 --dtype float32
   tink vllm --print                             the command, and nothing else
 
 exit status: 0 after a stop; 2 if it cannot be started; else vLLM's own"""
@@ -63,7 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vllm", default="vllm", help="the vllm program (default: the one on the PATH)")
     parser.add_argument("--print", action="store_true", help="print the command and start nothing")
-    parser.add_argument("--options", default="", help="more options of vllm serve, in one word")
+    parser.add_argument(
+        "--options",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="...",
+        help="at the end: what follows are options of vllm serve",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         hf_model=arguments.model,
         hf_model_name=arguments.name,
     )
-    words = [arguments.vllm, *command(settings), *shlex.split(arguments.options)]
+    words = [arguments.vllm, *command(settings), *arguments.options]
     added = environment({})
     if arguments.print:
         print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *words]))

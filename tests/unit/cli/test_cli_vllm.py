@@ -72,7 +72,7 @@ def test_it_becomes_vllm_and_keeps_tinks_variables_from_it(tink, model, tmp_path
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     replaced = []
     monkeypatch.setattr("os.execve", lambda *call: replaced.append(call))
-    tink("vllm", model, "--vllm", program, "--options", "--max-model-len 512")
+    tink("vllm", model, "--vllm", program, "--options", "--max-model-len", "512")
     ((path, words, environment),) = replaced
     assert path == str(program)
     assert words[-2:] == ["--max-model-len", "512"]
