@@ -50,7 +50,6 @@ log = structlog.get_logger()
 # Calls beside the samples: a look at the server, loading and unloading.
 OWN_SLOTS = 4
 
-
 BASE_ONLY = "a trl vllm-serve before 1.11 serves the base model alone: use `vllm serve`, or a newer TRL"
 
 
@@ -141,10 +140,6 @@ class VLLMActor:
     def waiting(self) -> int:
         """Sequences that the server had in its queue when it was last looked at."""
         return 0 if self._life is None else self._life.load.waiting
-
-    def has(self, name: str) -> bool:
-        """Whether this adapter is registered there."""
-        return self._life is not None and name in self._life.loaded
 
     # -- the server ---------------------------------------------------------------------------------
 
@@ -283,8 +278,9 @@ class VLLMActor:
                 await self._load(life, adapter)
             except Refused as error:  # whoever samples from it is told
                 log.error("adapter not loaded", adapter=adapter.adapter_id, reason=str(error))
-        before = await self._journal.read(partial(upkeep.placed, replica=self.url))
-        gone = [await self._journal.adapter(adapter_id) for adapter_id in sorted(before - found)]
+        placed = await self._journal.read(partial(upkeep.placed, replica=self.url))
+        before = {adapter.adapter_id for adapter in placed}
+        gone = [adapter for adapter in placed if adapter.adapter_id not in found]
         new = [a for a in life.loaded.values() if a.adapter_id not in found & before]
         entries = [self._placed(a, "gone") for a in gone] + [self._placed(a, "loaded") for a in new]
         if entries:

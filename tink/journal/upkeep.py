@@ -48,11 +48,12 @@ def adapter_directories(connection: Connection, adapters: Collection[str]) -> li
     return found
 
 
-def placed(connection: Connection, replica: str) -> set[str]:
+def placed(connection: Connection, replica: str) -> list[rows.Adapter]:
     """The adapter versions that this server has, as far as is known."""
-    table = schema.adapter_placements
-    query = select(table.c.adapter_id).where(table.c.replica == replica, table.c.state != "gone")
-    return set(connection.execute(query).scalars())
+    table, adapters = schema.adapter_placements, schema.adapters
+    query = select(adapters).join(table, table.c.adapter_id == adapters.c.adapter_id)
+    there = query.where(table.c.replica == replica, table.c.state != "gone")
+    return list(store.read_rows(connection, there.order_by(adapters.c.adapter_id), rows.Adapter))
 
 
 def damaged_snapshots(connection: Connection, since: float) -> list[str]:
