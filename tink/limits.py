@@ -137,12 +137,19 @@ REPLICA_SLOTS = 512
 # Adapters registered at one server at once, but for those in use: a name costs it little, and each is
 # loaded again after a restart.
 ADAPTERS_REGISTERED = 1000
+# `tink vllm`: adapters that vLLM keeps in memory for each that one batch may use; others are read from disk.
+CPU_LORAS_PER_PLACE = 8
 # Between two looks at a server that serves.
 REPLICA_BEAT_SECONDS = 2.0
 # A server that is told to stop gets so long to end what it runs.
 REPLICA_DRAIN_SECONDS = 60.0
 # A server that has requests and generates nothing for so long hangs, or is paused.
 REPLICA_STALL_SECONDS = 60.0
+# Samples that were out when a server died: so many of them at once at one server, until another one dies.
+SUSPECTS_TOGETHER = 16
+# Two servers of one base model give the same tokens log-probabilities no further apart, whatever their
+# precision.
+BASE_MODEL_NATS = 1.0
 # Servers that give a sample up, one after the other, without dying of it: five minutes of them.
 SAMPLE_MOVES = 60
 # A prompt goes where one with the same first tokens went, if that server has at most so many sequences

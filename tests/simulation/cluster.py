@@ -93,7 +93,7 @@ class Cluster:
         self.vllm = {f"http://vllm-{number}:8000": server for number, server in enumerate(vllm)}
         if vllm:
             settings = {"use_hf": "true", "use_vllm": True, "vllm_base_url": ",".join(self.vllm)} | settings
-        self._settings = Settings(home=folder, **settings)
+        self.settings = Settings(home=folder, **settings)
         self.nature = Nature(seed, slow=slow, jump=jump)
         self.rng = self.nature.rng
         self.home = Home(folder)
@@ -102,7 +102,7 @@ class Cluster:
             for name, content in _empty_databases().items():
                 (folder / name).write_bytes(content)
         self.network = Network(self.nature, loss=loss, duplicates=duplicates)
-        artifacts = self._settings.artifact_root
+        artifacts = self.settings.artifact_root
         self.watch = Watch(self.home, artifacts, self.nature.counts)
         self.trainer = SimulatedTrainer(self.nature, self.network, artifacts, self.watch)
         self.ambush: Ambush | None = None
@@ -161,7 +161,7 @@ class Cluster:
             with world.scope:
                 async with (
                     Journal.open(self.home, world, version="sim", settings_digest="sim") as journal,
-                    open_worker(journal, self.trainer.find, self._settings, world) as router,
+                    open_worker(journal, self.trainer.find, self.settings, world) as router,
                 ):
                     await trio.lowlevel.checkpoint_if_cancelled()
                     self.router, self.journal = router, journal

@@ -205,6 +205,8 @@ class SimulatedTrainer:
         # A request that holds these bytes kills it.
         self.deadly: bytes | None = None
         self.disk_full = False
+        # Where it says that its base model is.
+        self.base_path: str | None = None
         self.incarnation = ""
         self.supervisor: trio.Nursery | None = None
         self._connections: set[trio.CancelScope] = set()
@@ -309,7 +311,18 @@ class HashEngine:
     @property
     def facts(self) -> Facts:
         return Facts(
-            "hash", {}, "sim/model", None, "0", "hash", 1, 100, 1000, 64, ["any"], ["train", "sample"]
+            "hash",
+            {},
+            "sim/model",
+            self._trainer.base_path,
+            "0",
+            "hash",
+            1,
+            100,
+            1000,
+            64,
+            ["any"],
+            ["train", "sample"],
         )
 
     def state(self, model_id: str) -> State | None:

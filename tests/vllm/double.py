@@ -56,6 +56,7 @@ class _Run:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     began: float | None = None
     tokens: int = 0
+    counted: bool = False
     fate: Literal["", "abort", "dead"] = ""
 
     @property
@@ -274,6 +275,8 @@ class VllmDouble:
         try:
             return await self._run(run, model)
         finally:
+            if not run.counted:  # given up by its client: what was generated stays counted
+                self._generated += self._progress(run) * run.n
             for runs in (self._waiting, self._running):
                 if run in runs:
                     runs.remove(run)
@@ -303,6 +306,7 @@ class VllmDouble:
         else:
             self.answered.append(Answered(model, run.adapter and run.adapter.path, run.body))
         self._generated += sum(len(choice.tokens) for choice in choices)
+        run.counted = True
         if run.adapter and run.adapter.path in self.diverged:
             return self._say("completion: diverged")
         return self._completion(model, run.body, weights, choices)

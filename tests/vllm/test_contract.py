@@ -173,7 +173,7 @@ async def ask_for_long(client: VllmClient, model: str) -> None:
 
 
 async def test_its_logprobs_are_the_models_own(clock: Clock | None, client: VllmClient) -> None:
-    assert await client.logprobs_mode("base") == "raw"
+    assert (await client.probe("base")).mode == "raw"
 
 
 # -- adapters ---------------------------------------------------------------------------------------
@@ -502,7 +502,9 @@ async def test_what_a_server_was_started_without_is_noticed(
 ) -> None:
     subject = as_trl_starts_it
     async with VllmClient.connect(subject.url, subject.world, slots=1) as client:
-        assert await client.logprobs_mode("base") == "processed"
+        assert (await client.probe("base")).mode == "processed"
+        with pytest.raises(Refused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+            await client.check_takes_adapters()
         with pytest.raises(Refused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
             await client.load_adapter("a", str(adapters.root / "a1"))
         assert await flavour(subject.url, subject.world) == "vllm"

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from tink import crash
-from tink.actors import plans
+from tink.actors import placements, plans
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.jobs import Jobs
@@ -166,7 +166,7 @@ class MegatronActor:
             return []
         if self._place is None:
             # The trainer samples from the artifact folder: what is published there, it can serve.
-            replicas = ["trainer"]
+            replicas = [placements.TRAINER]
         else:
             # It may wait for a server to come: others train meanwhile.
             self.jobs.step_aside(job.job_id)

@@ -252,7 +252,7 @@ def exported(
     job: rows.Job, plan: Plan, result: protocol.OpResult, context: Context, now: float
 ) -> rows.Adapter | None:
     """The adapter version that a done job has written, if it has: the row that its event will make."""
-    if plan.export is None:
+    if plan.export is None or not result.files:  # applied when nobody had asked for an adapter
         return None
     model_id = _model_id(job)
     versions = context.ledger.table("models", rows.Model)[(model_id,)].versions

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import structlog
@@ -12,40 +13,69 @@ import trio
 
 from tink.actors import plans
 from tink.actors.backoff import Backoff
+from tink.actors.replica_adapters import LoadFailures
 from tink.actors.supervisor import supervise
-from tink.actors.vllm import VLLMActor
-from tink.backends.replica import Aborted, AdapterMissing, ReplicaGone, Served, Unsent
-from tink.domain import rows
-from tink.domain.events import JobStarted
+from tink.actors.vllm import EXPOSURES, Exposure, VLLMActor
+from tink.backends import base_model
+from tink.backends.replica import Aborted, AdapterMissing, Probe, ReplicaGone, Served, Unsent
+from tink.domain import adapters, rows
+from tink.domain.events import JobStarted, TrainerStarted
 from tink.errors import BackendError
 from tink.journal.journal import Journal
-from tink.limits import AFFINITIES, AFFINITY_SLACK, AFFINITY_TOKENS, REPLICA_SLOTS, SAMPLE_MOVES
+from tink.limits import (
+    ADAPTER_SECONDS,
+    AFFINITIES,
+    AFFINITY_SLACK,
+    AFFINITY_TOKENS,
+    REPLICA_SLOTS,
+    SAMPLE_MOVES,
+)
 from tink.trainer.protocol import SampleReply, SampleRequest
 from tink.world import World
 
 log = structlog.get_logger()
 
 
+class _Patience:
+    """What is left of the time that a job waits while no server is there."""
+
+    def __init__(self, seconds: float, world: World) -> None:
+        self._left, self._world = seconds, world
+
+    async def wait(self, event: trio.Event) -> bool:
+        """For the event; False once the time is up."""
+        began = self._world.monotonic()
+        with trio.move_on_after(max(self._left, 0.0)):
+            await event.wait()
+        self._left -= self._world.monotonic() - began
+        return event.is_set()
+
+
 class VLLMPool:
-    """A SamplingBackend. `wait_seconds`: how long a job waits for a server to come, when none is there."""
+    """A SamplingBackend. `wait_seconds`: how long a job waits for a server to come, when none is there.
+    `trained`: what the trainer serves, if one is used and known."""
 
     def __init__(
         self,
         urls: Sequence[str],
         journal: Journal,
-        folder: Path,
+        root: Path,
         world: World,
         *,
         wait_seconds: float,
         max_attempts: int,
+        trained: Callable[[], TrainerStarted | None],
         token: str = "",
     ) -> None:
         self._journal, self._world = journal, world
         self._wait_seconds, self._max_attempts = wait_seconds, max_attempts
-        self._changes = trio.Event()
+        self._change = trio.Event()
+        # Samples for which no server has room.
+        self._lines = {exposure: trio.lowlevel.ParkingLot() for exposure in EXPOSURES}
         # Which server had a prompt that began like this one: its cache may have the beginning.
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
-        self.replicas = [VLLMActor(url, journal, folder, world, self._changed, token=token) for url in urls]
+        self.failures, self.trained = LoadFailures(max_attempts), trained
+        self.replicas = [VLLMActor(url, journal, root, world, self, token=token) for url in urls]
 
     @property
     def slots(self) -> int:
@@ -63,66 +93,93 @@ class VLLMPool:
             for replica in self.replicas:
                 if replica.served is not None:
                     return replica.served
-            await self._changes.wait()
+            await self._change.wait()
 
-    def _changed(self) -> None:
-        self._changes.set()
-        self._changes = trio.Event()
+    def changed(self) -> None:
+        """A server begins or ceases to take requests."""
+        change, self._change = self._change, trio.Event()
+        change.set()
+        for line in self._lines.values():
+            line.unpark_all()
 
-    # -- adapters -----------------------------------------------------------------------------------
+    def compare(self, newcomer: VLLMActor, served: Served, probe: Probe) -> None:
+        for replica in self.replicas:
+            if replica is not newcomer and replica.up and replica.served and replica.probe:
+                base_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
+
+    # -- adapters -------------------------------------------------------------------------------------
 
     async def place(self, adapter: rows.Adapter) -> list[str]:
         """Registers a version on every server that is there: their URLs. Waits for one to come. Raises
-        BackendError if none does, or one will not have it."""
+        BackendError if none does, or one will not have it, or too many have failed over it."""
+        name = adapters.served_name(self._journal.home_id, adapter)
+        patience, backoff = _Patience(self._wait_seconds, self._world), Backoff()
+        while True:
+            change = self._change
+            ready = [replica for replica in self.replicas if replica.up]
+            placed: list[str] = []
+            # One that has killed a server is not given to all of them at once.
+            together = [[replica] for replica in ready] if self.failures.doubtful(name) else [ready]
+            for some in together:
+                having = await self._place_on(some, adapter)
+                placed += having
+                if not having:
+                    break
+            if placed:
+                return placed
+            if ready:
+                await backoff.pause()
+            elif not await patience.wait(change):
+                raise self._unreachable()
+
+    async def _place_on(self, replicas: Sequence[VLLMActor], adapter: rows.Adapter) -> list[str]:
         placed: list[str] = []
         refused: list[BackendError] = []
 
-        backoff = Backoff()
-
-        async def place_on(replica: VLLMActor) -> None:
+        async def place(replica: VLLMActor) -> None:
             try:
                 if await replica.place(adapter):
                     placed.append(replica.url)
             except BackendError as error:
                 refused.append(error)
 
-        with trio.move_on_after(self._wait_seconds):
-            while not placed and not refused:
-                changes = self._changes
-                ready = [replica for replica in self.replicas if replica.up]
-                async with trio.open_nursery() as nursery:
-                    for replica in ready:
-                        nursery.start_soon(place_on, replica)
-                if ready and not placed and not refused:
-                    await backoff.pause()
-                elif not ready:
-                    await changes.wait()
+        async with trio.open_nursery() as nursery:
+            for replica in replicas:
+                nursery.start_soon(place, replica)
         if refused:
             raise refused[0]
-        if not placed:
-            raise self._unreachable()
         return placed
 
-    async def remove(self, adapter: rows.Adapter) -> None:
-        for replica in self.replicas:
-            await replica.remove(adapter)
+    async def let_go(self) -> None:
+        """Returns once no server that is there has a version that nobody will sample from any more; or
+        it does not do as it is told."""
+        with trio.move_on_after(ADAPTER_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for replica in self.replicas:
+                    nursery.start_soon(replica.tidy)
 
-    # -- samples ------------------------------------------------------------------------------------
+    @property
+    def directories(self) -> set[str]:
+        """Those of the adapters that servers have, and may read again."""
+        return set().union(*(replica.directories for replica in self.replicas))
+
+    # -- samples --------------------------------------------------------------------------------------
 
     async def sample(
         self, job: rows.Job, request: SampleRequest, adapter: rows.Adapter | None
     ) -> SampleReply:
         deaths, backoff = 0, Backoff()
+        patience = _Patience(self._wait_seconds, self._world)
         for _ in range(SAMPLE_MOVES):
-            replica = await self._choose(request)
-            started = JobStarted(attempt=job.attempts + 1, backend=replica.url)
-            await self._journal.append((plans.subject(job), started))
-            began = self._world.monotonic()
             try:
-                sampled = await replica.sample(request, adapter, suspect=deaths > 0)
+                async with self._server(request, self._exposure(deaths), patience) as replica:
+                    started = JobStarted(attempt=job.attempts + 1, backend=replica.url)
+                    await self._journal.append((plans.subject(job), started))
+                    began = self._world.monotonic()
+                    sampled = await replica.sample(request, adapter)
             except (ReplicaGone, AdapterMissing) as error:
                 deaths += not isinstance(error, Aborted | Unsent | AdapterMissing)
-                log.warning("sample moved", job=job.job_id, url=replica.url, reason=str(error))
+                log.warning("sample moved", job=job.job_id, url=job.backend, reason=str(error))
                 if deaths >= self._max_attempts:
                     raise BackendError(
                         f"the sampling server failed {deaths} times while it ran this job, at last: "
@@ -140,22 +197,36 @@ class VLLMPool:
             )
         raise BackendError(f"no vLLM server has kept this sample in {SAMPLE_MOVES} tries")
 
-    async def _choose(self, request: SampleRequest) -> VLLMActor:
-        """The server with least to do, or one that has seen the beginning of the prompt if it has hardly
-        more. Waits for one to come; raises BackendError if none does."""
-        with trio.move_on_after(self._wait_seconds):
-            while True:
-                ready = [replica for replica in self.replicas if replica.up]
-                if ready:
-                    return self._best(ready, request)
-                await self._changes.wait()
-        raise self._unreachable()
+    def _exposure(self, deaths: int) -> Exposure:
+        if not deaths:
+            return "free"
+        return "alone" if deaths >= self._max_attempts - 1 else "suspect"
 
-    def _best(self, ready: list[VLLMActor], request: SampleRequest) -> VLLMActor:
+    @asynccontextmanager
+    async def _server(
+        self, request: SampleRequest, exposure: Exposure, patience: _Patience
+    ) -> AsyncIterator[VLLMActor]:
+        """A server with room for it, which is kept for it: the one with least to do, or one that has seen
+        the beginning of the prompt if it has hardly more. Raises BackendError if none comes."""
+        await trio.lowlevel.checkpoint()
+        while not (free := [replica for replica in self.replicas if replica.has_room(exposure)]):
+            if any(replica.up for replica in self.replicas):
+                await self._lines[exposure].park()
+            elif not await patience.wait(self._change):
+                raise self._unreachable()
+        replica = self._best(free, request)
+        try:
+            with replica.slot(request, exposure):
+                yield replica
+        finally:
+            for line in self._lines.values():
+                line.unpark()
+
+    def _best(self, free: list[VLLMActor], request: SampleRequest) -> VLLMActor:
         key = _beginning(request)
-        least = min(ready, key=lambda replica: (replica.outstanding, replica.waiting))
+        least = min(free, key=lambda replica: (replica.outstanding, replica.waiting))
         known = self._affinities.get(key)
-        for replica in ready:
+        for replica in free:
             if replica.url == known and replica.outstanding <= least.outstanding + AFFINITY_SLACK:
                 least = replica
         self._affinities[key] = least.url

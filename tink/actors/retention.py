@@ -8,16 +8,17 @@ which looks at what is there and asks who needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Protocol
 
 import structlog
 import trio
 
 from tink import crash
+from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.domain import retention, rows
-from tink.domain.events import AdapterDeleted, AdapterPlaced, BodiesPruned, CheckpointDeleted, Subject
+from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Subject
 from tink.domain.retention import Cutoffs
 from tink.errors import JournalUnavailable
 from tink.journal import upkeep
@@ -28,12 +29,21 @@ from tink.world import World
 
 log = structlog.get_logger()
 
-TakeOut = Callable[[rows.Adapter], Awaitable[None]]
+
+class Servers(Protocol):
+    """The sampling servers, which read adapters from their directories whenever they like."""
+
+    @property
+    def directories(self) -> set[str]:
+        """Those that they may read again."""
+
+    async def let_go(self) -> None:
+        """Takes out what was deleted, as far as they let us."""
 
 
 class Retention:
     """An actor. `hours`: how long bodies and unused adapters stay at least (TINK_RETENTION_HOURS).
-    `take_out` takes a deleted version from the sampling servers; None: there are none."""
+    `servers`: None if the trainer samples."""
 
     def __init__(
         self,
@@ -42,10 +52,10 @@ class Retention:
         world: World,
         *,
         hours: float,
-        take_out: TakeOut | None = None,
+        servers: Servers | None = None,
     ) -> None:
         self._journal, self._folder, self._world = journal, folder, world
-        self._take_out = take_out
+        self._servers = servers
         self._seconds = hours * 3600
         self._began = world.now(), world.monotonic()
         self._last_requests: dict[str, float] = {}
@@ -141,13 +151,11 @@ class Retention:
             spare = list(retention.spare_adapters(ledger, before, self._last_requests))
             for adapter, reason in spare:
                 entries.append((_about(adapter), AdapterDeleted(reason=reason)))
-                if self._take_out is None:
-                    entries.append((_about(adapter, replica="trainer"), AdapterPlaced(state="gone")))
+                if self._servers is None:
+                    entries.append(placements.entry(adapter, placements.TRAINER, "gone"))
             await self._journal.append(*entries)
         for adapter, reason in spare:
             log.info("adapter deleted", adapter=adapter.adapter_id, reason=reason)
-            if self._take_out is not None:  # before its files go
-                await self._take_out(adapter)
         self._last_requests = {s: at for s, at in self._last_requests.items() if at >= before}
 
     # -- directories --------------------------------------------------------------------------------
@@ -158,8 +166,12 @@ class Retention:
         directories that are there; then what lives or is open or about to be; then what may be redone, for
         a job that is not open any more has ended by then."""
         ledger, read = self._journal.ledger, self._journal.read
+        if self._servers is not None:
+            await self._servers.let_go()
         there = await self._folder.published(list(ledger.table("models", rows.Model).values()))
         kept = retention.directories_kept(ledger) | self._folder.used
+        if self._servers is not None:
+            kept |= self._servers.directories
         sampled = retention.sampled(ledger)
         kept |= retention.loads_needed(await read(upkeep.loads), retention.covered(ledger))
         # Of a version that was deleted just when its sampler was asked again.
@@ -182,5 +194,5 @@ class Retention:
         return min(self._world.now(), wall + self._world.monotonic() - monotonic)
 
 
-def _about(row: rows.Checkpoint | rows.Adapter, replica: str | None = None) -> Subject:
-    return Subject(tenant=row.tenant, model_id=row.model_id, adapter_id=row.adapter_id, replica=replica)
+def _about(row: rows.Checkpoint | rows.Adapter) -> Subject:
+    return Subject(tenant=row.tenant, model_id=row.model_id, adapter_id=row.adapter_id)

@@ -89,6 +89,11 @@ class TrainerLink:
             await self.life()
         return self._served
 
+    @property
+    def known(self) -> TrainerStarted | None:
+        """The same, without waiting."""
+        return self._served
+
     def is_new(self, life: Life) -> bool:
         """Whether it began after this worker: what a former one was running did not survive in it."""
         before = self._journal.last_trainer

@@ -1,28 +1,30 @@
-"""One vLLM server: whether it is there, which adapters it has, and the samples that it runs.
+"""One vLLM server: whether it is there, and the samples that it runs.
 
-A server that comes (back) gets its adapters first and requests after that; one that fails, drains, hangs or
-has lost its adapters gets none, and what it was running is moved. vLLM's traps, of which each rule here is
-one: docs/vllm.md.
+It is away until it answers, samples, and has its adapters; then it is ready. A call that goes wrong puts it
+in doubt: no more requests, until it has been looked at. One that fails, hangs or was restarted is away
+again, and what it was running is moved. vLLM's traps, of which each rule here is one: docs/vllm.md.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn, Protocol
 
 import structlog
 import trio
 
 from tink.actors.backoff import Backoff
+from tink.actors.replica_adapters import LoadFailures, ReplicaAdapters
+from tink.backends import base_model
 from tink.backends.flavour import flavour
 from tink.backends.replica import (
     Aborted,
     AdapterMissing,
     Load,
+    Probe,
     Refused,
     ReplicaGone,
     Sampled,
@@ -30,22 +32,28 @@ from tink.backends.replica import (
     Unsent,
 )
 from tink.backends.trl import UNKNOWN_CONTEXT, TrlClient
-from tink.backends.vllm import LogprobsMode, VllmClient
-from tink.domain import adapters, rows
-from tink.domain.events import AdapterPlaced, Subject
+from tink.backends.vllm import VllmClient
+from tink.domain import rows
+from tink.domain.events import TrainerStarted
 from tink.errors import BackendError
-from tink.journal import upkeep
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 from tink.limits import (
     ADAPTERS_REGISTERED,
     REPLICA_BEAT_SECONDS,
     REPLICA_SLOTS,
     REPLICA_STALL_SECONDS,
+    SUSPECTS_TOGETHER,
 )
 from tink.trainer.protocol import SampleRequest
 from tink.world import World
 
 log = structlog.get_logger()
+
+# How a sample is out: a suspect has seen a server die. It is out with few others at first, and alone in the
+# end, so that only one of them can be to blame.
+Exposure = Literal["free", "suspect", "alone"]
+# How many of each at once.
+EXPOSURES: dict[Exposure, int] = {"free": REPLICA_SLOTS, "suspect": SUSPECTS_TOGETHER, "alone": 1}
 
 # Calls beside the samples: a look at the server, loading and unloading.
 OWN_SLOTS = 4
@@ -53,74 +61,91 @@ OWN_SLOTS = 4
 BASE_ONLY = "a trl vllm-serve before 1.11 serves the base model alone: use `vllm serve`, or a newer TRL"
 
 
+class _Call:
+    """`sent`: the server may be running it."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.sent = False
+
+
 class _Life:
-    """The server from when it had its adapters until it failed. `loaded`: by name, the one that was used
-    last at the end. `using`: how many are about to send a request, or wait for one."""
+    """The server from when it had its adapters until it fails. `adapters`: None for an old TRL, which has
+    none. `finished`: calls that ended well. `doubt`, `over`: why."""
 
-    def __init__(self, server: VllmClient | TrlClient, served: Served) -> None:
-        self.server, self.served = server, served
-        self.loaded: OrderedDict[str, rows.Adapter] = OrderedDict()
-        self.using: Counter[str] = Counter()
-        self.loading = trio.Lock()
+    def __init__(
+        self, server: VllmClient | TrlClient, served: Served, adapters: ReplicaAdapters | None
+    ) -> None:
+        self.server, self.served, self.adapters = server, served, adapters
         self.load = Load(0, 0, 0.0, 0)
-        self.calls: set[trio.CancelScope] = set()
-        # Of `loaded`; and calls that ended well.
-        self.changes = self.finished = 0
-        self.suspect = False
+        self.calls: set[_Call] = set()
+        self.finished = 0
+        self.compared_with: TrainerStarted | None = None
+        self.doubt: str | None = None
         self.over: str | None = None
-
-    @property
-    def client(self) -> VllmClient:
-        """Refused by an old TRL, which has no adapters."""
-        if isinstance(self.server, TrlClient):
-            raise Refused(f"{self.server.url}: {BASE_ONLY}")
-        return self.server
 
     def end(self, reason: str) -> None:
         self.over = reason
         for call in list(self.calls):
-            call.cancel()
+            call.scope.cancel()
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around a call: ReplicaGone if the server fails meanwhile."""
+    def call(self) -> Iterator[_Call]:
+        """Around a call: if the server fails meanwhile ReplicaGone, or Unsent if it has nothing of it."""
         if self.over is not None:
             raise Unsent(self.over)
-        with trio.CancelScope() as scope:
-            self.calls.add(scope)
+        call = _Call()
+        with call.scope:
+            self.calls.add(call)
             try:
-                yield
+                yield call
             finally:
-                self.calls.discard(scope)
-        if scope.cancelled_caught:
-            raise ReplicaGone(self.over or "the server failed")
+                self.calls.discard(call)
+        if call.scope.cancelled_caught:
+            reason = self.over or "the server failed"
+            raise ReplicaGone(reason) if call.sent else Unsent(reason)
+
+
+class Peers(Protocol):
+    """What a server belongs to. `failures`: of all of them."""
+
+    failures: LoadFailures
+
+    def changed(self) -> None:
+        """One begins or ceases to take requests."""
+
+    def compare(self, newcomer: VLLMActor, served: Served, probe: Probe) -> None:
+        """Raises Refused if it may not serve beside the others."""
+
+    def trained(self) -> TrainerStarted | None:
+        """What the trainer serves, if one is used and known."""
 
 
 class VLLMActor:
-    """`run` is its task. `limiter` is the server's queue: samples that are out, or wait to be. `changed` is
-    called when it comes or goes."""
+    """`run` is its task."""
 
     def __init__(
         self,
         url: str,
         journal: Journal,
-        folder: Path,
+        root: Path,
         world: World,
-        changed: Callable[[], None],
+        peers: Peers,
         *,
         token: str = "",
         registered: int = ADAPTERS_REGISTERED,
     ) -> None:
         """`registered`: as many adapters are registered at most, but for those in use."""
         self.url, self._token = url, token
-        self._journal, self._folder, self._world = journal, folder, world
-        self._changed, self._registered = changed, registered
-        self.limiter = trio.CapacityLimiter(REPLICA_SLOTS)
-        # Samples that have seen a server die run one at a time, so that only one of them is to blame.
-        self._suspects = trio.CapacityLimiter(1)
+        self._journal, self._root, self._world = journal, root, world
+        self._peers, self._registered = peers, registered
         self.outstanding = 0  # sequences
+        self._out: Counter[Exposure] = Counter()
         self.reason = "it has not answered yet"
+        # Of the present server, or the one before.
         self.served: Served | None = None
+        self.probe: Probe | None = None
+        self._lacks = ""
         self._life: _Life | None = None
         self._look = trio.Event()
         self._backoff = Backoff()
@@ -129,304 +154,279 @@ class VLLMActor:
     @property
     def up(self) -> bool:
         """Whether it takes requests."""
-        return self._life is not None and not self._life.suspect
+        return self._life is not None and self._life.doubt is None
 
     @property
     def state(self) -> str:
-        """For people: `ready`, or why it is waited for."""
-        return "ready" if self.up else f"awaited: {self.reason}"
+        """For people: `ready`, and what it lacks; or why it is waited for."""
+        if not self.up:
+            return f"awaited: {self.reason}"
+        return f"ready, for the base model alone: {self._lacks}" if self._lacks else "ready"
 
     @property
     def waiting(self) -> int:
         """Sequences that the server had in its queue when it was last looked at."""
         return 0 if self._life is None else self._life.load.waiting
 
-    # -- the server ---------------------------------------------------------------------------------
+    # -- the server -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Follows the server for ever."""
         while True:
             try:
-                if await flavour(self.url, self._world) == "trl":
-                    async with TrlClient.connect(self.url, self._world) as old:
-                        await self._keep_old(old)
-                async with VllmClient.connect(
-                    self.url, self._world, slots=REPLICA_SLOTS + OWN_SLOTS, token=self._token
-                ) as client:
-                    await self._keep(client)
+                reason = await self._follow()
             except BackendError as error:
-                self._lose(str(error))
+                reason = str(error)
             finally:
-                if self._life is not None:  # cancelled, or a bug
-                    self._lose("the worker stops following it")
+                if self._life is not None:
+                    self._lose("the worker has stopped following it")
+            self._lose(reason)
             await self._backoff.pause()
 
     def _lose(self, reason: str) -> None:
         if self._life is not None:
-            self._life.end(reason)
-            self._life = None
-            self._changed()
+            life, self._life = self._life, None
+            life.end(reason)
+            self._peers.changed()
         elif reason == self._told:
             return
         self.reason = self._told = reason
         log.warning("vllm server lost", url=self.url, reason=reason)
 
-    async def _keep(self, client: VllmClient) -> None:
-        """Raises BackendError when it fails."""
+    def _take(self, life: _Life) -> None:
+        self._life, self.served, self._told, self.reason = life, life.served, None, "it answers"
+        self._backoff.reset()
+        self._peers.changed()
+
+    async def _follow(self) -> str:
+        """Until it fails: why."""
+        if await flavour(self.url, self._world, self._token) == "trl":
+            async with TrlClient.connect(self.url, self._world) as old:
+                return await self._follow_old(old)
+        async with (
+            VllmClient.connect(
+                self.url, self._world, slots=REPLICA_SLOTS + OWN_SLOTS, token=self._token
+            ) as client,
+            trio.open_nursery() as nursery,
+        ):
+            adapters = ReplicaAdapters(
+                client, self._journal, self._root, self._peers.failures, self._doubt, most=self._registered
+            )
+            nursery.start_soon(adapters.run)
+            try:
+                life = await self._meet(client, adapters)
+                await self._watch(life, client, adapters)
+            except BackendError as error:
+                reason = str(error)
+                # Before the nursery ends: whoever waits for an adapter waits no longer.
+                if self._life is not None:
+                    self._lose(reason)
+            nursery.cancel_scope.cancel()
+        return reason
+
+    async def _meet(self, client: VllmClient, adapters: ReplicaAdapters) -> _Life:
         served = await client.served()
         # It samples a token for that: a server that is paused or draining is healthy and does not.
-        mode = await self._probe(client, served)
-        life = _Life(client, served)
+        probe = await self._probe(client, served)
+        life = _Life(client, served, adapters)
+        await self._check_base_model(life)
         life.load = await client.load()  # one that says nothing of its load is of no use
-        await self._reconcile(life)
-        self._life, self.served, self._told, self.reason = life, served, None, "it answers"
-        self._backoff.reset()
-        log.info("vllm server ready", url=self.url, model=served.base_model, adapters=len(life.loaded))
-        if mode == "processed":
+        self._lacks = ""
+        try:
+            await client.check_takes_adapters()
+        except Refused as error:
+            self._lacks = str(error)
+            log.warning("vllm server serves the base model alone", url=self.url, reason=self._lacks)
+        else:
+            await adapters.reconcile(served.adapters)
+        self._peers.compare(self, served, probe)
+        self.probe = probe
+        self._take(life)
+        log.info("vllm server ready", url=self.url, model=served.base_model, adapters=len(adapters))
+        if probe.mode == "processed":
             log.warning(
                 "vllm server gives processed logprobs",
                 url=self.url,
                 remedy="start it with --logprobs-mode raw_logprobs: clients compare them with training's",
             )
-        self._changed()
+        return life
+
+    async def _watch(self, life: _Life, client: VllmClient, adapters: ReplicaAdapters) -> NoReturn:
+        """Raises BackendError when it fails."""
         progress, moved_at = (-1, 0), self._world.monotonic()
         while True:
             self._look = trio.Event()
             with trio.move_on_after(REPLICA_BEAT_SECONDS):
                 await self._look.wait()
-            await self._check(life, client)
+            await self._check(life, client, adapters)
             now = life.load.generated, life.finished
             if now != progress or not self.outstanding:
                 progress, moved_at = now, self._world.monotonic()
             elif self._world.monotonic() - moved_at > REPLICA_STALL_SECONDS:
                 # A long prompt takes its time, and lets a short one pass.
-                await self._probe(client, served)
+                await self._probe(client, life.served)
                 moved_at = self._world.monotonic()
 
-    async def _probe(self, client: VllmClient, served: Served) -> LogprobsMode:
+    async def _check(self, life: _Life, client: VllmClient, adapters: ReplicaAdapters) -> None:
+        if not await client.health():
+            raise ReplicaGone("it is not healthy")
+        since = adapters.changes
+        adapters.observe((await client.served()).adapters, since)
+        load = await client.load()
+        if load.generated < life.load.generated:
+            raise ReplicaGone(
+                "it was restarted; or several servers answer at this URL: then list each of them in "
+                "VLLM_BASE_URL"
+            )
+        life.load = load
+        await self._check_base_model(life)
+        if life.doubt is not None:
+            try:
+                await self._probe(client, life.served)
+            except BackendError:
+                if not life.calls:
+                    raise
+                return  # it drains: what it has under way may end well
+            life.doubt, self.reason = None, "it answers"
+            if not self._lacks:
+                adapters.want()  # versions were made meanwhile
+            self._peers.changed()
+
+    async def _check_base_model(self, life: _Life) -> None:
+        """Raises Refused if it is not the one that is trained."""
+        trainer = self._peers.trained()
+        if trainer is not None and trainer is not life.compared_with:
+            await base_model.check(trainer, life.served, self.url, self._world)
+            life.compared_with = trainer
+
+    async def _probe(self, client: VllmClient, served: Served) -> Probe:
         """Samples one token. ReplicaGone if it does not come."""
         with trio.move_on_after(REPLICA_STALL_SECONDS):
-            return await client.logprobs_mode(served.base_model)
+            return await client.probe(served.base_model)
         raise ReplicaGone(
             f"it answers, and has sampled not one token in {REPLICA_STALL_SECONDS:.0f} s: is it paused?"
         )
 
-    async def _keep_old(self, client: TrlClient) -> None:
-        """An old `trl vllm-serve`: the base model, and nothing else. Raises BackendError when it fails."""
+    async def _follow_old(self, client: TrlClient) -> str:
+        """An old `trl vllm-serve`: the base model, and nothing else."""
         # It does not say how large its context is, and hangs on a prompt that is longer.
-        trainer = self._journal.last_trainer
+        trainer = self._peers.trained()
         context = UNKNOWN_CONTEXT if trainer is None else trainer.max_context
-        self.served = Served("base", "", context, {}, "trl")
-        self._life, self._told, self.reason = _Life(client, self.served), None, "it answers"
-        self._backoff.reset()
+        life = _Life(client, Served("base", "", context, {}, "trl"), None)
+        self._lacks = BASE_ONLY
+        self._take(life)
         log.warning("old trl server ready", url=self.url, remedy=BASE_ONLY)
-        self._changed()
         while True:
             self._look = trio.Event()
             with trio.move_on_after(REPLICA_BEAT_SECONDS):
                 await self._look.wait()
             if not await client.health():
-                raise ReplicaGone("it is not healthy")
-            self._life.suspect = False
-            self._changed()
+                return "it is not healthy"
+            life.doubt = None
+            self._peers.changed()
 
-    async def _check(self, life: _Life, client: VllmClient) -> None:
-        if not await client.health():
-            raise ReplicaGone("it is not healthy")
-        changes, before = life.changes, set(life.loaded)
-        served = await client.served()
-        lacks = before - served.adapters.keys()
-        if lacks and changes == life.changes:  # else it may have been asked at any moment of theirs
-            if lacks == before:
-                raise ReplicaGone(f"it was restarted: its {len(lacks)} adapters are not there any more")
-            for name in lacks:  # somebody has unloaded them: they are loaded when they are asked for
-                life.loaded.pop(name, None)
-        life.load = await client.load()
-        if len(life.loaded) > self._registered:  # more were in use at once
-            async with life.loading:
-                await self._make_room(life)
-        if life.suspect:
-            try:
-                await self._probe(client, served)
-            except BackendError:
-                if not life.calls:
-                    raise
-                return  # it drains: what it has under way may end well
-            life.suspect = False
-            self._changed()
-
-    # -- its adapters -------------------------------------------------------------------------------
-
-    async def _reconcile(self, life: _Life) -> None:
-        """What is registered there and what should be, before there are requests."""
-        ledger, there = self._journal.ledger, life.served.adapters
-        live = {
-            self._name(adapter): adapter
-            for adapter in ledger.table("adapters", rows.Adapter).values()
-            if adapter.state == "live"
-        }
-        for name, path in there.items():
-            if not name.startswith(adapters.prefix(self._journal.home_id)):
-                continue  # another worker's
-            if name in live and path == self._path(live[name]):
-                life.loaded[name] = live[name]
-            else:
-                await life.client.unload_adapter(name)
-        found = {adapter.adapter_id for adapter in life.loaded.values()}
-        for adapter in adapters.wanted(ledger)[-self._registered :]:
-            try:
-                await self._load(life, adapter)
-            except Refused as error:  # whoever samples from it is told
-                log.error("adapter not loaded", adapter=adapter.adapter_id, reason=str(error))
-        placed = await self._journal.read(partial(upkeep.placed, replica=self.url))
-        before = {adapter.adapter_id for adapter in placed}
-        gone = [adapter for adapter in placed if adapter.adapter_id not in found]
-        new = [a for a in life.loaded.values() if a.adapter_id not in found & before]
-        entries = [self._placed(a, "gone") for a in gone] + [self._placed(a, "loaded") for a in new]
-        if entries:
-            await self._journal.append(*entries)
-
-    @asynccontextmanager
-    async def _using(self, life: _Life, adapter: rows.Adapter | None) -> AsyncIterator[str]:
-        """The name by which the server has it, for as long as it is needed there."""
-        if adapter is None:
-            yield life.served.base_model
-            return
-        name = self._name(adapter)
-        life.using[name] += 1
-        try:
-            try:
-                new = await self._load(life, adapter)
-            except ReplicaGone as error:
-                raise Unsent(str(error)) from error
-            if new:
-                await self._journal.append(self._placed(adapter, "loaded"))
-            yield name
-        finally:
-            life.using[name] -= 1
-            if not life.using[name]:
-                del life.using[name]
-
-    async def _load(self, life: _Life, adapter: rows.Adapter) -> bool:
-        """Registers it, if it is not; whether it had to."""
-        name = self._name(adapter)
-        if name in life.loaded:  # no waiting for those that load others
-            await trio.lowlevel.checkpoint()
-            life.loaded.move_to_end(name)
-            return False
-        async with life.loading:
-            new = name not in life.loaded
-            if new:
-                await self._make_room(life, 1)
-                await life.client.load_adapter(name, self._path(adapter))
-                life.loaded[name] = adapter
-                life.changes += 1
-            life.loaded.move_to_end(name)
-        return new
-
-    async def _make_room(self, life: _Life, room: int = 0) -> None:
-        """Takes out those that nobody has used for longest, and never one in use."""
-        idle = [name for name in life.loaded if not life.using[name]]
-        for name in idle[: max(0, len(life.loaded) + room - self._registered)]:
-            await self._unload(life, name)
-
-    async def _unload(self, life: _Life, name: str) -> None:
-        adapter = life.loaded.pop(name)  # first, so that its absence there is no surprise
-        life.changes += 1
-        await life.client.unload_adapter(name)
-        with suppress(LookupError):  # it was placed for a job that failed then: nobody was told of it
-            await self._journal.adapter(adapter.adapter_id)
-            await self._journal.append(self._placed(adapter, "gone"))
+    # -- adapters -------------------------------------------------------------------------------------
 
     async def place(self, adapter: rows.Adapter) -> bool:
         """Registers a version that is not journaled yet: its placement is the caller's to journal. False if
-        the server is not there; raises Refused if it will not have it."""
+        the server is not there, or fails; raises Refused if it will not have it."""
         life = self._life
         if life is None:
             return False
         try:
             with life.call():
-                await self._load(life, adapter)
-        except ReplicaGone as error:
-            self._doubt(life, error)
+                await self._adapters(life).load(adapter, known=False)
+        except ReplicaGone:
             return False
         return True
 
-    async def remove(self, adapter: rows.Adapter) -> None:
-        """Takes a version out that nobody will sample from any more; one whose server is not there is taken
-        out when it comes back."""
-        life, name = self._life, self._name(adapter)
-        if life is None or name not in life.loaded or life.using[name]:
+    async def tidy(self) -> None:
+        """Takes out what nobody will sample from any more; one that is not there does when it comes."""
+        life = self._life
+        if life is None or life.adapters is None:
             return
         try:
             with life.call():
-                async with life.loading:
-                    if name in life.loaded:
-                        await self._unload(life, name)
-        except ReplicaGone as error:
-            self._doubt(life, error)
-        except BackendError as error:
-            log.warning("adapter not unloaded", adapter=adapter.adapter_id, reason=str(error))
+                await life.adapters.tidy()
+        except ReplicaGone:
+            return
 
-    def _name(self, adapter: rows.Adapter) -> str:
-        return adapters.served_name(self._journal.home_id, adapter)
+    @property
+    def directories(self) -> set[str]:
+        """Those of adapters that it has, and may read again."""
+        life = self._life
+        return set() if life is None or life.adapters is None else life.adapters.directories
 
-    def _path(self, adapter: rows.Adapter) -> str:
-        return str(self._folder / adapter.directory)
+    def _adapters(self, life: _Life) -> ReplicaAdapters:
+        if life.adapters is None:
+            raise Refused(f"{self.url}: {BASE_ONLY}")
+        return life.adapters
 
-    def _placed(self, adapter: rows.Adapter, state: Literal["loaded", "gone"]) -> Entry:
-        subject = Subject(
-            tenant=adapter.tenant,
-            model_id=adapter.model_id,
-            adapter_id=adapter.adapter_id,
-            replica=self.url,
-        )
-        return subject, AdapterPlaced(state=state)
+    # -- samples --------------------------------------------------------------------------------------
 
-    # -- samples ------------------------------------------------------------------------------------
+    def has_room(self, exposure: Exposure) -> bool:
+        """Whether it takes one more of these."""
+        return self.up and self._out.total() < REPLICA_SLOTS and self._out[exposure] < EXPOSURES[exposure]
 
-    async def sample(
-        self, request: SampleRequest, adapter: rows.Adapter | None, *, suspect: bool
-    ) -> Sampled:
-        """Raises ReplicaGone if it should be sent elsewhere, BackendError or UserError if it will not be
-        served. `suspect`: it was out when a server died."""
+    @contextmanager
+    def slot(self, request: SampleRequest, exposure: Exposure) -> Iterator[None]:
+        """Around a sample that it has room for."""
+        self._out[exposure] += 1
         self.outstanding += request.num_samples
         try:
-            async with self._suspects if suspect else nullcontext(), self.limiter:
-                life = self._life
-                if life is None:
-                    raise Unsent(self.reason)
-                try:
-                    with life.call():
-                        sampled = await self._sample(life, request, adapter)
-                        life.finished += 1
-                        return sampled
-                except ReplicaGone as error:
-                    self._doubt(life, error)
-                    raise
+            yield
         finally:
+            self._out[exposure] -= 1
             self.outstanding -= request.num_samples
-            self._changed()
 
-    async def _sample(self, life: _Life, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
-        if isinstance(life.server, TrlClient) and adapter is None:
-            return await life.server.sample(request, max_context=life.served.max_context)
-        async with self._using(life, adapter) as name:
+    async def sample(self, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
+        """Raises ReplicaGone or AdapterMissing if it should be sent elsewhere, Refused or UserError if it
+        will not be served. Cancelled, the server gives it up."""
+        life = self._life
+        if life is None:
+            raise Unsent(self.reason)
+        try:
+            with life.call() as call:
+                sampled = await self._sample(life, call, request, adapter)
+        except ReplicaGone as error:
+            self._doubt(error, life)
+            raise
+        life.finished += 1
+        return sampled
+
+    async def _sample(
+        self, life: _Life, call: _Call, request: SampleRequest, adapter: rows.Adapter | None
+    ) -> Sampled:
+        server, served = life.server, life.served
+        if isinstance(server, TrlClient):
+            if adapter is not None:
+                raise Refused(f"{self.url}: {BASE_ONLY}")
+            call.sent = True
+            return await server.sample(request, max_context=served.max_context)
+        if adapter is None:
+            call.sent = True
             try:
-                return await life.client.sample(request, model=name, max_context=life.served.max_context)
+                return await server.sample(request, model=served.base_model, max_context=served.max_context)
             except AdapterMissing as error:
-                if adapter is None:
-                    raise ReplicaGone(f"it does not serve its base model: {error}") from error
-                # Somebody has unloaded it, or the server is another one.
-                life.loaded.pop(name, None)
-                await self._load(life, adapter)
-            return await life.client.sample(request, model=name, max_context=life.served.max_context)
+                raise ReplicaGone(f"it does not serve its base model: {error}") from error
+        adapters = self._adapters(life)
+        async with adapters.using(adapter) as name:
+            call.sent = True
+            try:
+                return await server.sample(request, model=name, max_context=served.max_context)
+            except AdapterMissing:  # somebody has unloaded it
+                call.sent = False
+                adapters.lost(adapter)
+        async with adapters.using(adapter) as name:
+            call.sent = True
+            return await server.sample(request, model=name, max_context=served.max_context)
 
-    def _doubt(self, life: _Life, error: ReplicaGone) -> None:
-        """No more requests until it was looked at."""
-        life.suspect = True
-        self.reason = str(error)
-        self._look.set()
-        self._changed()
+    def _doubt(self, error: ReplicaGone, life: _Life | None = None) -> None:
+        """No more requests until it was looked at. `life`: which; the present one."""
         kind = "aborted" if isinstance(error, Aborted) else "lost"
         log.warning("vllm call " + kind, url=self.url, reason=str(error))
+        life = life or self._life
+        if life is not None and life is self._life:
+            life.doubt = self.reason = str(error)
+            self._look.set()
+            self._peers.changed()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.catalogue import Backends, Base, Catalogue
 from tink.actors.megatron import MegatronActor
@@ -51,6 +52,7 @@ async def open_worker(
             token=settings.vllm_api_key,
             wait_seconds=settings.vllm_wait_seconds,
             max_attempts=settings.max_attempts,
+            trained=lambda: link.known if routes.trainer else None,
         )
     metrics = Metrics(journal.ledger, journal.diverged)
     journal.observers.append(metrics.observe)
@@ -77,7 +79,7 @@ async def open_worker(
         folder,
         world,
         hours=settings.retention_hours,
-        take_out=None if pool is None else pool.remove,
+        servers=pool,
     )
     trains, sampled = routes.training is not None, routes.sampling is not None
     router.connect(
@@ -85,6 +87,8 @@ async def open_worker(
         sample=sampler.jobs.send if sampled else None,
         withdraw=sampler.jobs.withdraw,
     )
+
+    await placements.settle(journal, [placements.TRAINER] if pool is None else settings.vllm_urls)
 
     async def train() -> None:
         await router.restarted("train", megatron.jobs.clear)

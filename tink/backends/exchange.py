@@ -9,12 +9,18 @@ import trio
 
 from tink.limits import CONNECT_SECONDS, MAX_ANSWER
 
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout)
 # What a call on a kept-alive connection meets that the server has just closed.
 _STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 
 class NoAnswer(Exception):
-    """No connection, a broken one, or no whole answer in time: whether the call was served is not known."""
+    """No connection, a broken one, or no whole answer in time. `sent`: there was a connection, so that
+    whether the call was served is not known."""
+
+    def __init__(self, reason: str, *, sent: bool) -> None:
+        super().__init__(reason)
+        self.sent = sent
 
 
 class Answer(NamedTuple):
@@ -35,7 +41,7 @@ async def exchange(
     """Raises NoAnswer, after `seconds` at the latest. `again`: a call whose connection was closed on it is
     made once more, on another one; only for what may be served twice. Cancelled, it closes its own."""
     if client.is_closed:
-        raise NoAnswer("the link to it is closed")
+        raise NoAnswer("the link to it is closed", sent=False)
     received = bytearray()
     try:
         # One deadline for the whole exchange: a trickle of bytes would reset httpx's own time-outs.
@@ -63,4 +69,4 @@ async def exchange(
         reason = str(error) or type(error).__name__
         if len(received) > MAX_ANSWER:
             reason = f"its answer is longer than {MAX_ANSWER} bytes"
-        raise NoAnswer(reason) from error
+        raise NoAnswer(reason, sent=not isinstance(error, _UNSENT)) from error

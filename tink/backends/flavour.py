@@ -15,11 +15,14 @@ from tink.world import World
 Flavour = Literal["vllm", "trl"]
 
 
-async def flavour(url: str, world: World) -> Flavour:
+async def flavour(url: str, world: World, token: str = "") -> Flavour:
     """`trl` is a `trl vllm-serve` before 1.11 (see TrlClient); later ones start a `vllm serve`. Raises
-    ReplicaGone if nothing answers, or not yet, and Refused if it is neither."""
+    ReplicaGone if nothing answers, or not yet, and Refused if it is neither. `token`: its `--api-key`."""
     transport = world.http_transport(url, 1)
-    async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with httpx.AsyncClient(
+        base_url=url, transport=transport, headers=headers, trust_env=False
+    ) as client:
 
         async def get(path: str) -> Answer:
             try:
@@ -30,8 +33,8 @@ async def flavour(url: str, world: World) -> Flavour:
                 raise ReplicaGone(f"what answers at {url} is not ready: {path} gives {answer.status}")
             return answer
 
-        # 401: it has models, and wants its API key.
-        if (await get("/v1/models")).status in (200, 401):
+        # 401 or 403: it has models, and wants its API key.
+        if (await get("/v1/models")).status in (200, 401, 403):
             return "vllm"
         size = await get("/get_world_size/")
         if size.status == 200 and _has(size.content, "world_size"):

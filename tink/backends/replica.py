@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tink.errors import BackendError
 
@@ -18,7 +18,7 @@ class Aborted(ReplicaGone):
 
 
 class Unsent(ReplicaGone):
-    """The server was gone before the request was sent."""
+    """The server has nothing of the request: it was gone before it could be sent, or did not take it."""
 
 
 class AdapterMissing(BackendError):
@@ -50,6 +50,15 @@ class Load(NamedTuple):
     waiting: int
     kv_usage: float
     generated: int
+
+
+class Probe(NamedTuple):
+    """What a short request tells of a server. `mode`: of which distribution its logprobs are, the model's
+    own or the one it drew from (after temperature, top_p, ...). `scores`: the log-probabilities, in nats,
+    that the base model gives a few tokens."""
+
+    mode: Literal["raw", "processed"]
+    scores: tuple[float, ...]
 
 
 class Sampled(NamedTuple):

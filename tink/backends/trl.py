@@ -18,7 +18,7 @@ import trio
 
 from tink.backends import completions
 from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import Refused, ReplicaGone, Sampled
+from tink.backends.replica import Refused, ReplicaGone, Sampled, Unsent
 from tink.errors import UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
 from tink.trainer.protocol import SampleRequest
@@ -86,7 +86,8 @@ class TrlClient:
         try:
             return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
         except NoAnswer as error:
-            raise ReplicaGone(f"the TRL server at {self.url} does not answer: {error}") from error
+            kind = ReplicaGone if error.sent else Unsent
+            raise kind(f"the TRL server at {self.url} does not answer: {error}") from error
 
 
 def encode(request: SampleRequest, max_context: int) -> bytes:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import msgspec
@@ -17,7 +17,16 @@ import msgspec
 from tink.backends import completions
 from tink.backends.completions import Call
 from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Sampled, Served, Unsent
+from tink.backends.replica import (
+    AdapterMissing,
+    Load,
+    Probe,
+    Refused,
+    ReplicaGone,
+    Sampled,
+    Served,
+    Unsent,
+)
 from tink.errors import UserError
 from tink.limits import (
     ADAPTER_SECONDS,
@@ -32,7 +41,8 @@ from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
-LogprobsMode = Literal["raw", "processed"]
+# Every vocabulary has these.
+PROBE = list(range(8))
 
 
 class _Model(msgspec.Struct):
@@ -104,21 +114,32 @@ class VllmClient:
             generated=int(sums["vllm:generation_tokens_total"]),
         )
 
-    async def logprobs_mode(self, model: str) -> LogprobsMode:
-        """Of which distribution the server's logprobs are: the model's own, or the one it drew from (after
-        temperature, top_p, ...). Samples one token, from which top_k leaves no choice: drawn from, it has
-        all the probability. Refused if they are no log-probabilities at all."""
-        probe = SampleRequest(sample_id="probe", prompt=[0], seed=0, max_tokens=1, top_k=1)
-        sampled = await self.sample(probe, model=model, max_context=2)
-        (value,) = struct.unpack("<f", pb.SampleResponse.FromString(sampled.body).sequences[0].logprobs)
+    async def probe(self, model: str) -> Probe:
+        """Scores a few tokens, and samples one, from which top_k leaves no choice: if the server's logprobs
+        are of the distribution that it drew from, it has all the probability. Refused if they are no
+        log-probabilities at all."""
+        request = SampleRequest(
+            sample_id="probe", prompt=PROBE, seed=0, max_tokens=1, top_k=1, prompt_logprobs=True
+        )
+        try:
+            sampled = await self.sample(request, model=model, max_context=len(PROBE) + 1)
+        except UserError as error:
+            raise Refused(f"the vLLM server at {self.url} samples nothing: {error}") from error
+        response = pb.SampleResponse.FromString(sampled.body)
+        (value,) = struct.unpack("<f", response.sequences[0].logprobs)
+        scores = struct.unpack(f"<{len(PROBE)}f", response.prompt_logprobs)[1:]
         if value > 1e-6:
             raise Refused(
                 f"the vLLM server at {self.url} gives logits for logprobs: start it with --logprobs-mode "
                 "raw_logprobs"
             )
-        return "processed" if value > -1e-6 else "raw"
+        return Probe("processed" if value > -1e-6 else "raw", scores)
 
     # -- adapters -----------------------------------------------------------------------------------
+
+    async def check_takes_adapters(self) -> None:
+        """Raises Refused, with the remedy, if the server takes none while it runs."""
+        await self.unload_adapter("tink/nobody")  # which is not there
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Returns once requests may name it. Loaded already, from the same path, is success. The path is
@@ -135,6 +156,8 @@ class VllmClient:
             reason = f"it has loaded another one by this name, from {loaded}"
         elif answer.status == 404 and "No adapter found" in reason:
             reason = f"it finds none in {path}: it must see the worker's artifact folder by the same path"
+        elif "shutting down" in reason:
+            raise Unsent(f"the vLLM server at {self.url} is shutting down")
         elif answer.status == 500 and "add_lora" in reason:
             found = re.search("failed with error '(.*?)', please check", reason)
             found = found or re.search("failed: (.*)", reason)
@@ -219,7 +242,8 @@ class VllmClient:
             # Anything here may be done twice, and an idle connection is closed by vLLM after 5 s.
             return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
         except NoAnswer as error:
-            raise ReplicaGone(f"the vLLM server at {self.url} does not answer: {error}") from error
+            kind = ReplicaGone if error.sent else Unsent
+            raise kind(f"the vLLM server at {self.url} does not answer: {error}") from error
 
     def _decoded(self, content: bytes, kind: Any) -> Any:
         try:

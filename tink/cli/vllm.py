@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tink.errors import StartupError
-from tink.limits import MAX_STOPS, MAX_TOPK, REPLICA_DRAIN_SECONDS
+from tink.limits import CPU_LORAS_PER_PLACE, MAX_STOPS, MAX_TOPK, REPLICA_DRAIN_SECONDS
 from tink.logs import write_line
 from tink.settings import Settings
 
@@ -105,7 +105,8 @@ def command(settings: Settings) -> list[str]:
     words += ["--gpu-memory-utilization", str(settings.vllm_gpu_memory_util)]
     if settings.vllm_enable_lora:
         loras, rank = str(settings.vllm_max_loras), str(settings.vllm_max_lora_rank)
-        words += ["--enable-lora", "--max-loras", loras, "--max-lora-rank", rank]
+        kept = str(CPU_LORAS_PER_PLACE * settings.vllm_max_loras)
+        words += ["--enable-lora", "--max-loras", loras, "--max-lora-rank", rank, "--max-cpu-loras", kept]
     words += ["--max-logprobs", str(MAX_TOPK), "--logprobs-mode", "raw_logprobs"]
     return [*words, "--shutdown-timeout", f"{REPLICA_DRAIN_SECONDS:.0f}"]
 

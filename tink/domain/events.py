@@ -203,9 +203,10 @@ class AdapterDeleted(Event, frozen=True, kw_only=True, tag="adapter_deleted"):
 
 
 class AdapterPlaced(Event, frozen=True, kw_only=True, tag="adapter_placed"):
-    """The version's state on a replica."""
+    """The version's state on a replica. `refused`: it will not have it, and why."""
 
-    state: Literal["loading", "loaded", "unloading", "gone"]
+    state: Literal["loading", "loaded", "unloading", "gone", "refused"]
+    reason: str | None = None
 
 
 class SnapshotTaken(Event, frozen=True, kw_only=True, tag="snapshot_taken"):

@@ -141,7 +141,7 @@ class Adapter(Row, kw_only=True):
 class AdapterPlacement(Row, kw_only=True):
     adapter_id: str
     replica: str
-    state: Literal["loading", "loaded", "unloading", "gone"]
+    state: Literal["loading", "loaded", "unloading", "gone", "refused"]
     changed_at: float
 
 

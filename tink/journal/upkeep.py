@@ -48,12 +48,19 @@ def adapter_directories(connection: Connection, adapters: Collection[str]) -> li
     return found
 
 
-def placed(connection: Connection, replica: str) -> list[rows.Adapter]:
-    """The adapter versions that this server has, as far as is known."""
+def placements(connection: Connection, replica: str | None = None) -> list[tuple[rows.Adapter, str]]:
+    """The adapter versions that this server has, or any, as far as is known; and which has it."""
     table, adapters = schema.adapter_placements, schema.adapters
-    query = select(adapters).join(table, table.c.adapter_id == adapters.c.adapter_id)
-    there = query.where(table.c.replica == replica, table.c.state != "gone")
-    return list(store.read_rows(connection, there.order_by(adapters.c.adapter_id), rows.Adapter))
+    query = select(adapters, table.c.replica).join(table, table.c.adapter_id == adapters.c.adapter_id)
+    query = query.where(table.c.state == "loaded").order_by(adapters.c.adapter_id, table.c.replica)
+    if replica is not None:
+        query = query.where(table.c.replica == replica)
+    found = []
+    for row in connection.execute(query).mappings():
+        columns = dict(row)
+        place = columns.pop("replica")
+        found.append((rows.Adapter(**columns), place))
+    return found
 
 
 def damaged_snapshots(connection: Connection, since: float) -> list[str]:

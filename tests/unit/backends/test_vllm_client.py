@@ -19,7 +19,7 @@ from trio.testing import MockClock
 from tink.backends.flavour import flavour
 from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Unsent
 from tink.backends.trl import TrlClient
-from tink.backends.vllm import VllmClient
+from tink.backends.vllm import PROBE, VllmClient
 from tink.errors import TinkError, UserError
 from tink.limits import ADAPTER_SECONDS, ANSWER_SECONDS, HEALTH_SECONDS, INLINE_BYTES
 from tink.trainer.protocol import SampleRequest
@@ -81,7 +81,7 @@ async def every_call(client: VllmClient) -> list[BaseException | None]:
     calls = (
         client.served,
         client.load,
-        lambda: client.logprobs_mode("base"),
+        lambda: client.probe("base"),
         lambda: client.load_adapter("a", "/a"),
         lambda: client.unload_adapter("a"),
         lambda: client.sample(SAMPLE, model="base", max_context=512),
@@ -153,16 +153,24 @@ async def test_a_server_that_cannot_be_reached_is_not_well() -> None:
 async def test_processed_logprobs_are_noticed(value: float, mode: str) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         assert msgspec.json.decode(request.content)["top_k"] == 1
-        return completion(logprobs={"token_logprobs": [value]})
+        return probed(value)
 
     async with talking_to(answer) as client:
-        assert await client.logprobs_mode("base") == mode
+        probe = await client.probe("base")
+    assert probe.mode == mode
+    assert probe.scores == (-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0)
 
 
 async def test_logits_for_logprobs_are_refused() -> None:
-    async with talking_to(completion(logprobs={"token_logprobs": [11.5]})) as client:
+    async with talking_to(probed(11.5)) as client:
         with pytest.raises(Refused, match="--logprobs-mode"):
-            await client.logprobs_mode("base")
+            await client.probe("base")
+
+
+def probed(value: float) -> httpx.Response:
+    """The answer to a probe, whose one token has this log-probability."""
+    scores = [None, *({str(token): {"logprob": -token}} for token in PROBE[1:])]
+    return completion(logprobs={"token_logprobs": [value]}, prompt_logprobs=scores)
 
 
 # -- adapters ---------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def test_the_guides_variables_are_passed_on(tink, model, monkeypatch):
         "--port": "9000",
         "--gpu-memory-utilization": "0.5",
         "--max-loras": "8",
+        "--max-cpu-loras": "64",
         "--max-lora-rank": "128",
     }.items():
         assert words[words.index(option) + 1] == value
