@@ -137,7 +137,7 @@ REPLICA_SLOTS = 512
 # Adapters registered at one server at once, but for those in use: a name costs it little, and each is
 # loaded again after a restart.
 ADAPTERS_REGISTERED = 1000
-# `tink vllm`: adapters that vLLM keeps in memory for each that one batch may use; others are read from disk.
+# `tink vllm`: adapters that vLLM keeps in memory for each that a batch may use; it reads others from disk.
 CPU_LORAS_PER_PLACE = 8
 # Between two looks at a server that serves.
 REPLICA_BEAT_SECONDS = 2.0
@@ -152,11 +152,11 @@ SUSPECTS_TOGETHER = 16
 BASE_MODEL_NATS = 1.0
 # Servers that give a sample up, one after the other, without dying of it: five minutes of them.
 SAMPLE_MOVES = 60
-# A prompt goes where one with the same first tokens went, if that server has at most so many sequences
-# more than the least busy one.
+# A prompt goes where one with the same first tokens went (so many, twice, four times as many, ...), if that
+# server has at most so many sequences more than the least busy one.
 AFFINITY_TOKENS = 64
 AFFINITY_SLACK = 16
-AFFINITIES = 10_000
+AFFINITIES = 50_000
 
 # -- trainer ----------------------------------------------------------------------------------------
 

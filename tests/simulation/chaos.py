@@ -23,6 +23,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
+from unittest.mock import patch
 
 import structlog
 import trio
@@ -30,8 +31,11 @@ from trio.testing import MockClock
 
 from tests.simulation import mutants
 from tests.simulation.cluster import Cluster, Meets
-from tests.simulation.faults import Steps, What, strike
+from tests.simulation.faults import Mishap, Steps, What, mend, strike, trouble
 from tests.simulation.program import TENANTS, Client, Gained, Program, program
+from tests.vllm.double import VllmDouble
+from tink.actors import pool
+from tink.actors.vllm import VLLMActor
 
 # After the last fault everything must end within this: virtual seconds.
 LIVENESS_SECONDS = 3600.0
@@ -64,12 +68,15 @@ async def run(folder: Path, seed: int, what: Program, steps: Steps, disturbed: b
     options |= {"max_attempts": 100, "slow": what.slow, "jump": what.jump}
     if disturbed:
         options |= {"loss": what.loss, "duplicates": what.duplicates}
-    async with Cluster.running(folder, seed, **options) as cluster:
+    vllm = [VllmDouble(max_loras=2, max_cpu_loras=2, token_seconds=0.02) for _ in range(what.servers)]
+    async with Cluster.running(folder, seed, vllm=vllm, **options) as cluster:
+        for server in vllm:
+            server.watch = cluster.watch
         first = steps.count
         with trio.CancelScope() as alive:
             async with trio.open_nursery() as nursery:
                 if disturbed:
-                    nursery.start_soon(_faults, cluster, what, steps, alive)
+                    nursery.start_soon(_faults, cluster, vllm, what, steps, alive)
                 sessions = {tenant: await cluster.session(tenant) for tenant in TENANTS}
                 for number, model in enumerate(what.models):
                     client = Client(cluster, sessions[model.tenant], number, model)
@@ -85,8 +92,16 @@ async def run(folder: Path, seed: int, what: Program, steps: Steps, disturbed: b
     return Result(gained, trace.hexdigest(), diverged, cluster.nature.counts, count)
 
 
-async def _faults(cluster: Cluster, what: Program, steps: Steps, alive: trio.CancelScope) -> None:
-    await strike(cluster, what.faults, steps)
+async def _faults(
+    cluster: Cluster, vllm: list[VllmDouble], what: Program, steps: Steps, alive: trio.CancelScope
+) -> None:
+    async with trio.open_nursery() as nursery:
+        for server in vllm:
+            nursery.start_soon(trouble, cluster.nature, server)
+        await strike(cluster, what.faults, steps)
+        nursery.cancel_scope.cancel()
+    for server in vllm:
+        mend(server)
     alive.deadline = trio.current_time() + LIVENESS_SECONDS
 
 
@@ -129,7 +144,12 @@ def judge(seed: int, what: Program, mutant: str | None = None) -> Verdict:
     """Runs a program twice, and compares."""
     quiet()
     try:
-        with mutants.applied(mutant), tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        registered = partial(VLLMActor, registered=what.registered)
+        with (
+            patch.object(pool, "VLLMActor", registered),
+            mutants.applied(mutant),
+            tempfile.TemporaryDirectory(dir=SCRATCH) as folder,
+        ):
             calm = simulate(Path(folder) / "calm", seed, what, disturbed=False)
             stormy = simulate(Path(folder) / "stormy", seed, what, disturbed=True)
     except (Exception, BaseExceptionGroup) as error:
@@ -191,6 +211,7 @@ def _summary(counts: Counter[str]) -> str:
     }
     rows = {
         "faults": {what: counts[what] for what in get_args(What)},
+        "vLLM servers": {what: counts[f"vllm {what}"] for what in get_args(Mishap)},
         "commits that met": {what: counts[f"commits that met: {what}"] for what in get_args(Meets)},
         "kills and cuts during": struck,
         "of them during a redo": {

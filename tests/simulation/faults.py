@@ -6,14 +6,18 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import trio
 
 from tests.simulation.cluster import Ambush, Cluster
+from tests.simulation.doubles import Nature
+from tests.vllm.double import VllmDouble
 from tink.domain import rows
 
 What = Literal["worker", "trainer", "both", "power", "torn", "disk", "damage", "clock"]
+# What may be wrong with a vLLM server: `unload` takes half of its adapters away.
+Mishap = Literal["kill", "drain", "pause", "hang", "freeze", "unload"]
 # What a moment may wait for: see doubles.py.
 OCCASIONS = ("redo", "restore", "snapshot", "op", "sample", "commit", "boot", "state", "poll")
 # A moment that does not come by then is now.
@@ -157,6 +161,34 @@ def _do(cluster: Cluster, what: What) -> None:
             cluster.trainer.kill()
         case "clock":
             nature.wall += nature.rng.choice([-1.0, -0.001, 0.001, 1.0]) * nature.jump * nature.rng.random()
+
+
+# -- vLLM servers -----------------------------------------------------------------------------------
+
+
+async def trouble(nature: Nature, server: VllmDouble) -> None:
+    """For as long as it runs something is wrong with the server, and then it is well again."""
+    rng = nature.rng
+    while True:
+        await trio.sleep(rng.expovariate(1.0))
+        what = rng.choice(get_args(Mishap))
+        nature.counts[f"vllm {what}"] += 1
+        match what:
+            case "unload":
+                for name in rng.sample(sorted(server.adapters), len(server.adapters) // 2):
+                    del server.adapters[name]
+            case _:
+                getattr(server, what)()
+        await trio.sleep(rng.choice([0.0, 0.0, 0.5, 3.0, 20.0]))
+        mend(server)
+
+
+def mend(server: VllmDouble) -> None:
+    server.recover()
+    server.resume()
+    if not server.up or server.draining:
+        server.kill()
+        server.start()
 
 
 async def _come_back(cluster: Cluster, fault: Fault) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -13,9 +13,13 @@ import trio
 
 from tink.actors import plans, router
 from tink.actors.megatron import MegatronActor
+from tink.actors.replica_adapters import ReplicaAdapters
 from tink.actors.router import Router
 from tink.actors.snapshots import Snapshots
-from tink.domain import ids, messages, rows
+from tink.backends import completions
+from tink.backends.replica import AdapterMissing, Sampled
+from tink.backends.vllm import VllmClient
+from tink.domain import adapters, ids, messages, rows
 from tink.domain.events import SnapshotTaken, Subject
 from tink.domain.lane import Lane
 from tink.errors import TinkError
@@ -302,3 +306,46 @@ def newest_adapter(patch: Patch) -> None:
         return max((a for a in versions if a.model_id == found.model_id), key=lambda a: a.version)
 
     patch.setattr(Journal, "adapter", newest)
+
+
+# -- vLLM servers -----------------------------------------------------------------------------------
+
+
+@mutant
+def one_name_for_all_versions(patch: Patch) -> None:
+    """vLLM has a model's adapter by the model's name."""
+    patch.setattr(
+        adapters, "served_name", lambda home, adapter: f"{adapters.prefix(home)}{adapter.model_id}"
+    )
+
+
+@mutant
+def abort_for_success(patch: Patch) -> None:
+    """What vLLM has given up half way is an answer: its status is 200."""
+    patch.setattr(completions, "_check_complete", lambda *_: None)
+
+
+@mutant
+def base_model_for_a_missing_adapter(patch: Patch) -> None:
+    """A server that does not have a version gives something, at least."""
+    sample = VllmClient.sample
+
+    async def anyhow(self: VllmClient, request: Any, *, model: str, max_context: int) -> Sampled:
+        try:
+            return await sample(self, request, model=model, max_context=max_context)
+        except AdapterMissing:
+            return await sample(self, request, model="base", max_context=max_context)
+
+    patch.setattr(VllmClient, "sample", anyhow)
+
+
+@mutant
+def eviction_of_what_is_in_use(patch: Patch) -> None:
+    """The adapter that was asked for longest ago goes, whoever reads it."""
+
+    @asynccontextmanager
+    async def using(self: ReplicaAdapters, adapter: rows.Adapter) -> AsyncIterator[str]:
+        await self.load(adapter)
+        yield self._name(adapter)
+
+    patch.setattr(ReplicaAdapters, "using", using)

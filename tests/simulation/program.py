@@ -52,7 +52,8 @@ class Model(NamedTuple):
 
 
 class Program(NamedTuple):
-    """`loss`, `duplicates`, `slow`, `jump`: see doubles.py."""
+    """`loss`, `duplicates`, `slow`, `jump`: see doubles.py. `servers`: vLLM servers that sample; without
+    them the trainer does. `registered`: as many adapters are registered at one of them."""
 
     models: list[Model]
     faults: list[Fault]
@@ -62,6 +63,8 @@ class Program(NamedTuple):
     jump: float
     snapshot_seconds: float
     retention_hours: float
+    servers: int
+    registered: int
 
 
 def program(seed: int) -> Program:
@@ -76,6 +79,7 @@ def program(seed: int) -> Program:
     # Where nothing is kept that nobody needs, a result stays for an hour of the wall clock: its client must
     # have come for it by then.
     tidy = rng.random() < 0.5
+    servers = random.Random(f"servers {seed}")
     return Program(
         models=models,
         faults=draw(rng),
@@ -85,6 +89,8 @@ def program(seed: int) -> Program:
         jump=300.0 if tidy else YEAR,
         snapshot_seconds=rng.choice([0.03, 0.03, 0.2, 30.0]),
         retention_hours=0.0 if tidy else math.inf,
+        servers=servers.choice([0, 0, 1, 2]),
+        registered=servers.choice([1, 3, 1000]),
     )
 
 
@@ -252,7 +258,7 @@ class Client:
             self._samplers.append(ids.sampler_id(self._session, self._sampler_number))
 
     async def _sample(self, op: Op) -> None:
-        params = {} if op.kind == "unseeded" else {"seed": op.value}
+        params = {"max_tokens": 16} | ({} if op.kind == "unseeded" else {"seed": op.value})
         body = {
             "prompt": {"chunks": [{"type": "encoded_text", "tokens": [op.value % 90]}]},
             "sampling_params": params,

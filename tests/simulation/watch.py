@@ -17,6 +17,7 @@ import trio
 
 from tests.simulation.mirror import Mirror, Violation, require
 from tests.simulation.power import Storage
+from tink.backends.vllm import PROBE
 from tink.domain import events, messages, requests, rows
 from tink.domain.events import Record
 from tink.domain.projection import Key
@@ -46,6 +47,11 @@ def _looks(check: Callable[Concatenate[Watch, P], None]) -> Callable[Concatenate
             self.broken.set()
 
     return look
+
+
+def _again(op: protocol.Op) -> protocol.Op:
+    """Without what a redo leaves out: an adapter version that is there already."""
+    return msgspec.structs.replace(op, export=None) if isinstance(op, protocol.CreateModel) else op
 
 
 class Applied(NamedTuple):
@@ -261,7 +267,7 @@ class Watch:
                 return
             require(known.failed or job.op not in MUTATING, f"X6: {job.job_id} is left out of a redo")
         else:
-            require(known.op == request.op, f"X6: {job.job_id} is redone as {request.op}")
+            require(_again(known.op) == _again(request.op), f"X6: {job.job_id} is redone as {request.op}")
             if failed and getattr(request.op, "source", None) in self.damaged:
                 return
         require(known.state == state, f"X6: after the redo of op {op_no}, {model_id} is {state}")
@@ -292,6 +298,33 @@ class Watch:
             self._samples.setdefault(job.job_id, request) == request,
             f"X7: {job.job_id} is sent as {request}, and was sent as {self._samples[job.job_id]}",
         )
+
+    # -- vLLM servers -------------------------------------------------------------------------------
+
+    @_looks
+    def computes(self, path: str | None, body: dict[str, Any]) -> None:
+        """One begins a completion, by the adapter that it has loaded from there."""
+        if body["prompt"] == PROBE:
+            return
+        directory = None if path is None else Path(path).relative_to(self._artifacts.root).as_posix()
+        samplers = self._mirror.ledger.table("samplers", rows.Sampler)
+        adapters = self._mirror.ledger.table("adapters", rows.Adapter)
+        for job in self._mirror.ledger.table("jobs", rows.Job).values():
+            if job.op != "sample" or job.state != "running" or self._seeds[job.job_id] != body["seed"]:
+                continue
+            adapter = adapters.get((samplers[(str(job.sampler_id),)].adapter_id,))
+            if directory == (None if adapter is None else adapter.directory):
+                return
+        raise Violation(f"L2: nobody asked for seed {body['seed']} of {directory}")
+
+    @_looks
+    def unloads(self, name: str, *, used: bool) -> None:
+        require(not used, f"L6: {name} is unloaded while it is sampled from")
+
+    @_looks
+    def dies(self, path: str) -> None:
+        """An adapter that it was to read again is not there."""
+        raise Violation(f"L6: {path} was deleted while a server had it")
 
     # -- answers to clients -------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import httpx
 import trio
@@ -64,6 +64,16 @@ class _Run:
         return int(self.body["n"])
 
 
+class Watch(Protocol):
+    """Who wants to know what the server does."""
+
+    def computes(self, path: str | None, body: dict[str, Any]) -> None: ...
+
+    def unloads(self, name: str, *, used: bool) -> None: ...
+
+    def dies(self, path: str) -> None: ...
+
+
 class VllmDouble:
     """`latency`: seconds of every exchange; `token_seconds`: of a token of all the samples under way, both
     times `slowness`. The rest is what vLLM's own options are."""
@@ -91,6 +101,7 @@ class VllmDouble:
         # Directories of adapters whose logits are not finite.
         self.diverged: set[str] = set()
         self.lives = 0
+        self.watch: Watch | None = None
         self.answered: list[Answered] = []
         self._connections: set[trio.CancelScope] = set()
         self.start()
@@ -241,6 +252,9 @@ class VllmDouble:
     def _unload(self, name: str) -> httpx.Response:
         """It only forgets the name: what runs goes on, and the weights stay until others need the room."""
         found = self.adapters.pop(name, None)
+        if self.watch is not None and found is not None:
+            runs = [*self._running, *self._waiting]
+            self.watch.unloads(name, used=any(run.adapter == found for run in runs))
         return self._say("unload: again" if found is None else "unload", a=name)
 
     def _hold(self, adapter: Adapter, weights: bytes) -> None:
@@ -290,8 +304,12 @@ class VllmDouble:
             try:
                 weights = self._weights(run.adapter)
             except FileNotFoundError:
+                if self.watch is not None and run.adapter is not None:
+                    self.watch.dies(run.adapter.path)
                 self._die()
                 return self._say("completion: files gone")
+            if self.watch is not None:
+                self.watch.computes(run.adapter and run.adapter.path, run.body)
             choices = self._generate(weights, run.body)
             run.tokens = max(len(choice.tokens) for choice in choices)
             run.began = trio.current_time()

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tink.trainer.artifacts import MANIFEST
+
 Floats = npt.NDArray[np.float64]
 
 VOCABULARY = 1024
@@ -22,12 +24,12 @@ BASE = hashlib.sha256(b"base").digest()
 
 
 def digest(directory: Path) -> bytes:
-    """Of an adapter's files. FileNotFoundError if they are gone."""
+    """Of an adapter's files, but for Tink's own. FileNotFoundError if they are gone."""
     whole = hashlib.sha256()
     if not (directory / "adapter_config.json").is_file():
         raise FileNotFoundError(directory)
     for file in sorted(directory.rglob("*")):
-        if file.is_file():
+        if file.is_file() and file.name != MANIFEST:
             whole.update(file.relative_to(directory).as_posix().encode() + b"\0" + file.read_bytes())
     return whole.digest()
 

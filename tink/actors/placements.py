@@ -15,9 +15,10 @@ from tink.journal.journal import Entry, Journal
 TRAINER = "trainer"
 
 
-def entry(
-    adapter: rows.Adapter, replica: str, state: Literal["loaded", "refused", "gone"], reason: str = ""
-) -> Entry:
+State = Literal["loaded", "refused", "gone"]
+
+
+def entry(adapter: rows.Adapter, replica: str, state: State, reason: str = "") -> Entry:
     subject = Subject(
         tenant=adapter.tenant, model_id=adapter.model_id, adapter_id=adapter.adapter_id, replica=replica
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -223,17 +223,19 @@ class VLLMPool:
                 line.unpark()
 
     def _best(self, free: list[VLLMActor], request: SampleRequest) -> VLLMActor:
-        key = _beginning(request)
-        least = min(free, key=lambda replica: (replica.outstanding, replica.waiting))
-        known = self._affinities.get(key)
+        keys = list(_beginnings(request))
+        best = least = min(free, key=lambda replica: (replica.outstanding, replica.waiting))
+        # The longest beginning that was seen counts: many prompts have the same first words.
+        known = next((self._affinities[key] for key in reversed(keys) if key in self._affinities), None)
         for replica in free:
             if replica.url == known and replica.outstanding <= least.outstanding + AFFINITY_SLACK:
-                least = replica
-        self._affinities[key] = least.url
-        self._affinities.move_to_end(key)
+                best = replica
+        for key in keys:
+            self._affinities[key] = best.url
+            self._affinities.move_to_end(key)
         while len(self._affinities) > AFFINITIES:
             self._affinities.popitem(last=False)
-        return least
+        return best
 
     def _unreachable(self) -> BackendError:
         tried = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.replicas)
@@ -243,7 +245,12 @@ class VLLMPool:
         )
 
 
-def _beginning(request: SampleRequest) -> bytes:
-    """Of what is in a server's prefix cache: adapter and first tokens."""
-    first = repr((request.adapter, request.prompt[:AFFINITY_TOKENS]))
-    return hashlib.sha256(first.encode()).digest()[:16]
+def _beginnings(request: SampleRequest) -> Iterator[bytes]:
+    """Of what is in a server's prefix cache: adapter and first tokens, the shortest first. A prompt that
+    goes on from another one has its beginnings, and may have more."""
+    whole = hashlib.sha256(repr(request.adapter).encode())
+    done, length = 0, AFFINITY_TOKENS
+    while done == 0 or length <= len(request.prompt):
+        whole.update(repr(request.prompt[done:length]).encode())
+        yield whole.copy().digest()[:16]
+        done, length = length, 2 * length

@@ -23,7 +23,7 @@ from tink.backends.vllm import VllmClient
 from tink.domain import adapters, rows
 from tink.errors import BackendError
 from tink.journal import upkeep
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 
 log = structlog.get_logger()
 
@@ -88,7 +88,7 @@ class ReplicaAdapters:
         # How many are about to send a request, or wait for one.
         self._using: Counter[str] = Counter()
         self._orders: dict[str, _Order] = {}
-        self._untold: list[Entry] = []
+        self._untold: list[tuple[rows.Adapter, placements.State, str]] = []
         # What could not be unloaded, until the next look; and all that ever could not.
         self._stuck: set[str] = set()
         self._complained: set[str] = set()
@@ -147,7 +147,7 @@ class ReplicaAdapters:
         """The server has said that it does not have it."""
         name = self._name(adapter)
         if name != self._moving and self._loaded.pop(name, None) is not None:
-            self._tell(placements.entry(adapter, self._client.url, "gone"))
+            self._tell(adapter, "gone")
 
     def want(self) -> None:
         """Orders what a server should have before it gets requests. What servers have failed at waits
@@ -196,17 +196,14 @@ class ReplicaAdapters:
             elif name.startswith(self._prefix):
                 self._strays[name] = path
         found = {adapter.adapter_id: adapter for adapter in self._loaded.values()}
-        url = self._client.url
-        placed = await self._journal.read(partial(upkeep.placements, replica=url))
+        placed = await self._journal.read(partial(upkeep.placements, replica=self._client.url))
         before = {adapter.adapter_id for adapter, _ in placed}
-        self._untold += [
-            placements.entry(adapter, url, "gone")
-            for adapter, _ in placed
-            if adapter.adapter_id not in found
-        ]
-        self._untold += [
-            placements.entry(adapter, url, "loaded") for key, adapter in found.items() if key not in before
-        ]
+        for adapter, _ in placed:
+            if adapter.adapter_id not in found:
+                self._tell(adapter, "gone")
+        for key, adapter in found.items():
+            if key not in before:
+                self._tell(adapter, "loaded")
         self.want()
         self._wake.set()
         orders = list(self._orders.values())
@@ -220,9 +217,7 @@ class ReplicaAdapters:
         """Loads and unloads, for ever. What goes wrong is told to whoever waits, and to `doubt`."""
         while True:
             self._wake = trio.Event()
-            entries, self._untold = self._untold, []
-            if entries:
-                await self._journal.append(*entries)
+            await self._journal_placements()
             if self._strays:
                 await self._unload(next(iter(self._strays)))
             elif self._orders:
@@ -247,11 +242,11 @@ class ReplicaAdapters:
                 self._doubt(error)
             else:
                 log.error("adapter not loaded", url=url, adapter=adapter.adapter_id, reason=str(error))
-            if order.known and not isinstance(error, ReplicaGone):
-                self._tell(placements.entry(adapter, url, "refused", str(error)))
+                self._tell(adapter, "refused", str(error))
         else:
             if order.known:
-                await self._journal.append(placements.entry(adapter, url, "loaded"))
+                self._tell(adapter, "loaded")
+                await self._journal_placements()
         finally:
             del self._orders[name]
             order.done.set()
@@ -297,8 +292,8 @@ class ReplicaAdapters:
             self.changes += 1
         self._strays.pop(name, None)
         adapter = self._loaded.pop(name, None)
-        if adapter is not None and await self._is_told(adapter):
-            await self._journal.append(placements.entry(adapter, self._client.url, "gone"))
+        if adapter is not None:
+            self._tell(adapter, "gone")
         return True
 
     def _spare(self) -> str | None:
@@ -317,8 +312,22 @@ class ReplicaAdapters:
         job = ledger.table("jobs", rows.Job).get((adapter.job_id,))
         return job is not None and job.state in rows.OPEN
 
-    async def _is_told(self, adapter: rows.Adapter) -> bool:
-        """Whether the journal knows it: it may have been placed for a job that failed then."""
+    def _tell(self, adapter: rows.Adapter, state: placements.State, reason: str = "") -> None:
+        self._untold.append((adapter, state, reason))
+        self._wake.set()
+
+    async def _journal_placements(self) -> None:
+        untold, self._untold = self._untold, []
+        entries = [
+            placements.entry(adapter, self._client.url, state, reason)
+            for adapter, state, reason in untold
+            if await self._is_journaled(adapter)
+        ]
+        if entries:
+            await self._journal.append(*entries)
+
+    async def _is_journaled(self, adapter: rows.Adapter) -> bool:
+        """The job that it was placed for may not have ended yet, or have failed."""
         with suppress(LookupError):
             return (await self._journal.adapter(adapter.adapter_id)).directory == adapter.directory
         return False
@@ -327,10 +336,6 @@ class ReplicaAdapters:
         order = self._orders.setdefault(self._name(adapter), _Order(adapter, known))
         self._wake.set()
         return order
-
-    def _tell(self, entry: Entry) -> None:
-        self._untold.append(entry)
-        self._wake.set()
 
     @property
     def _prefix(self) -> str:
