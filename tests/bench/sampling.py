@@ -1,11 +1,15 @@
 """Sampling through Tink against straight to the same vLLM servers: tokens a second and how long a request
-takes, 64 requests of 8 samples at once. Real vLLM on the CPU, a real `tink serve`, one client, which speaks
-HTTP to both; in turn, the best round of each. The baseline is straight to vLLM, its servers in turn.
+takes, 64 requests of 8 samples at once, of the base model or of adapters in turn, each with a prompt of its
+own. Real vLLM on the CPU, a real `tink serve`, one client, which speaks HTTP to both; in turn, the best
+round of each. The baseline is straight to vLLM, its servers in turn.
+
+With `--adapters` a real trainer makes them, through Tink, and stays there beside the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,16 +19,16 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import httpx
+import tinker
 import trio
 
 from tests.bench.figures import Figure
+from tests.bench.servers import vllm_servers
 from tests.live import LiveServer
-from tests.vllm.fixtures import find_python
-from tests.vllm.server import VllmReplica
 from tink.trainer import tiny
 
 SUMMARY = "tokens a second through Tink, against straight to vLLM"
-PROMPT = list(range(10, 42))
+PROMPT_TOKENS = 32
 # As many as the worker holds a poll.
 POLL_SECONDS = 60.0
 
@@ -38,6 +42,13 @@ class Round(NamedTuple):
     p50: float
 
 
+class Weights(NamedTuple):
+    """What is sampled: its name at vLLM, and for Tink."""
+
+    served: str
+    path: str | None = None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at-once", type=int, default=64, help="requests in flight (64)")
     parser.add_argument("--requests", type=int, default=128, help="requests of a round (128)")
@@ -45,73 +56,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a sample (32)")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of each; the best one counts (4)")
     parser.add_argument("--replicas", type=int, default=1, help="vLLM servers (1)")
+    parser.add_argument("--adapters", type=int, default=0, help="adapters; 0 is the base model (0)")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
-    python = find_python()
-    with tempfile.TemporaryDirectory(prefix="tink-bench-") as folder:
-        home = Path(folder) / "home"
-        home.mkdir()
-        model = tiny.ensure(home)
-        servers = [
-            VllmReplica(
-                python,
-                model,
-                Path(folder) / f"vllm-{number}.log",
-                ["--served-model-name", tiny.NAME, "--num-gpu-blocks-override", "2048"],
-            )
-            for number in range(arguments.replicas)
-        ]
+    with (
+        tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
+        vllm_servers(Path(name), arguments.replicas, "--num-gpu-blocks-override", "2048") as urls,
+    ):
+        tink = LiveServer(
+            Path(name) / "home",
+            USE_HF="true" if arguments.adapters else "false",
+            USE_VLLM="true",
+            VLLM_BASE_URL=",".join(urls),
+        )
+        tink.start()
         try:
-            for server in servers:
-                server.start(wait=False)
-            for server in servers:
-                server.wait()
-            yield from _compare(arguments, home, servers)
+            yield from _compare(arguments, tink.url, urls)
         finally:
-            for server in servers:
-                server.close()
+            tink.close()
 
 
-def _compare(arguments: argparse.Namespace, home: Path, servers: list[VllmReplica]) -> Iterator[Figure]:
-    urls = [server.url for server in servers]
-    tink = LiveServer(home, USE_HF="false", USE_VLLM="true", VLLM_BASE_URL=",".join(urls))
-    tink.start()
-    try:
-        through, straight = [], []
-        for _ in range(arguments.rounds):
-            straight.append(trio.run(_straight, urls, arguments))
-            through.append(trio.run(_through, tink.url, arguments))
-        speed, base = (max(one.speed for one in some) for some in (through, straight))
-        yield Figure("tokens_per_second", speed, "tokens/s", base)
-        p50, base = (min(one.p50 for one in some) for some in (through, straight))
-        yield Figure("request_p50", p50, "s", base)
-    finally:
-        tink.close()
+def _compare(arguments: argparse.Namespace, tink: str, urls: list[str]) -> Iterator[Figure]:
+    _wait_for(tink)
+    weights = _adapters(tink, urls, arguments.adapters) or [Weights(tiny.NAME)]
+    through, straight = [], []
+    for _ in range(arguments.rounds):
+        straight.append(trio.run(_straight, urls, weights, arguments))
+        through.append(trio.run(_through, tink, weights, arguments))
+    speed, base = (max(one.speed for one in some) for some in (through, straight))
+    yield Figure("tokens_per_second", speed, "tokens/s", base)
+    p50, base = (min(one.p50 for one in some) for some in (through, straight))
+    yield Figure("request_p50", p50, "s", base)
 
 
-async def _straight(urls: list[str], arguments: argparse.Namespace) -> Round:
+def _wait_for(tink: str) -> None:
+    """Until the worker has found all servers."""
+    while set(httpx.get(f"{tink}/healthz").json()["servers"].values()) != {"ready"}:
+        time.sleep(0.1)
+
+
+def _adapters(tink: str, urls: list[str], wanted: int) -> list[Weights]:
+    """Of as many models. All servers have them."""
+    found = []
+    service = tinker.ServiceClient(base_url=tink, api_key="tml-local")
+    for seed in range(wanted):
+        client = service.create_lora_training_client(tiny.NAME, rank=8, seed=seed).result()
+        path = client.save_weights_for_sampler("bench").result().path
+        found.append(Weights(_served(urls, f"/{client.model_id}@1-"), path))
+    return found
+
+
+def _served(urls: list[str], part: str) -> str:
+    """The adapter with that in its name, which all servers have."""
+    names = [
+        {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"] if part in model["id"]}
+        for url in urls
+    ]
+    (name,) = set.intersection(*names)
+    return str(name)
+
+
+async def _straight(urls: list[str], weights: list[Weights], arguments: argparse.Namespace) -> Round:
     async with _client() as client:
 
         async def ask(number: int) -> None:
+            # Every server gets requests for every adapter.
+            turn, place = divmod(number, len(urls))
+            seed = next(_seeds)
             body = {
-                "model": tiny.NAME,
-                "prompt": PROMPT,
+                "model": weights[turn % len(weights)].served,
+                "prompt": _prompt(seed),
                 "n": arguments.samples,
                 "max_tokens": arguments.tokens,
-                "seed": next(_seeds),
+                "seed": seed,
                 "temperature": 1.0,
                 "logprobs": 0,
                 "ignore_eos": True,
                 "return_token_ids": True,
             }
-            answer = await client.post(f"{urls[number % len(urls)]}/v1/completions", json=body)
+            answer = await client.post(f"{urls[place]}/v1/completions", json=body)
             answer.raise_for_status()
 
         return await _timed(ask, arguments)
 
 
-async def _through(url: str, arguments: argparse.Namespace) -> Round:
+async def _through(url: str, weights: list[Weights], arguments: argparse.Namespace) -> Round:
     async with _client() as client:
 
         async def post(path: str, body: dict[str, Any]) -> Any:
@@ -120,20 +150,21 @@ async def _through(url: str, arguments: argparse.Namespace) -> Round:
             return answer
 
         session = (await post("create_session", {"tags": [], "sdk_version": "bench"})).json()["session_id"]
-        sampler = (
-            await post(
-                "create_sampling_session",
-                {"session_id": session, "sampling_session_seq_id": 0, "base_model": tiny.NAME},
-            )
-        ).json()["sampling_session_id"]
+        samplers = []
+        for number, one in enumerate(weights):
+            body = {"session_id": session, "sampling_session_seq_id": number}
+            body |= {"base_model": one.served} if one.path is None else {"model_path": one.path}
+            created = await post("create_sampling_session", body)
+            samplers.append(created.json()["sampling_session_id"])
 
         async def ask(number: int) -> None:
+            seed = next(_seeds)
             body = {
-                "sampling_session_id": sampler,
+                "sampling_session_id": samplers[number % len(samplers)],
                 "seq_id": number,
                 "num_samples": arguments.samples,
-                "prompt": {"chunks": [{"type": "encoded_text", "tokens": PROMPT}]},
-                "sampling_params": {"max_tokens": arguments.tokens, "seed": next(_seeds), "stop": []},
+                "prompt": {"chunks": [{"type": "encoded_text", "tokens": _prompt(seed)}]},
+                "sampling_params": {"max_tokens": arguments.tokens, "seed": seed, "stop": []},
             }
             promise = (await post("asample", body)).json()["request_id"]
             while True:
@@ -143,6 +174,10 @@ async def _through(url: str, arguments: argparse.Namespace) -> Round:
                     return
 
         return await _timed(ask, arguments)
+
+
+def _prompt(seed: int) -> list[int]:
+    return random.Random(seed).choices(range(10, 1000), k=PROMPT_TOKENS)
 
 
 def _client() -> httpx.AsyncClient:
