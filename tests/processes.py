@@ -30,6 +30,12 @@ def server_of(home: Path) -> int | None:
     return pid if pid in trainers_of(home) else None
 
 
+def cpu_seconds(pid: int) -> float:
+    """What it has used until now, without its children."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
 def kill_trainers(home: Path) -> None:
     """All of them; the parent may have forked another one meanwhile."""
     while pids := trainers_of(home):

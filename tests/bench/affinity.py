@@ -2,10 +2,10 @@
 CPU, a real worker in this process; the baseline is the same worker without affinity: least outstanding work
 alone. In turn, so many rounds of each, every one with prompts of its own; the median counts.
 
-Worth: conversations, each turn a prompt that goes on from the one before. The share of prompt tokens that a
-server found in its prefix cache, and how long a turn takes. Cost: groups of samples whose prompts all begin
-alike, which affinity alone would send to one server while the others idle. Tokens a second, with many
-groups at once and with few.
+Worth: conversations, each turn a prompt that goes on from the one before. The share of prompt tokens that
+were not in a server's prefix cache and had to be computed, and how long all turns take. Cost: groups of
+samples whose prompts all begin alike, which affinity alone would send to one server while the others idle.
+Tokens a second, with many groups at once and with few.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TENANT = "default"
 VOCABULARY = range(10, 1000)
 # Tokens of a conversation's first prompt, of what each turn adds, and at most of its answer. Answers differ
 # in length, or all conversations would go in step.
-FIRST, MORE, ANSWER = 768, 48, 16
+FIRST, MORE, ANSWER = 1280, 32, 8
 # What they need on the server.
 SERVER = ("--max-model-len", "2048", "--num-gpu-blocks-override", "2048")
 # Of a group.
@@ -60,11 +60,11 @@ HITS = re.compile(r"^vllm:prefix_cache_(hits|queries)_total\{.*\} (\S+)$", re.MU
 
 
 class Round(NamedTuple):
-    """`cached`: the share of the conversations' prompt tokens. `turn`: seconds, the median. `many`, `few`:
-    tokens a second."""
+    """Of the conversations: `computed`, the share of prompt tokens, and `seconds` until all have ended. Of
+    the groups: `many`, `few`, tokens a second."""
 
-    cached: float
-    turn: float
+    computed: float
+    seconds: float
     many: float
     few: float
 
@@ -90,8 +90,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
                 spread.append(trio.run(measure, folder / "spread", urls, arguments, 2 * number))
             together.append(trio.run(measure, folder / "together", urls, arguments, 2 * number + 1))
     with_, without = (Round(*map(median, zip(*some, strict=True))) for some in (together, spread))
-    yield Figure("prompt_tokens_cached", 100 * with_.cached, "%", 100 * without.cached)
-    yield Figure("turn_p50", with_.turn, "s", without.turn)
+    yield Figure("prompt_tokens_computed", 100 * with_.computed, "%", 100 * without.computed)
+    yield Figure("conversations", with_.seconds, "s", without.seconds)
     yield Figure(f"begin_alike_{MANY}_at_once", with_.many, "tokens/s", without.many)
     yield Figure(f"begin_alike_{FEW}_at_once", with_.few, "tokens/s", without.few)
 
@@ -100,15 +100,16 @@ async def measure(folder: Path, urls: list[str], arguments: argparse.Namespace, 
     # No round finds what another has left in the caches.
     chance = random.Random(seed)
     async with _sampling(folder, urls) as sampler:
-        before, turns = _counts(urls), list[float]()
+        before, began = _counts(urls), time.perf_counter()
         async with trio.open_nursery() as nursery:
             for _ in range(arguments.conversations):
                 own = random.Random(chance.random())
-                nursery.start_soon(_converse, sampler, own, arguments.turns, turns)
+                nursery.start_soon(_converse, sampler, own, arguments.turns)
+        seconds = time.perf_counter() - began
         hits, queries = (after - b for after, b in zip(_counts(urls), before, strict=True))
         many = await _groups(sampler, chance, arguments.groups, MANY)
         few = await _groups(sampler, chance, arguments.groups // (MANY // FEW), FEW)
-        return Round(hits / queries, median(turns), many, few)
+        return Round(1 - hits / queries, seconds, many, few)
 
 
 class _Sampler:
@@ -163,12 +164,10 @@ async def _all_ready(router: Router) -> None:
         await trio.sleep(0.1)
 
 
-async def _converse(sampler: _Sampler, chance: random.Random, turns: int, seconds: list[float]) -> None:
+async def _converse(sampler: _Sampler, chance: random.Random, turns: int) -> None:
     prompt = chance.choices(VOCABULARY, k=FIRST)
     for _ in range(turns):
-        began = time.perf_counter()
         answer = await sampler.sample(prompt, 1, chance.randint(ANSWER // 2, ANSWER))
-        seconds.append(time.perf_counter() - began)
         prompt = [*prompt, *answer, *chance.choices(VOCABULARY, k=MORE)]
 
 

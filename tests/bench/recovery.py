@@ -26,12 +26,12 @@ from typing import NamedTuple
 from tests.bench import history
 from tests.bench.figures import Figure
 from tests.live import LiveServer
+from tests.processes import cpu_seconds
 from tink.journal.home import Home
 
 SUMMARY = "the time to serve again after a crash, with a long journal"
 GIVE_UP_SECONDS = 300.0
 LOOK_SECONDS = 0.005
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Start(NamedTuple):
@@ -86,9 +86,9 @@ def start(home: Home) -> Start:
                 raise SystemExit(f"tink serve did not come up:\n{server.output()}")
             time.sleep(LOOK_SECONDS)
         seconds = time.monotonic() - began
-        times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        cpu = cpu_seconds(process.pid)
         pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
-        return Start(seconds, sum(map(int, times)) / TICKS, int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+        return Start(seconds, cpu, int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6)
     finally:
         server.kill()
         _kill_all_of(home)

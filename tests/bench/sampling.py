@@ -3,7 +3,8 @@ takes, 64 requests of 8 samples at once, of the base model or of adapters in tur
 own. Real vLLM on the CPU, a real `tink serve`, one client, which speaks HTTP to both; in turn, the best
 round of each. The baseline is straight to vLLM, its servers in turn.
 
-With `--adapters` a real trainer makes them, through Tink, and stays there beside the rest.
+Beside them the CPU time of the worker for each request, which a machine as small as its servers takes from
+these. With `--adapters` a real trainer makes them, through Tink, and stays there beside the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,8 @@ import trio
 from tests.bench.figures import Figure
 from tests.bench.servers import vllm_servers
 from tests.live import LiveServer
+from tests.processes import cpu_seconds
+from tink.backends.transport import SlotTransport
 from tink.trainer import tiny
 
 SUMMARY = "tokens a second through Tink, against straight to vLLM"
@@ -72,22 +76,26 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
         )
         tink.start()
         try:
-            yield from _compare(arguments, tink.url, urls)
+            assert tink.process is not None
+            yield from _compare(arguments, tink.url, tink.process.pid, urls)
         finally:
             tink.close()
 
 
-def _compare(arguments: argparse.Namespace, tink: str, urls: list[str]) -> Iterator[Figure]:
+def _compare(arguments: argparse.Namespace, tink: str, pid: int, urls: list[str]) -> Iterator[Figure]:
     _wait_for(tink)
     weights = _adapters(tink, urls, arguments.adapters) or [Weights(tiny.NAME)]
-    through, straight = [], []
+    through, straight, cpu = [], [], 0.0
     for _ in range(arguments.rounds):
         straight.append(trio.run(_straight, urls, weights, arguments))
+        before = cpu_seconds(pid)
         through.append(trio.run(_through, tink, weights, arguments))
+        cpu += cpu_seconds(pid) - before
     speed, base = (max(one.speed for one in some) for some in (through, straight))
     yield Figure("tokens_per_second", speed, "tokens/s", base)
     p50, base = (min(one.p50 for one in some) for some in (through, straight))
     yield Figure("request_p50", p50, "s", base)
+    yield Figure("worker_cpu", cpu / arguments.rounds / arguments.requests * 1000, "ms/request")
 
 
 def _wait_for(tink: str) -> None:
@@ -118,7 +126,8 @@ def _served(urls: list[str], part: str) -> str:
 
 
 async def _straight(urls: list[str], weights: list[Weights], arguments: argparse.Namespace) -> Round:
-    async with _client() as client:
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(_client(url, arguments.at_once)) for url in urls]
 
         async def ask(number: int) -> None:
             # Every server gets requests for every adapter.
@@ -135,17 +144,17 @@ async def _straight(urls: list[str], weights: list[Weights], arguments: argparse
                 "ignore_eos": True,
                 "return_token_ids": True,
             }
-            answer = await client.post(f"{urls[place]}/v1/completions", json=body)
+            answer = await clients[place].post("/v1/completions", json=body)
             answer.raise_for_status()
 
         return await _timed(ask, arguments)
 
 
 async def _through(url: str, weights: list[Weights], arguments: argparse.Namespace) -> Round:
-    async with _client() as client:
+    async with _client(url, arguments.at_once) as client:
 
         async def post(path: str, body: dict[str, Any]) -> Any:
-            answer = await client.post(f"{url}/api/v1/{path}", json=body)
+            answer = await client.post(f"/api/v1/{path}", json=body)
             answer.raise_for_status()
             return answer
 
@@ -168,7 +177,7 @@ async def _through(url: str, weights: list[Weights], arguments: argparse.Namespa
             }
             promise = (await post("asample", body)).json()["request_id"]
             while True:
-                answer = await client.post(f"{url}/api/v1/retrieve_future", json={"request_id": promise})
+                answer = await client.post("/api/v1/retrieve_future", json={"request_id": promise})
                 if answer.status_code != 408:
                     answer.raise_for_status()
                     return
@@ -180,9 +189,11 @@ def _prompt(seed: int) -> list[int]:
     return random.Random(seed).choices(range(10, 1000), k=PROMPT_TOKENS)
 
 
-def _client() -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
-    return httpx.AsyncClient(limits=limits, timeout=POLL_SECONDS, trust_env=False)
+def _client(url: str, at_once: int) -> httpx.AsyncClient:
+    """One that costs as little as can be: it shares the machine with what is measured."""
+    return httpx.AsyncClient(
+        base_url=url, transport=SlotTransport(url, at_once), timeout=POLL_SECONDS, trust_env=False
+    )
 
 
 async def _timed(ask: Callable[[int], Awaitable[None]], arguments: argparse.Namespace) -> Round:
