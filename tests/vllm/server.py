@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -113,8 +114,37 @@ class VllmReplica:
         assert self.process is not None
         self.process.terminate()
 
+    def pause(self) -> None:
+        """Aborts what runs; what comes waits."""
+        httpx.post(f"{self.url}/pause", trust_env=False, timeout=30).raise_for_status()
+
+    def resume(self) -> None:
+        httpx.post(f"{self.url}/resume", trust_env=False, timeout=30).raise_for_status()
+
+    def hang(self) -> None:
+        """SIGSTOP, of all its processes: it accepts connections, and answers nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def recover(self) -> None:
+        """From a hang."""
+        self._signal(signal.SIGCONT)
+
+    def adapters(self) -> list[str]:
+        """By the names that requests use."""
+        models = httpx.get(f"{self.url}/v1/models", trust_env=False, timeout=30).json()["data"]
+        return [model["id"] for model in models if model["parent"] is not None]
+
+    def metric(self, name: str) -> float:
+        """The sum of a series, such as `num_requests_running`."""
+        text = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=30).text
+        return sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)$", text, re.MULTILINE))
+
     def close(self) -> None:
         self.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
 
 
 def _free_port() -> int:
