@@ -51,7 +51,9 @@ class Pool:
 
     def wait_until_ready(self) -> None:
         wait_until(
-            lambda: all(self.states().get(replica.url) == "ready" for replica in self.replicas),
+            lambda: all(
+                self.states().get(replica.url, "").startswith("ready") for replica in self.replicas
+            ),
             lambda: f"not all servers came up: {self.states()}",
         )
 
@@ -414,6 +416,7 @@ def test_a_server_that_takes_no_adapters_serves_the_base_model_and_says_how_to_s
         tink.start()
         pool = Pool(tink, [replica])
         pool.wait_until_ready()
+        assert pool.states()[replica.url].startswith("ready, for the base model alone")
         remedy = re.escape("start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora")
         with pytest.raises(tinker.TinkerError, match=remedy):
             pool.service().create_lora_training_client("tink/qwen3-tiny", rank=8).result()
