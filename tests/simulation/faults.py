@@ -170,7 +170,7 @@ async def trouble(nature: Nature, server: VllmDouble) -> None:
     """For as long as it runs something is wrong with the server, and then it is well again."""
     rng = nature.rng
     while True:
-        await trio.sleep(rng.expovariate(1.0))
+        await trio.sleep(rng.expovariate(3.0))
         what = rng.choice(get_args(Mishap))
         nature.counts[f"vllm {what}"] += 1
         match what:
@@ -179,7 +179,7 @@ async def trouble(nature: Nature, server: VllmDouble) -> None:
                     del server.adapters[name]
             case _:
                 getattr(server, what)()
-        await trio.sleep(rng.choice([0.0, 0.0, 0.5, 3.0, 20.0]))
+        await trio.sleep(rng.choice([0.0, 0.0, 0.2, 1.0, 3.0, 20.0]))
         mend(server)
 
 
