@@ -147,8 +147,10 @@ REPLICA_DRAIN_SECONDS = 60.0
 REPLICA_STALL_SECONDS = 60.0
 # Samples that were out when a server died: so many of them at once at one server, until another one dies.
 SUSPECTS_TOGETHER = 16
-# Two servers of one base model give the same tokens log-probabilities no further apart, whatever their
-# precision.
+# Requests that wait for the trainer to score their prompts beside the samples that run; more hold these up.
+SCORES_ASIDE = 1024
+# Two servers of one base model give the same tokens log-probabilities no further apart, in nats, whatever
+# their precision.
 BASE_MODEL_NATS = 1.0
 # Servers that give a sample up, one after the other, without dying of it: five minutes of them.
 SAMPLE_MOVES = 60

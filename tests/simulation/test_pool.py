@@ -24,6 +24,7 @@ from tests.vllm.double import VllmDouble
 from tink.actors import pool as pools
 from tink.actors import vllm as actors
 from tink.domain import messages
+from tink.errors import BackendError
 from tink.limits import REPLICA_STALL_SECONDS
 from tink.trainer import protocol
 
@@ -383,6 +384,26 @@ async def test_work_goes_to_the_server_with_least_of_it_and_like_prompts_stay_to
         assert min(counts) > 30, "but not at the price of a queue"
 
 
+async def test_prompts_are_scored_by_the_trainer_and_keep_nobody_from_being_sampled(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    (server,) = vllm = servers(1)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster:
+        user = await User.begin(cluster)
+        sampler = await user.save()
+        cluster.trainer.kill()
+        scores = [await user.ask(sampler, seed, prompt_logprobs=True) for seed in range(600)]
+        assert await user.sample(sampler) == user.right(sampler)
+        await cluster.start_trainer()
+        for job in scores:
+            assert (await cluster.outcome(job)).state == "done"
+        assert not any(answer.body["prompt_logprobs"] for answer in server.answered)
+        with closing(sqlite3.connect(cluster.home.journal)) as journal:
+            query = "SELECT DISTINCT backend FROM jobs WHERE job_id IN (?, ?)"
+            assert journal.execute(query, (scores[0], scores[-1])).fetchall() == [("trainer",)]
+        cluster.check_journal()
+
+
 async def test_processed_logprobs_are_told_of_at_the_start(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
@@ -444,6 +465,19 @@ async def test_an_old_trl_alone_serves_its_base_model(autojump_clock: MockClock,
             base = capabilities.models[0].name
             sampler = await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model=base))
             assert await User(cluster, session, "").sample(sampler.id)
+
+
+async def test_who_asks_what_servers_serve_that_never_came_is_told_that_they_did_not(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    (server,) = vllm = servers(1)
+    server.kill()
+    options = {"use_hf": "false", "vllm_wait_seconds": 5.0}
+    async with Cluster.running(tmp_path, vllm=vllm, **options) as cluster:
+        with pytest.raises(BackendError, match="vLLM server can't be reached"):
+            await cluster.router_ask(messages.GetCapabilities(TENANT))
+        server.start()
+        assert (await cluster.ask(messages.GetCapabilities(TENANT))).models
 
 
 async def test_samples_alone_need_no_trainer(autojump_clock: MockClock, tmp_path: Path) -> None:

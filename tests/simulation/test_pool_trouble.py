@@ -373,6 +373,29 @@ async def test_a_server_that_unloads_nothing_keeps_the_files_and_is_asked_again(
         cluster.check_journal()
 
 
+async def test_an_adapter_whose_files_are_damaged_is_not_served(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """vLLM would load it, and give other samples."""
+    (server,) = vllm = servers(1)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster:
+        user = await User.begin(cluster)
+        damaged = await user.save()
+        directory = Path(next(a.path for a in server.adapters.values() if "@1" in a.name))
+        await user.train()
+        whole = await user.save()
+        config = directory / "adapter_config.json"
+        config.write_bytes(config.read_bytes() + b" ")
+        server.kill()
+        server.start()
+        await up(cluster, 1)
+        failed = await cluster.outcome(await user.ask(damaged))
+        assert (failed.state, failed.category) == ("failed", "server")
+        assert f"{config} is damaged" in str(failed.error)
+        assert await user.sample(whole) == user.right(whole)
+        cluster.check_journal()
+
+
 # -- servers that are not what they should be -------------------------------------------------------
 
 

@@ -58,13 +58,14 @@ class User:
         outcome = await self.cluster.outcome(job.request_id)
         assert outcome.state == "done", outcome.error
 
-    async def ask(self, sampler: str, seed: int = 0, *, tokens: int = 4, n: int = 1) -> str:
+    async def ask(self, sampler: str, seed: int = 0, *, tokens: int = 4, n: int = 1, **fields: Any) -> str:
         """Returns the job."""
         self.asked += 1
         body = json(
             prompt={"chunks": [{"type": "encoded_text", "tokens": PROMPT}]},
             sampling_params={"seed": seed, "max_tokens": tokens},
             num_samples=n,
+            **fields,
         )
         ask = messages.SubmitSample(TENANT, sampler, self.asked, body, num_samples=n)
         return (await self.cluster.ask(ask)).request_id

@@ -304,7 +304,7 @@ class Watch:
     @_looks
     def computes(self, path: str | None, body: dict[str, Any]) -> None:
         """One begins a completion, by the adapter that it has loaded from there."""
-        if body["prompt"] == PROBE:
+        if body["prompt"] == PROBE and body["max_tokens"] == 1:
             return
         directory = None if path is None else Path(path).relative_to(self._artifacts.root).as_posix()
         samplers = self._mirror.ledger.table("samplers", rows.Sampler)

@@ -3,11 +3,12 @@ all; the worker takes them away, whole or not at all, and never one that somebod
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class ArtifactFolder:
         self._scratch = root / ids.SCRATCH
         self._used: Counter[str] = Counter()
         self._going: set[str] = set()
+        # Files whose hash was right, as they were then.
+        self._checked: dict[Path, tuple[int, int, int]] = {}
 
     @contextmanager
     def use(self, directory: str | None) -> Iterator[None]:
@@ -86,6 +89,28 @@ class ArtifactFolder:
 
         return await self._world.run_sync(look)
 
+    async def check(self, directory: str, files: Mapping[str, str]) -> None:
+        """Raises BackendError if a published directory does not have these files (name -> sha256) any more.
+        What was right is read again only if it was written to since."""
+
+        def look() -> None:
+            for name, digest in files.items():
+                path = self.root / directory / name
+                try:
+                    stat = path.stat()
+                    seen = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                    if self._checked.get(path) == seen:
+                        continue
+                    with path.open("rb") as file:
+                        found = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise BackendError(f"{path} cannot be read: {error.strerror}") from error
+                if found != digest:
+                    raise BackendError(f"{path} is damaged: it is not what was published")
+                self._checked[path] = seen
+
+        await self._world.run_sync(look)
+
     async def remove(self, directory: str) -> bool:
         """Removes a directory that nothing in the journal needs; False if it cannot be, or somebody is
         using it. It is renamed first: whatever dies meanwhile, it is there whole or not at all."""
@@ -93,6 +118,7 @@ class ArtifactFolder:
             await trio.lowlevel.checkpoint()
             return False
         self._going.add(directory)
+        self._checked = {path: seen for path, seen in self._checked.items() if directory not in str(path)}
         try:
             removed = self._scratch / f"{REMOVED}{self._world.new_id()}"
             return await self._world.run_sync(_remove, self.root / directory, removed)

@@ -6,12 +6,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import structlog
 import trio
 
 from tink.actors import plans
+from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
 from tink.actors.replica_adapters import LoadFailures
 from tink.actors.supervisor import supervise
@@ -59,7 +59,7 @@ class VLLMPool:
         self,
         urls: Sequence[str],
         journal: Journal,
-        root: Path,
+        folder: ArtifactFolder,
         world: World,
         *,
         wait_seconds: float,
@@ -75,7 +75,7 @@ class VLLMPool:
         # Which server had a prompt that began like this one: its cache may have the beginning.
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
         self.failures, self.trained = LoadFailures(max_attempts), trained
-        self.replicas = [VLLMActor(url, journal, root, world, self, token=token) for url in urls]
+        self.replicas = [VLLMActor(url, journal, folder, world, self, token=token) for url in urls]
 
     @property
     def slots(self) -> int:
@@ -87,13 +87,16 @@ class VLLMPool:
                 nursery.start_soon(supervise, f"vllm {replica.url}", replica.run, self._world)
 
     async def served(self) -> Served:
-        """What the servers serve, as far as is known. Waits until one has answered."""
+        """What the servers serve, as far as is known. Waits until one has answered; raises BackendError if
+        none does."""
         await trio.lowlevel.checkpoint()
+        patience = _Patience(self._wait_seconds, self._world)
         while True:
             for replica in self.replicas:
                 if replica.served is not None:
                     return replica.served
-            await self._change.wait()
+            if not await patience.wait(self._change):
+                raise self._unreachable()
 
     def changed(self) -> None:
         """A server begins or ceases to take requests."""

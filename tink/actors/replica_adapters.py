@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import structlog
 import trio
 
 from tink.actors import placements
+from tink.actors.artifacts import ArtifactFolder
 from tink.backends.replica import Refused, ReplicaGone, Unsent
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, rows
@@ -73,13 +73,13 @@ class ReplicaAdapters:
         self,
         client: VllmClient,
         journal: Journal,
-        root: Path,
+        folder: ArtifactFolder,
         failures: LoadFailures,
         doubt: Callable[[ReplicaGone], None],
         *,
         most: int,
     ) -> None:
-        self._client, self._journal, self._root = client, journal, root
+        self._client, self._journal, self._folder = client, journal, folder
         self._failures, self._doubt, self._most = failures, doubt, most
         # By name; the one that was used last at the end.
         self._loaded: OrderedDict[str, rows.Adapter] = OrderedDict()
@@ -104,7 +104,7 @@ class ReplicaAdapters:
     def directories(self) -> set[str]:
         """Those that the server may read again, relative to the artifact folder."""
         ours = [*self._loaded.values(), *(order.adapter for order in self._orders.values())]
-        root = f"{self._root}/"
+        root = f"{self._folder.root}/"
         strays = {path.removeprefix(root) for path in self._strays.values() if path.startswith(root)}
         return {adapter.directory for adapter in ours} | strays
 
@@ -234,6 +234,7 @@ class ReplicaAdapters:
         adapter, url = order.adapter, self._client.url
         try:
             self._failures.check(name)
+            await self._folder.check(adapter.directory, adapter.files)  # vLLM would not notice
             await self._make_room()
             await self._load(name, adapter)
         except BackendError as error:
@@ -345,4 +346,4 @@ class ReplicaAdapters:
         return adapters.served_name(self._journal.home_id, adapter)
 
     def _path(self, adapter: rows.Adapter) -> str:
-        return str(self._root / adapter.directory)
+        return str(self._folder.root / adapter.directory)

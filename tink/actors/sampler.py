@@ -15,6 +15,7 @@ from tink.domain import rows
 from tink.domain.events import JobDone, JobFailed
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
+from tink.limits import SCORES_ASIDE
 from tink.trainer import protocol
 
 log = structlog.get_logger()
@@ -36,10 +37,21 @@ class SamplingBackend(Protocol):
 
 class SamplerActor:
     """Runs the samples in `jobs`, and settles each with its terminal event. A sample is a pure function of
-    its request, so one whose fate is unknown is simply sent again."""
+    its request, so one whose fate is unknown is simply sent again.
 
-    def __init__(self, journal: Journal, backend: SamplingBackend, settle: Settle) -> None:
+    `scorer` gets those that also score their prompts: the trainer beside vLLM, whose prompt logprobs are
+    not to be relied upon (docs/decisions/0018). None: `backend` does."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        backend: SamplingBackend,
+        settle: Settle,
+        scorer: SamplingBackend | None = None,
+    ) -> None:
         self._journal, self._backend, self._settle = journal, backend, settle
+        self._scorer = scorer
+        self._scores = trio.CapacityLimiter(scorer.slots if scorer else 1)
         self.jobs = Jobs(backend.slots)
 
     async def run(self) -> None:
@@ -70,7 +82,13 @@ class SamplerActor:
             body = await request_of(self._journal, job)
             adapter = await self._adapter(job)
             request = plans.sampling(job, accepted, body, adapter)
-            reply = await self._backend.sample(job, request, adapter)
+            if self._scorer is None or not request.scores_prompt:
+                reply = await self._backend.sample(job, request, adapter)
+            else:
+                if self._scores.statistics().tasks_waiting < SCORES_ASIDE:
+                    self.jobs.step_aside(job.job_id)  # it keeps no other from being sampled
+                async with self._scores:
+                    reply = await self._scorer.sample(job, request, adapter)
         except UserError as error:
             return plans.subject(job), JobFailed(category="user", error=str(error))
         except BackendError as error:

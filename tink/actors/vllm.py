@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 import structlog
 import trio
 
+from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
 from tink.actors.replica_adapters import LoadFailures, ReplicaAdapters
 from tink.backends import base_model
@@ -128,7 +128,7 @@ class VLLMActor:
         self,
         url: str,
         journal: Journal,
-        root: Path,
+        folder: ArtifactFolder,
         world: World,
         peers: Peers,
         *,
@@ -137,7 +137,7 @@ class VLLMActor:
     ) -> None:
         """`registered`: as many adapters are registered at most, but for those in use."""
         self.url, self._token = url, token
-        self._journal, self._root, self._world = journal, root, world
+        self._journal, self._folder, self._world = journal, folder, world
         self._peers, self._registered = peers, registered
         self.outstanding = 0  # sequences
         self._out: Counter[Exposure] = Counter()
@@ -210,7 +210,12 @@ class VLLMActor:
             trio.open_nursery() as nursery,
         ):
             adapters = ReplicaAdapters(
-                client, self._journal, self._root, self._peers.failures, self._doubt, most=self._registered
+                client,
+                self._journal,
+                self._folder,
+                self._peers.failures,
+                self._doubt,
+                most=self._registered,
             )
             nursery.start_soon(adapters.run)
             try:

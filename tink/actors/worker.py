@@ -47,7 +47,7 @@ async def open_worker(
         pool = VLLMPool(
             settings.vllm_urls,
             journal,
-            settings.artifact_root,
+            folder,
             world,
             token=settings.vllm_api_key,
             wait_seconds=settings.vllm_wait_seconds,
@@ -72,8 +72,13 @@ async def open_worker(
         max_attempts=settings.max_attempts,
         place=None if pool is None else pool.place,
     )
-    samples = pool or TrainerSamples(journal, link, max_attempts=settings.max_attempts)
-    sampler = SamplerActor(journal, samples, router.settle)
+    by_trainer = TrainerSamples(journal, link, max_attempts=settings.max_attempts)
+    sampler = SamplerActor(
+        journal,
+        by_trainer if pool is None else pool,
+        router.settle,
+        scorer=by_trainer if pool is not None and routes.trainer else None,
+    )
     retention = Retention(
         journal,
         folder,

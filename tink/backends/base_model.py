@@ -1,9 +1,10 @@
 """Whether a vLLM server serves the model that is trained, and the same one as the other servers. It is not
-told by names, which are chosen freely: by the model's shape, where its files can be read here, and by the
-log-probabilities that servers give the same tokens."""
+told by names, which are chosen freely: by the model's shape, where its files can be read here, and by what
+servers find likely."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,18 @@ def check_alike(served: Served, probe: Probe, other: Served, others: Probe, url:
             f"its context (--max-model-len) is {served.max_context}, the other's {other.max_context}; it "
             f"{remedy}"
         )
-    difference = max(abs(mine - its) for mine, its in zip(probe.scores, others.scores, strict=True))
+    if probe.mode != others.mode:
+        raise Refused(
+            f"it gives {probe.mode} logprobs (--logprobs-mode), the other {others.mode}; it {remedy}"
+        )
+    if probe.mode == "processed":
+        return  # nothing is told of the model
+    common = probe.scores.keys() & others.scores.keys()
+    difference = max(
+        (abs(probe.scores[token] - others.scores[token]) for token in common), default=math.inf
+    )
     if not difference <= BASE_MODEL_NATS:
-        raise Refused(f"it gives the same tokens log-probabilities {difference:.2g} apart; it {remedy}")
+        raise Refused(f"it finds other tokens likely, by {difference:.2g} nats; it {remedy}")
 
 
 def _shape(directory: str | None) -> dict[str, Any] | None:

@@ -54,11 +54,11 @@ class Load(NamedTuple):
 
 class Probe(NamedTuple):
     """What a short request tells of a server. `mode`: of which distribution its logprobs are, the model's
-    own or the one it drew from (after temperature, top_p, ...). `scores`: the log-probabilities, in nats,
-    that the base model gives a few tokens."""
+    own or the one it drew from (after temperature, top_p, ...). `scores`: by token, the log-probabilities
+    in nats of those that the base model finds likeliest."""
 
     mode: Literal["raw", "processed"]
-    scores: tuple[float, ...]
+    scores: Mapping[int, float]
 
 
 class Sampled(NamedTuple):

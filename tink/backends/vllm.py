@@ -41,8 +41,8 @@ from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
-# Every vocabulary has these.
-PROBE = list(range(8))
+# What a probe asks: a token that every vocabulary has, and for the likeliest ones after it.
+PROBE, PROBE_TOP = [0], 5
 
 
 class _Model(msgspec.Struct):
@@ -115,25 +115,33 @@ class VllmClient:
         )
 
     async def probe(self, model: str) -> Probe:
-        """Scores a few tokens, and samples one, from which top_k leaves no choice: if the server's logprobs
-        are of the distribution that it drew from, it has all the probability. Refused if they are no
-        log-probabilities at all."""
+        """Samples one token, from which top_k leaves no choice: if the server's logprobs are of the
+        distribution that it drew from, it has all the probability. Refused if they are no log-probabilities
+        at all."""
+        # Not those of the prompt: they may kill a server that is busy (docs/vllm.md).
         request = SampleRequest(
-            sample_id="probe", prompt=PROBE, seed=0, max_tokens=1, top_k=1, prompt_logprobs=True
+            sample_id="probe",
+            prompt=PROBE,
+            seed=0,
+            max_tokens=1,
+            top_k=1,
+            topk_sample_logprobs=PROBE_TOP,
         )
         try:
             sampled = await self.sample(request, model=model, max_context=len(PROBE) + 1)
         except UserError as error:
             raise Refused(f"the vLLM server at {self.url} samples nothing: {error}") from error
-        response = pb.SampleResponse.FromString(sampled.body)
-        (value,) = struct.unpack("<f", response.sequences[0].logprobs)
-        scores = struct.unpack(f"<{len(PROBE)}f", response.prompt_logprobs)[1:]
+        (sequence,) = pb.SampleResponse.FromString(sampled.body).sequences
+        (value,) = struct.unpack("<f", sequence.logprobs)
+        top = sequence.topk_sampled_logprobs
+        tokens = struct.unpack(f"<{PROBE_TOP}i", top.token_ids)
+        scores = struct.unpack(f"<{PROBE_TOP}f", top.logprobs)
         if value > 1e-6:
             raise Refused(
                 f"the vLLM server at {self.url} gives logits for logprobs: start it with --logprobs-mode "
                 "raw_logprobs"
             )
-        return Probe("processed" if value > -1e-6 else "raw", scores)
+        return Probe("processed" if value > -1e-6 else "raw", dict(zip(tokens, scores, strict=True)))
 
     # -- adapters -----------------------------------------------------------------------------------
 
@@ -157,7 +165,7 @@ class VllmClient:
         elif answer.status == 404 and "No adapter found" in reason:
             reason = f"it finds none in {path}: it must see the worker's artifact folder by the same path"
         elif "shutting down" in reason:
-            raise Unsent(f"the vLLM server at {self.url} is shutting down")
+            raise Unsent(f"the vLLM server at {self.url} takes no adapter now: {reason}")
         elif answer.status == 500 and "add_lora" in reason:
             found = re.search("failed with error '(.*?)', please check", reason)
             found = found or re.search("failed: (.*)", reason)

@@ -233,6 +233,12 @@ class SampleRequest(Message, frozen=True):
     targets: list[list[int]] | None = None
     wait: float = 20.0
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether something is asked of the prompt's own tokens."""
+        own = self.prompt_logprobs or self.topk_prompt_logprobs or self.prompt_alt_tokens_k
+        return bool(own) or self.targets is not None
+
 
 class SampleReply(Message, frozen=True):
     """`body`: the SampleResponse protobuf, to be passed on untouched."""

@@ -19,7 +19,7 @@ from trio.testing import MockClock
 from tink.backends.flavour import flavour
 from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Unsent
 from tink.backends.trl import TrlClient
-from tink.backends.vllm import PROBE, VllmClient
+from tink.backends.vllm import VllmClient
 from tink.errors import TinkError, UserError
 from tink.limits import ADAPTER_SECONDS, ANSWER_SECONDS, HEALTH_SECONDS, INLINE_BYTES
 from tink.trainer.protocol import SampleRequest
@@ -158,7 +158,7 @@ async def test_processed_logprobs_are_noticed(value: float, mode: str) -> None:
     async with talking_to(answer) as client:
         probe = await client.probe("base")
     assert probe.mode == mode
-    assert probe.scores == (-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0)
+    assert probe.scores == pytest.approx({7: value, 1: -5.0, 2: -6.0, 3: -7.0, 4: -8.0})
 
 
 async def test_logits_for_logprobs_are_refused() -> None:
@@ -169,8 +169,8 @@ async def test_logits_for_logprobs_are_refused() -> None:
 
 def probed(value: float) -> httpx.Response:
     """The answer to a probe, whose one token has this log-probability."""
-    scores = [None, *({str(token): {"logprob": -token}} for token in PROBE[1:])]
-    return completion(logprobs={"token_logprobs": [value]}, prompt_logprobs=scores)
+    top = {"token_id:7": value} | {f"token_id:{token}": -4.0 - token for token in range(1, 5)}
+    return completion(logprobs={"token_logprobs": [value], "top_logprobs": [top]})
 
 
 # -- adapters ---------------------------------------------------------------------------------------
