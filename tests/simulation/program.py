@@ -63,8 +63,8 @@ class Program(NamedTuple):
     jump: float
     snapshot_seconds: float
     retention_hours: float
-    servers: int
-    registered: int
+    servers: int = 0
+    registered: int = 1000
 
 
 def program(seed: int) -> Program:
