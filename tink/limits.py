@@ -123,7 +123,10 @@ PROCESS_LOOK_SECONDS = 0.05
 
 # -- a sampling server ------------------------------------------------------------------------------
 
-# What a call may take before its server is taken for hung: in its queue, and for each token after that.
+# A sample may wait long in a server's queue, and whether the server hangs is told by what it generates:
+# this only ends calls whose answer was lost on the way.
+COMPLETION_SECONDS = 24 * 3600.0
+# What a call of an old TRL may take before it is taken for hung, and for each token beside that.
 ANSWER_SECONDS = 600.0
 TOKEN_SECONDS = 0.5
 # vLLM reads an adapter from a disk that others use too, between two of its steps.
@@ -143,8 +146,13 @@ CPU_LORAS_PER_PLACE = 8
 REPLICA_BEAT_SECONDS = 2.0
 # A server that is told to stop gets so long to end what it runs.
 REPLICA_DRAIN_SECONDS = 60.0
+# Servers that answer no look for so long are away; before, they are in doubt.
+REPLICA_SILENT_SECONDS = 30.0
 # A server that has requests and generates nothing for so long hangs, or is paused.
 REPLICA_STALL_SECONDS = 60.0
+# Failures of servers in loading one adapter: those of one go count once, and none for longer than that.
+LOAD_ROUND_SECONDS = 4.0
+LOAD_FAILURES_SECONDS = 600.0
 # Samples that were out when a server died: so many of them at once at one server, until another one dies.
 SUSPECTS_TOGETHER = 16
 # Requests that wait for the trainer to score their prompts beside the samples that run; more hold these up.

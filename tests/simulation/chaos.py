@@ -39,6 +39,8 @@ from tink.actors.vllm import VLLMActor
 
 # After the last fault everything must end within this: virtual seconds.
 LIVENESS_SECONDS = 3600.0
+# Until the worker has looked at all servers, and mended what it has found.
+QUIET_SECONDS = 150.0
 # In memory, if the machine has such a folder: what survives a power cut is simulated, not tried.
 SCRATCH = next((folder for folder in ("/dev/shm",) if Path(folder).is_dir()), None)
 
@@ -82,6 +84,10 @@ async def run(folder: Path, seed: int, what: Program, steps: Steps, disturbed: b
                     client = Client(cluster, sessions[model.tenant], number, model)
                     nursery.start_soon(client.run, gained[number])
         assert not alive.cancelled_caught, f"O8: not ended within {LIVENESS_SECONDS:.0f} s"
+        if vllm:
+            await cluster.start_worker()
+            await trio.sleep(QUIET_SECONDS)
+            _check_placements(cluster)
         count = steps.count - first
         cluster.check_journal()
         with closing(sqlite3.connect(cluster.home.journal)) as journal:
@@ -90,6 +96,17 @@ async def run(folder: Path, seed: int, what: Program, steps: Steps, disturbed: b
                 trace.update(repr(row).encode())
             diverged = journal.execute("SELECT count(*) FROM events WHERE kind = 'diverged'").fetchone()[0]
     return Result(gained, trace.hexdigest(), diverged, cluster.nature.counts, count)
+
+
+def _check_placements(cluster: Cluster) -> None:
+    """In the end the journal and the servers say the same, and what these have is there."""
+    told = {(row.adapter_id, row.replica) for row in cluster.watch.placements() if row.state == "loaded"}
+    for url, server in cluster.vllm.items():
+        assert isinstance(server, VllmDouble)
+        has = {(name.rpartition("/")[2].rpartition("-")[0], url) for name in server.adapters}
+        assert has == {pair for pair in told if pair[1] == url}, f"L3: {url} has {has}, journaled is {told}"
+        for _, path in server.adapters.values():
+            assert Path(path).is_dir(), f"L6: {url} has {path}, which was deleted"
 
 
 async def _faults(

@@ -331,7 +331,7 @@ async def test_a_sample_that_kills_servers_is_given_up_and_takes_no_other_with_i
     handle = VllmDouble.handle
 
     async def dying(self: VllmDouble, request: Any) -> Any:
-        if b'"seed":666' in await request.aread():
+        if self.up and b'"seed":666' in await request.aread():
             await trio.sleep(0.3)
             self.kill()
             raise httpx.ReadError("connection reset")
@@ -478,6 +478,17 @@ async def test_who_asks_what_servers_serve_that_never_came_is_told_that_they_did
             await cluster.router_ask(messages.GetCapabilities(TENANT))
         server.start()
         assert (await cluster.ask(messages.GetCapabilities(TENANT))).models
+
+
+async def test_an_old_trl_server_is_not_mixed_with_others(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path, vllm=[*servers(1), OldTrl()]) as cluster:
+        await trio.sleep(10.0)
+        health: messages.Health = await cluster.ask(messages.GetHealth(""))
+        states = sorted(state for url, state in health.servers.items() if "vllm" in url)
+        assert "one of them is a trl vllm-serve before 1.11" in states[0]
+        assert states[1].startswith("ready")
 
 
 async def test_samples_alone_need_no_trainer(autojump_clock: MockClock, tmp_path: Path) -> None:

@@ -241,6 +241,15 @@ class Watch:
         """What the journal has."""
         return list(self._mirror.ledger.table(table, kind).values())
 
+    def placements(self) -> list[rows.AdapterPlacement]:
+        """As the journal's table has them."""
+        query = "SELECT adapter_id, replica, state, changed_at FROM adapter_placements"
+        found = self.journal.reader.execute(query).fetchall()
+        return [
+            rows.AdapterPlacement(adapter_id=adapter_id, replica=replica, state=state, changed_at=at)
+            for adapter_id, replica, state, at in found
+        ]
+
     def has_ended(self, job_id: str) -> bool:
         return job_id in self._mirror.ended
 

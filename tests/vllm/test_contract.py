@@ -136,7 +136,6 @@ def stops(response: pb.SampleResponse) -> list[bool]:
 async def test_it_says_what_it_serves(clock: Clock | None, client: VllmClient, adapters: Adapters) -> None:
     served = await client.served()
     assert (served.base_model, served.max_context, served.adapters) == ("base", CONTEXT, {})
-    assert served.version.startswith("0.")
     await client.load_adapter("s:train:0@1", str(adapters.root / "a1"))
     assert (await client.served()).adapters == {"s:train:0@1": str(adapters.root / "a1")}
     assert await client.health()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import trio
@@ -28,6 +29,14 @@ _NAME = re.compile(r"(\d{8,})-[a-z_]+")
 log = structlog.get_logger()
 
 
+class _Stamp(NamedTuple):
+    """Of a file: whoever writes to it changes it."""
+
+    size: int
+    changed_ns: int
+    inode: int
+
+
 class ArtifactFolder:
     """Directories are named relative to `root`, as in the journal."""
 
@@ -37,7 +46,7 @@ class ArtifactFolder:
         self._used: Counter[str] = Counter()
         self._going: set[str] = set()
         # Files whose hash was right, as they were then.
-        self._checked: dict[Path, tuple[int, int, int]] = {}
+        self._checked: dict[str, dict[str, _Stamp]] = {}
 
     @contextmanager
     def use(self, directory: str | None) -> Iterator[None]:
@@ -93,23 +102,8 @@ class ArtifactFolder:
         """Raises BackendError if a published directory does not have these files (name -> sha256) any more.
         What was right is read again only if it was written to since."""
 
-        def look() -> None:
-            for name, digest in files.items():
-                path = self.root / directory / name
-                try:
-                    stat = path.stat()
-                    seen = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-                    if self._checked.get(path) == seen:
-                        continue
-                    with path.open("rb") as file:
-                        found = hashlib.file_digest(file, "sha256").hexdigest()
-                except OSError as error:
-                    raise BackendError(f"{path} cannot be read: {error.strerror}") from error
-                if found != digest:
-                    raise BackendError(f"{path} is damaged: it is not what was published")
-                self._checked[path] = seen
-
-        await self._world.run_sync(look)
+        known = self._checked.get(directory, {})
+        self._checked[directory] = await self._world.run_sync(_check, self.root / directory, files, known)
 
     async def remove(self, directory: str) -> bool:
         """Removes a directory that nothing in the journal needs; False if it cannot be, or somebody is
@@ -118,7 +112,7 @@ class ArtifactFolder:
             await trio.lowlevel.checkpoint()
             return False
         self._going.add(directory)
-        self._checked = {path: seen for path, seen in self._checked.items() if directory not in str(path)}
+        self._checked.pop(directory, None)
         try:
             removed = self._scratch / f"{REMOVED}{self._world.new_id()}"
             return await self._world.run_sync(_remove, self.root / directory, removed)
@@ -135,6 +129,25 @@ class ArtifactFolder:
                     shutil.rmtree(self._scratch / name, ignore_errors=True)
 
         await self._world.run_sync(clear)
+
+
+def _check(directory: Path, files: Mapping[str, str], known: Mapping[str, _Stamp]) -> dict[str, _Stamp]:
+    """The files as they are, once each has its hash; those that are as `known` have."""
+    stamps = {}
+    for name, digest in files.items():
+        path = directory / name
+        try:
+            stat = path.stat()
+            stamps[name] = _Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            if known.get(name) == stamps[name]:
+                continue
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BackendError(f"{path} cannot be read: {error.strerror}") from error
+        if found != digest:
+            raise BackendError(f"{path} is damaged: it is not what was published")
+    return stamps
 
 
 def _remove(directory: Path, removed: Path) -> bool:

@@ -13,11 +13,12 @@ import trio
 from tink.actors import plans
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
+from tink.actors.placements import Placements
 from tink.actors.replica_adapters import LoadFailures
 from tink.actors.supervisor import supervise
 from tink.actors.vllm import EXPOSURES, Exposure, VLLMActor
 from tink.backends import base_model
-from tink.backends.replica import Aborted, AdapterMissing, Probe, ReplicaGone, Served, Unsent
+from tink.backends.replica import Aborted, AdapterMissing, Probe, Refused, ReplicaGone, Served, Unsent
 from tink.domain import adapters, rows
 from tink.domain.events import JobStarted, TrainerStarted
 from tink.errors import BackendError
@@ -60,6 +61,7 @@ class VLLMPool:
         urls: Sequence[str],
         journal: Journal,
         folder: ArtifactFolder,
+        placements: Placements,
         world: World,
         *,
         wait_seconds: float,
@@ -74,7 +76,8 @@ class VLLMPool:
         self._lines = {exposure: trio.lowlevel.ParkingLot() for exposure in EXPOSURES}
         # Which server had a prompt that began like this one: its cache may have the beginning.
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
-        self.failures, self.trained = LoadFailures(max_attempts), trained
+        self.placements, self.trained = placements, trained
+        self.failures = LoadFailures(world, most=max_attempts)
         self.replicas = [VLLMActor(url, journal, folder, world, self, token=token) for url in urls]
 
     @property
@@ -105,10 +108,11 @@ class VLLMPool:
         for line in self._lines.values():
             line.unpark_all()
 
-    def compare(self, newcomer: VLLMActor, served: Served, probe: Probe) -> None:
+    def compare(self, newcomer: VLLMActor, served: Served, probe: Probe | None) -> None:
         for replica in self.replicas:
-            if replica is not newcomer and replica.up and replica.served and replica.probe:
-                base_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
+            if replica is newcomer or not replica.up or replica.served is None:
+                continue
+            base_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
 
     # -- adapters -------------------------------------------------------------------------------------
 
@@ -117,9 +121,10 @@ class VLLMPool:
         BackendError if none does, or one will not have it, or too many have failed over it."""
         name = adapters.served_name(self._journal.home_id, adapter)
         patience, backoff = _Patience(self._wait_seconds, self._world), Backoff()
-        while True:
+        tries = 0
+        while tries < SAMPLE_MOVES:
             change = self._change
-            ready = [replica for replica in self.replicas if replica.up]
+            ready = self._ready(adapter)
             placed: list[str] = []
             # One that has killed a server is not given to all of them at once.
             together = [[replica] for replica in ready] if self.failures.doubtful(name) else [ready]
@@ -131,9 +136,15 @@ class VLLMPool:
             if placed:
                 return placed
             if ready:
+                tries += 1
                 await backoff.pause()
+            elif self._is_there(adapter):
+                await change.wait()
             elif not await patience.wait(change):
                 raise self._unreachable()
+        raise BackendError(
+            f"no vLLM server has taken the adapter {name!r} in {tries} tries: {self._tried()}"
+        )
 
     async def _place_on(self, replicas: Sequence[VLLMActor], adapter: rows.Adapter) -> list[str]:
         placed: list[str] = []
@@ -175,14 +186,16 @@ class VLLMPool:
         patience = _Patience(self._wait_seconds, self._world)
         for _ in range(SAMPLE_MOVES):
             try:
-                async with self._server(request, self._exposure(deaths), patience) as replica:
+                exposure = self._exposure(deaths)
+                async with self._server(request, adapter, exposure, patience) as replica:
                     started = JobStarted(attempt=job.attempts + 1, backend=replica.url)
                     await self._journal.append((plans.subject(job), started))
                     began = self._world.monotonic()
                     sampled = await replica.sample(request, adapter)
             except (ReplicaGone, AdapterMissing) as error:
                 deaths += not isinstance(error, Aborted | Unsent | AdapterMissing)
-                log.warning("sample moved", job=job.job_id, url=job.backend, reason=str(error))
+                reason = str(error)
+                log.warning("sample moved", job=job.job_id, url=job.backend, reason=reason)
                 if deaths >= self._max_attempts:
                     raise BackendError(
                         f"the sampling server failed {deaths} times while it ran this job, at last: "
@@ -198,7 +211,9 @@ class VLLMPool:
                 sampled.tokens_out,
                 run_ms=(self._world.monotonic() - began) * 1000,
             )
-        raise BackendError(f"no vLLM server has kept this sample in {SAMPLE_MOVES} tries")
+        raise BackendError(
+            f"no vLLM server has kept this sample in {SAMPLE_MOVES} tries, at last: {reason}"
+        )
 
     def _exposure(self, deaths: int) -> Exposure:
         if not deaths:
@@ -207,13 +222,17 @@ class VLLMPool:
 
     @asynccontextmanager
     async def _server(
-        self, request: SampleRequest, exposure: Exposure, patience: _Patience
+        self,
+        request: SampleRequest,
+        adapter: rows.Adapter | None,
+        exposure: Exposure,
+        patience: _Patience,
     ) -> AsyncIterator[VLLMActor]:
         """A server with room for it, which is kept for it: the one with least to do, or one that has seen
         the beginning of the prompt if it has hardly more. Raises BackendError if none comes."""
         await trio.lowlevel.checkpoint()
-        while not (free := [replica for replica in self.replicas if replica.has_room(exposure)]):
-            if any(replica.up for replica in self.replicas):
+        while not (free := [one for one in self._ready(adapter) if one.has_room(exposure)]):
+            if self._is_there(adapter):
                 await self._lines[exposure].park()
             elif not await patience.wait(self._change):
                 raise self._unreachable()
@@ -240,12 +259,24 @@ class VLLMPool:
             self._affinities.popitem(last=False)
         return best
 
+    def _ready(self, adapter: rows.Adapter | None) -> list[VLLMActor]:
+        """Those that take requests for it. Raises Refused if none takes adapters."""
+        if adapter is not None and all(replica.there and replica.lacks for replica in self.replicas):
+            raise Refused(self.replicas[0].lacks)
+        return [replica for replica in self.replicas if replica.up and not (adapter and replica.lacks)]
+
+    def _is_there(self, adapter: rows.Adapter | None) -> bool:
+        """Whether one will take it, or is looked at for whether it does."""
+        return any(replica.there and not (adapter and replica.lacks) for replica in self.replicas)
+
     def _unreachable(self) -> BackendError:
-        tried = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.replicas)
         return BackendError(
-            f"vLLM server can't be reached for {self._wait_seconds:g} s (TINK_VLLM_WAIT_SECONDS): {tried}; "
-            "start it (tink vllm), or set VLLM_BASE_URL to where it is"
+            f"vLLM server can't be reached for {self._wait_seconds:g} s (TINK_VLLM_WAIT_SECONDS): "
+            f"{self._tried()}; start it (tink vllm), or set VLLM_BASE_URL to where it is"
         )
+
+    def _tried(self) -> str:
+        return "; ".join(f"{replica.url}: {replica.reason}" for replica in self.replicas)
 
 
 def _beginnings(request: SampleRequest) -> Iterator[bytes]:

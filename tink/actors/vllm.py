@@ -1,8 +1,9 @@
 """One vLLM server: whether it is there, and the samples that it runs.
 
-It is away until it answers, samples, and has its adapters; then it is ready. A call that goes wrong puts it
-in doubt: no more requests, until it has been looked at. One that fails, hangs or was restarted is away
-again, and what it was running is moved. vLLM's traps, of which each rule here is one: docs/vllm.md.
+It is away until it answers, samples, and has its adapters; then it is ready. A call that goes wrong, or a
+look that it leaves unanswered, puts it in doubt: no more requests, until it has been looked at. One that
+fails, hangs or was restarted is away again, and what it was running is moved. vLLM's traps, of which each
+rule here is one: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import trio
 
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
+from tink.actors.placements import Placements
 from tink.actors.replica_adapters import LoadFailures, ReplicaAdapters
 from tink.backends import base_model
 from tink.backends.flavour import flavour
@@ -29,6 +31,7 @@ from tink.backends.replica import (
     ReplicaGone,
     Sampled,
     Served,
+    Silent,
     Unsent,
 )
 from tink.backends.trl import UNKNOWN_CONTEXT, TrlClient
@@ -40,6 +43,7 @@ from tink.journal.journal import Journal
 from tink.limits import (
     ADAPTERS_REGISTERED,
     REPLICA_BEAT_SECONDS,
+    REPLICA_SILENT_SECONDS,
     REPLICA_SLOTS,
     REPLICA_STALL_SECONDS,
     SUSPECTS_TOGETHER,
@@ -70,8 +74,8 @@ class _Call:
 
 
 class _Life:
-    """The server from when it had its adapters until it fails. `adapters`: None for an old TRL, which has
-    none. `finished`: calls that ended well. `doubt`, `over`: why."""
+    """The server from when it had its adapters until it fails. `adapters`: None if it takes none.
+    `finished`: calls that ended well. `doubt`, `over`: why."""
 
     def __init__(
         self, server: VllmClient | TrlClient, served: Served, adapters: ReplicaAdapters | None
@@ -81,7 +85,7 @@ class _Life:
         self.calls: set[_Call] = set()
         self.finished = 0
         self.compared_with: TrainerStarted | None = None
-        self.doubt: str | None = None
+        self.doubt: ReplicaGone | None = None
         self.over: str | None = None
 
     def end(self, reason: str) -> None:
@@ -107,14 +111,15 @@ class _Life:
 
 
 class Peers(Protocol):
-    """What a server belongs to. `failures`: of all of them."""
+    """What a server belongs to. `placements`, `failures`: of all of them."""
 
+    placements: Placements
     failures: LoadFailures
 
     def changed(self) -> None:
         """One begins or ceases to take requests."""
 
-    def compare(self, newcomer: VLLMActor, served: Served, probe: Probe) -> None:
+    def compare(self, newcomer: VLLMActor, served: Served, probe: Probe | None) -> None:
         """Raises Refused if it may not serve beside the others."""
 
     def trained(self) -> TrainerStarted | None:
@@ -145,11 +150,17 @@ class VLLMActor:
         # Of the present server, or the one before.
         self.served: Served | None = None
         self.probe: Probe | None = None
-        self._lacks = ""
+        # Why it takes no adapters.
+        self.lacks = ""
         self._life: _Life | None = None
         self._look = trio.Event()
         self._backoff = Backoff()
         self._told: str | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether it serves, though it may be in doubt."""
+        return self._life is not None
 
     @property
     def up(self) -> bool:
@@ -161,7 +172,7 @@ class VLLMActor:
         """For people: `ready`, and what it lacks; or why it is waited for."""
         if not self.up:
             return f"awaited: {self.reason}"
-        return f"ready, for the base model alone: {self._lacks}" if self._lacks else "ready"
+        return f"ready, for the base model alone: {self.lacks}" if self.lacks else "ready"
 
     @property
     def waiting(self) -> int:
@@ -173,14 +184,13 @@ class VLLMActor:
     async def run(self) -> None:
         """Follows the server for ever."""
         while True:
+            reason = "the worker has stopped following it"
             try:
                 reason = await self._follow()
             except BackendError as error:
                 reason = str(error)
             finally:
-                if self._life is not None:
-                    self._lose("the worker has stopped following it")
-            self._lose(reason)
+                self._lose(reason)
             await self._backoff.pause()
 
     def _lose(self, reason: str) -> None:
@@ -209,45 +219,46 @@ class VLLMActor:
             ) as client,
             trio.open_nursery() as nursery,
         ):
-            adapters = ReplicaAdapters(
+            try:
+                life = await self._meet(client, nursery)
+                await self._watch(life, client)
+            except BackendError as error:
+                reason = str(error)
+                self._lose(reason)  # before the nursery ends, and with it the server's adapters
+            nursery.cancel_scope.cancel()
+        return reason
+
+    async def _meet(self, client: VllmClient, nursery: trio.Nursery) -> _Life:
+        served = await client.served()
+        # It samples a token for that: a server that is paused or draining is healthy and does not.
+        probe = await self._probe(client, served)
+        life = _Life(client, served, None)
+        await self._check_base_model(life)
+        life.load = await client.load()  # one that says nothing of its load is of no use
+        self.lacks = ""
+        try:
+            await client.check_takes_adapters()
+        except Refused as error:
+            self.lacks = str(error)
+            log.warning("vllm server serves the base model alone", url=self.url, reason=self.lacks)
+        else:
+            life.adapters = ReplicaAdapters(
                 client,
+                (await client.served()).adapters,
                 self._journal,
                 self._folder,
+                self._peers.placements,
                 self._peers.failures,
                 self._doubt,
                 most=self._registered,
             )
-            nursery.start_soon(adapters.run)
-            try:
-                life = await self._meet(client, adapters)
-                await self._watch(life, client, adapters)
-            except BackendError as error:
-                reason = str(error)
-                # Before the nursery ends: whoever waits for an adapter waits no longer.
-                if self._life is not None:
-                    self._lose(reason)
-            nursery.cancel_scope.cancel()
-        return reason
-
-    async def _meet(self, client: VllmClient, adapters: ReplicaAdapters) -> _Life:
-        served = await client.served()
-        # It samples a token for that: a server that is paused or draining is healthy and does not.
-        probe = await self._probe(client, served)
-        life = _Life(client, served, adapters)
-        await self._check_base_model(life)
-        life.load = await client.load()  # one that says nothing of its load is of no use
-        self._lacks = ""
-        try:
-            await client.check_takes_adapters()
-        except Refused as error:
-            self._lacks = str(error)
-            log.warning("vllm server serves the base model alone", url=self.url, reason=self._lacks)
-        else:
-            await adapters.reconcile(served.adapters)
+            nursery.start_soon(life.adapters.run)
+            await life.adapters.complete()
         self._peers.compare(self, served, probe)
         self.probe = probe
         self._take(life)
-        log.info("vllm server ready", url=self.url, model=served.base_model, adapters=len(adapters))
+        count = 0 if life.adapters is None else len(life.adapters)
+        log.info("vllm server ready", url=self.url, model=served.base_model, adapters=count)
         if probe.mode == "processed":
             log.warning(
                 "vllm server gives processed logprobs",
@@ -256,45 +267,59 @@ class VLLMActor:
             )
         return life
 
-    async def _watch(self, life: _Life, client: VllmClient, adapters: ReplicaAdapters) -> NoReturn:
+    async def _watch(self, life: _Life, client: VllmClient) -> NoReturn:
         """Raises BackendError when it fails."""
-        progress, moved_at = (-1, 0), self._world.monotonic()
+        progress, moved_at, heard_at = (-1, 0), self._world.monotonic(), self._world.monotonic()
         while True:
-            self._look = trio.Event()
-            with trio.move_on_after(REPLICA_BEAT_SECONDS):
-                await self._look.wait()
-            await self._check(life, client, adapters)
+            await self._next_look()
+            try:
+                await self._check(life, client)
+            except Silent as error:
+                self._doubt(error)
+                if self._world.monotonic() - heard_at > REPLICA_SILENT_SECONDS:
+                    raise
+                continue
+            heard_at = self._world.monotonic()
             now = life.load.generated, life.finished
             if now != progress or not self.outstanding:
-                progress, moved_at = now, self._world.monotonic()
-            elif self._world.monotonic() - moved_at > REPLICA_STALL_SECONDS:
+                progress, moved_at = now, heard_at
+            elif heard_at - moved_at > REPLICA_STALL_SECONDS:
                 # A long prompt takes its time, and lets a short one pass.
                 await self._probe(client, life.served)
-                moved_at = self._world.monotonic()
+                moved_at = heard_at = self._world.monotonic()
 
-    async def _check(self, life: _Life, client: VllmClient, adapters: ReplicaAdapters) -> None:
+    async def _next_look(self) -> None:
+        """After a while, or a doubt."""
+        with trio.move_on_after(REPLICA_BEAT_SECONDS):
+            await self._look.wait()
+        self._look = trio.Event()
+
+    async def _check(self, life: _Life, client: VllmClient) -> None:
+        doubt, before = life.doubt, life.load.generated
         if not await client.health():
             raise ReplicaGone("it is not healthy")
-        since = adapters.changes
-        adapters.observe((await client.served()).adapters, since)
+        if life.adapters is not None:
+            since = life.adapters.changes
+            life.adapters.observe((await client.served()).adapters, since)
         load = await client.load()
-        if load.generated < life.load.generated:
+        if load.generated < before:
             raise ReplicaGone(
                 "it was restarted; or several servers answer at this URL: then list each of them in "
                 "VLLM_BASE_URL"
             )
         life.load = load
         await self._check_base_model(life)
-        if life.doubt is not None:
+        if doubt is None:
+            return
+        if isinstance(doubt, Aborted) or load.generated == before:
             try:
                 await self._probe(client, life.served)
             except BackendError:
                 if not life.calls:
                     raise
                 return  # it drains: what it has under way may end well
+        if life.doubt is doubt:
             life.doubt, self.reason = None, "it answers"
-            if not self._lacks:
-                adapters.want()  # versions were made meanwhile
             self._peers.changed()
 
     async def _check_base_model(self, life: _Life) -> None:
@@ -305,30 +330,33 @@ class VLLMActor:
             life.compared_with = trainer
 
     async def _probe(self, client: VllmClient, served: Served) -> Probe:
-        """Samples one token. ReplicaGone if it does not come."""
-        with trio.move_on_after(REPLICA_STALL_SECONDS):
-            return await client.probe(served.base_model)
-        raise ReplicaGone(
-            f"it answers, and has sampled not one token in {REPLICA_STALL_SECONDS:.0f} s: is it paused?"
-        )
+        """Samples one token. ReplicaGone if it does not come, and none of others either."""
+        seconds = REPLICA_STALL_SECONDS
+        while True:
+            before = (await client.load()).generated
+            with trio.move_on_after(seconds):
+                return await client.probe(served.base_model)
+            if (await client.load()).generated == before:
+                raise ReplicaGone(
+                    f"it answers, and has sampled not one token in {seconds:.0f} s: is it paused?"
+                )
+            seconds *= 2  # it has much to do
 
     async def _follow_old(self, client: TrlClient) -> str:
         """An old `trl vllm-serve`: the base model, and nothing else."""
-        # It does not say how large its context is, and hangs on a prompt that is longer.
-        trainer = self._peers.trained()
-        context = UNKNOWN_CONTEXT if trainer is None else trainer.max_context
-        life = _Life(client, Served("base", "", context, {}, "trl"), None)
-        self._lacks = BASE_ONLY
+        life = _Life(client, Served("base", "", UNKNOWN_CONTEXT, {}), None)
+        self._peers.compare(self, life.served, None)
+        self.lacks, self.probe = f"{self.url}: {BASE_ONLY}", None
         self._take(life)
         log.warning("old trl server ready", url=self.url, remedy=BASE_ONLY)
         while True:
-            self._look = trio.Event()
-            with trio.move_on_after(REPLICA_BEAT_SECONDS):
-                await self._look.wait()
+            await self._next_look()
+            doubt = life.doubt
             if not await client.health():
                 return "it is not healthy"
-            life.doubt = None
-            self._peers.changed()
+            if doubt is not None and life.doubt is doubt:
+                life.doubt = None
+                self._peers.changed()
 
     # -- adapters -------------------------------------------------------------------------------------
 
@@ -340,7 +368,7 @@ class VLLMActor:
             return False
         try:
             with life.call():
-                await self._adapters(life).load(adapter, known=False)
+                await self._adapters(life).load(adapter)
         except ReplicaGone:
             return False
         return True
@@ -364,7 +392,7 @@ class VLLMActor:
 
     def _adapters(self, life: _Life) -> ReplicaAdapters:
         if life.adapters is None:
-            raise Refused(f"{self.url}: {BASE_ONLY}")
+            raise Refused(self.lacks)
         return life.adapters
 
     # -- samples --------------------------------------------------------------------------------------
@@ -388,7 +416,7 @@ class VLLMActor:
         """Raises ReplicaGone or AdapterMissing if it should be sent elsewhere, Refused or UserError if it
         will not be served. Cancelled, the server gives it up."""
         life = self._life
-        if life is None:
+        if life is None or life.doubt is not None:
             raise Unsent(self.reason)
         try:
             with life.call() as call:
@@ -405,9 +433,12 @@ class VLLMActor:
         server, served = life.server, life.served
         if isinstance(server, TrlClient):
             if adapter is not None:
-                raise Refused(f"{self.url}: {BASE_ONLY}")
+                raise Refused(self.lacks)
+            # It does not say how large its context is, and hangs on a prompt that is longer.
+            trained = self._peers.trained()
+            context = served.max_context if trained is None else trained.max_context
             call.sent = True
-            return await server.sample(request, max_context=served.max_context)
+            return await server.sample(request, max_context=context)
         if adapter is None:
             call.sent = True
             try:
@@ -432,6 +463,6 @@ class VLLMActor:
         log.warning("vllm call " + kind, url=self.url, reason=str(error))
         life = life or self._life
         if life is not None and life is self._life:
-            life.doubt = self.reason = str(error)
+            life.doubt, self.reason = error, str(error)
             self._look.set()
             self._peers.changed()

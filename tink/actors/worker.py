@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.catalogue import Backends, Base, Catalogue
 from tink.actors.megatron import MegatronActor
+from tink.actors.placements import TRAINER, Placements
 from tink.actors.pool import VLLMPool
 from tink.actors.retention import Retention
 from tink.actors.router import Router
@@ -43,11 +43,14 @@ async def open_worker(
     )
     folder = ArtifactFolder(settings.artifact_root, world)
     pool = None
+    if routes.sampling != "vllm":
+        await Placements.follow(journal, [TRAINER])
     if routes.sampling == "vllm":
         pool = VLLMPool(
             settings.vllm_urls,
             journal,
             folder,
+            await Placements.follow(journal, settings.vllm_urls),
             world,
             token=settings.vllm_api_key,
             wait_seconds=settings.vllm_wait_seconds,
@@ -92,8 +95,6 @@ async def open_worker(
         sample=sampler.jobs.send if sampled else None,
         withdraw=sampler.jobs.withdraw,
     )
-
-    await placements.settle(journal, [placements.TRAINER] if pool is None else settings.vllm_urls)
 
     async def train() -> None:
         await router.restarted("train", megatron.jobs.clear)

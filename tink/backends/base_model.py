@@ -51,9 +51,16 @@ async def check(trained: TrainerStarted, served: Served, url: str, world: World)
             )
 
 
-def check_alike(served: Served, probe: Probe, other: Served, others: Probe, url: str) -> None:
-    """Raises Refused if a server's samples would not be those of another one, at `url`, that serves."""
+def check_alike(served: Served, probe: Probe | None, other: Served, others: Probe | None, url: str) -> None:
+    """Raises Refused if a server's samples would not be those of another one, at `url`, that serves. An old
+    TRL has no probe."""
     remedy = f"is not like the one at {url}: start all of VLLM_BASE_URL with the same model and options"
+    if probe is None or others is None:
+        if probe is not others:
+            raise Refused(
+                f"one of them is a trl vllm-serve before 1.11, which samples otherwise; it {remedy}"
+            )
+        return
     if served.max_context != other.max_context:
         raise Refused(
             f"its context (--max-model-len) is {served.max_context}, the other's {other.max_context}; it "

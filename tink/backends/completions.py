@@ -23,12 +23,10 @@ import msgspec
 from tink.backends.replica import Aborted, ReplicaGone, Sampled
 from tink.errors import UserError
 from tink.limits import (
-    ANSWER_SECONDS,
     MAX_NUM_SAMPLES,
     MAX_STOPS,
     MAX_TOPK,
     MAX_TOPK_CELLS,
-    TOKEN_SECONDS,
 )
 from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
@@ -45,12 +43,10 @@ NEVER = -9999.0
 
 
 class Call(NamedTuple):
-    """A body for `/v1/completions`. `model`: the name in it. `seconds`: an answer takes no longer, or the
-    server hangs."""
+    """A body for `/v1/completions`. `model`: the name in it."""
 
     body: bytes
     model: str
-    seconds: float
 
 
 def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
@@ -89,8 +85,7 @@ def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
         "echo": False,
         "stream": False,
     }
-    seconds = ANSWER_SECONDS + most * TOKEN_SECONDS
-    return Call(msgspec.json.encode(body), model, seconds)
+    return Call(msgspec.json.encode(body), model)
 
 
 def check(request: SampleRequest, max_context: int) -> None:

@@ -15,12 +15,12 @@ _STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 
 class NoAnswer(Exception):
-    """No connection, a broken one, or no whole answer in time. `sent`: there was a connection, so that
-    whether the call was served is not known."""
+    """No connection, a broken one, or no whole answer in time. `sent`: the server may have had the call, so
+    that whether it was served is not known. `late`: the time was up."""
 
-    def __init__(self, reason: str, *, sent: bool) -> None:
+    def __init__(self, reason: str, *, sent: bool, late: bool = False) -> None:
         super().__init__(reason)
-        self.sent = sent
+        self.sent, self.late = sent, late
 
 
 class Answer(NamedTuple):
@@ -42,7 +42,7 @@ async def exchange(
     made once more, on another one; only for what may be served twice. Cancelled, it closes its own."""
     if client.is_closed:
         raise NoAnswer("the link to it is closed", sent=False)
-    received = bytearray()
+    received, broken = bytearray(), False
     try:
         # One deadline for the whole exchange: a trickle of bytes would reset httpx's own time-outs.
         with trio.fail_after(seconds) as scope:
@@ -63,10 +63,12 @@ async def exchange(
                 except _STALE:
                     if not again:
                         raise
-                    again = False
+                    # It may have been the call that has killed the server.
+                    again, broken = False, True
                     received.clear()
     except (httpx.HTTPError, trio.TooSlowError) as error:
         reason = str(error) or type(error).__name__
         if len(received) > MAX_ANSWER:
             reason = f"its answer is longer than {MAX_ANSWER} bytes"
-        raise NoAnswer(reason, sent=not isinstance(error, _UNSENT)) from error
+        late = isinstance(error, trio.TooSlowError | httpx.ReadTimeout | httpx.WriteTimeout)
+        raise NoAnswer(reason, sent=broken or not isinstance(error, _UNSENT), late=late) from error

@@ -21,6 +21,10 @@ class Unsent(ReplicaGone):
     """The server has nothing of the request: it was gone before it could be sent, or did not take it."""
 
 
+class Silent(ReplicaGone):
+    """The server has not answered in time: it hangs, or has too much to do."""
+
+
 class AdapterMissing(BackendError):
     """The server has no adapter of this name (any more): load it, then ask again."""
 
@@ -38,13 +42,12 @@ class Served(NamedTuple):
     root: str
     max_context: int
     adapters: Mapping[str, str]
-    version: str
 
 
 class Load(NamedTuple):
     """Sequences that are computed, and that wait (also for a place for their adapter); the used part of
     the KV cache, 0 to 1; and the tokens generated since the server's start: if that stands still while
-    sequences run, the server hangs."""
+    sequences run, the server hangs, and it never gets less in one life."""
 
     running: int
     waiting: int

@@ -8,6 +8,7 @@ connections for the next call: cost per call is the same at any number in flight
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 
@@ -17,6 +18,13 @@ import trio
 
 # A connection that has been idle this long may have been closed by the other side.
 KEEPALIVE_SECONDS = 30.0
+# The kernel asks a silent peer whether it is there, after a minute four times: an answer may take hours.
+PROBED = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+]
 
 
 class SlotTransport(httpx.AsyncBaseTransport):
@@ -75,7 +83,9 @@ class SlotTransport(httpx.AsyncBaseTransport):
             if connection.is_available() and not connection.has_expired():
                 return connection
             await _close(connection)
-        return httpcore.AsyncHTTPConnection(self._origin, keepalive_expiry=KEEPALIVE_SECONDS)
+        return httpcore.AsyncHTTPConnection(
+            self._origin, keepalive_expiry=KEEPALIVE_SECONDS, socket_options=PROBED
+        )
 
     async def give_back(
         self, connection: httpcore.AsyncHTTPConnection, token: object, *, clean: bool

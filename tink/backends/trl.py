@@ -18,7 +18,7 @@ import trio
 
 from tink.backends import completions
 from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import Refused, ReplicaGone, Sampled, Unsent
+from tink.backends.replica import Refused, ReplicaGone, Sampled, Silent, Unsent
 from tink.errors import UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
 from tink.trainer.protocol import SampleRequest
@@ -45,31 +45,36 @@ class TrlClient:
     def __init__(self, client: httpx.AsyncClient, url: str) -> None:
         self._client, self.url = client, url
         self._turn = trio.CapacityLimiter(1)
+        self._hangs = False
 
     @classmethod
     @asynccontextmanager
     async def connect(cls, url: str, world: World) -> AsyncIterator[TrlClient]:
-        transport = world.http_transport(url, 1)
+        transport = world.http_transport(url, 2)  # a look beside the call
         async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
             yield cls(client, url)
 
     async def health(self) -> bool:
-        """Whether it answers. One that computes for this client cannot, and is taken to be well."""
-        if self._turn.borrowed_tokens:
+        """Whether it answers. One that computes for this client cannot, and is taken to be well, unless it
+        has been late once."""
+        if self._turn.borrowed_tokens and not self._hangs:
             return True
         try:
-            async with self._turn:
-                return (await self._exchange("GET", "/health/", HEALTH_SECONDS)).status == 200
+            return (await self._exchange("GET", "/health/", HEALTH_SECONDS)).status == 200
         except ReplicaGone:
             return False
 
-    async def sample(self, request: SampleRequest, *, max_context: int = UNKNOWN_CONTEXT) -> Sampled:
+    async def sample(self, request: SampleRequest, *, max_context: int) -> Sampled:
         """By the base model. Raises UserError for what this server cannot do. It does not tell how large a
         context it has, and a prompt that is longer makes it hang for ever: pass what is known."""
         body = encode(request, max_context)
         seconds = ANSWER_SECONDS + (_longest(request, max_context) or 0) * TOKEN_SECONDS
         async with self._turn:
-            answer = await self._exchange("POST", "/generate/", seconds, body)
+            try:
+                answer = await self._exchange("POST", "/generate/", seconds, body)
+            except Silent:
+                self._hangs = True
+                raise
         if answer.status != 200:
             reason = answer.content[:MAX_REASON].decode(errors="replace")
             raise ReplicaGone(f"the TRL server at {self.url} failed: {answer.status} {reason}")
@@ -86,7 +91,7 @@ class TrlClient:
         try:
             return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
         except NoAnswer as error:
-            kind = ReplicaGone if error.sent else Unsent
+            kind = Silent if error.late else ReplicaGone if error.sent else Unsent
             raise kind(f"the TRL server at {self.url} does not answer: {error}") from error
 
 

@@ -25,11 +25,13 @@ from tink.backends.replica import (
     ReplicaGone,
     Sampled,
     Served,
+    Silent,
     Unsent,
 )
 from tink.errors import UserError
 from tink.limits import (
     ADAPTER_SECONDS,
+    COMPLETION_SECONDS,
     HEALTH_SECONDS,
     INLINE_BYTES,
     MAX_REASON,
@@ -54,10 +56,6 @@ class _Model(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Model]
-
-
-class _Version(msgspec.Struct):
-    version: str
 
 
 class VllmClient:
@@ -86,20 +84,22 @@ class VllmClient:
     # -- the server ---------------------------------------------------------------------------------
 
     async def health(self) -> bool:
-        """Whether its engine lives. It also does while paused, asleep or draining."""
+        """Whether its engine lives. It also does while paused, asleep or draining. Raises Silent if there
+        is no answer in time."""
         try:
             return (await self._exchange("GET", "/health", HEALTH_SECONDS)).status == 200
+        except Silent:
+            raise
         except ReplicaGone:
             return False
 
     async def served(self) -> Served:
         models = self._decoded(await self._get("/v1/models"), _Models).data
-        version = self._decoded(await self._get("/version"), _Version).version
         base = next((model for model in models if model.parent is None), None)
         if base is None or base.max_model_len is None:
             raise ReplicaGone(f"the vLLM server at {self.url} names no base model")
         adapters = {model.id: model.root or "" for model in models if model.parent is not None}
-        return Served(base.id, base.root or "", base.max_model_len, adapters, version)
+        return Served(base.id, base.root or "", base.max_model_len, adapters)
 
     async def load(self) -> Load:
         sums, most = _gauges(await self._get("/metrics"))
@@ -209,7 +209,7 @@ class VllmClient:
     async def complete(self, call: Call) -> bytes:
         """The answer of `/v1/completions`, for `completions.decode` to judge."""
         for _ in range(NOT_FINITE_TRIES):
-            answer = await self._exchange("POST", "/v1/completions", call.seconds, call.body)
+            answer = await self._exchange("POST", "/v1/completions", COMPLETION_SECONDS, call.body)
             if answer.status == 200:
                 return answer.content
             reason = _reason(answer)
@@ -217,8 +217,6 @@ class VllmClient:
                 break
         if answer.status == 404 and "does not exist" in reason:
             raise AdapterMissing(f"the vLLM server at {self.url} does not serve {call.model!r}")
-        if answer.status in (408, 429, 503):
-            raise Unsent(f"the vLLM server at {self.url} takes no request now: {answer.status} {reason}")
         if answer.status in (400, 422):
             raise UserError(_fault(reason))
         self._check_answered(answer, reason)
@@ -240,7 +238,9 @@ class VllmClient:
         """Returns if the answer is a refusal of the call itself."""
         if answer.status in (401, 403):
             raise Refused(f"the vLLM server at {self.url} wants its API key: {reason}")
-        if answer.status not in range(400, 500) or answer.status in (408, 429):
+        if answer.status in (408, 429, 503):
+            raise Unsent(f"the vLLM server at {self.url} takes no request now: {answer.status} {reason}")
+        if answer.status not in range(400, 500):
             raise ReplicaGone(f"the vLLM server at {self.url} failed: {answer.status} {reason}")
 
     async def _exchange(
@@ -250,7 +250,7 @@ class VllmClient:
             # Anything here may be done twice, and an idle connection is closed by vLLM after 5 s.
             return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
         except NoAnswer as error:
-            kind = ReplicaGone if error.sent else Unsent
+            kind = Silent if error.late else ReplicaGone if error.sent else Unsent
             raise kind(f"the vLLM server at {self.url} does not answer: {error}") from error
 
     def _decoded(self, content: bytes, kind: Any) -> Any:

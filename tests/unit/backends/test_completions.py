@@ -123,11 +123,6 @@ def test_the_prompts_logprobs_are_asked_for_only_when_they_are_wanted() -> None:
     assert sent(topk_prompt_logprobs=5)["prompt_logprobs"] == 5
 
 
-def test_a_call_may_take_longer_the_more_tokens_it_asks_for() -> None:
-    few, many = (encode(asking(max_tokens=n), model="m@1", max_context=10_000).seconds for n in (10, 5_000))
-    assert 0 < few < many < math.inf
-
-
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
