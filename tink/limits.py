@@ -153,6 +153,8 @@ REPLICA_STALL_SECONDS = 60.0
 # Failures of servers in loading one adapter: those of one go count once, and none for longer than that.
 LOAD_ROUND_SECONDS = 4.0
 LOAD_FAILURES_SECONDS = 600.0
+# One that has aborted a request, and then generates nothing for so long, is paused.
+REPLICA_PAUSED_SECONDS = 20.0
 # Samples that were out when a server died: so many of them at once at one server, until another one dies.
 SUSPECTS_TOGETHER = 16
 # Requests that wait for the trainer to score their prompts beside the samples that run; more hold these up.

@@ -47,8 +47,11 @@ class Op(NamedTuple):
 
 
 class Model(NamedTuple):
+    """`unloaded`: at its end."""
+
     tenant: str
     ops: list[Op]
+    unloaded: bool = False
 
 
 class Program(NamedTuple):
@@ -71,11 +74,13 @@ def program(seed: int) -> Program:
     rng = random.Random(f"program {seed}")
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     models = []
+    chance = random.Random(f"unloaded {seed}")
     for _ in range(rng.randint(1, 3)):
         drawn = rng.choices(kinds, weights, k=rng.randint(4, 18))
         if rng.random() < 0.1:
             drawn.insert(rng.randrange(len(drawn)), "hole")
-        models.append(Model(rng.choice(TENANTS), [Op(kind, rng.randrange(10**6)) for kind in drawn]))
+        ops = [Op(kind, rng.randrange(10**6)) for kind in drawn]
+        models.append(Model(rng.choice(TENANTS), ops, chance.random() < 0.3))
     # Where nothing is kept that nobody needs, a result stays for an hour of the wall clock: its client must
     # have come for it by then.
     tidy = rng.random() < 0.5
@@ -119,7 +124,7 @@ class Client:
 
     def __init__(self, cluster: Cluster, session: str, number: int, model: Model) -> None:
         self._cluster, self._session, self._number = cluster, session, number
-        self._tenant, self._ops = model
+        self._tenant, self._ops, self._unloaded = model
         self._rng = random.Random(f"client {number} {model}")
         self._model = ids.model_id(session, number)
         self._seq = 1
@@ -150,6 +155,10 @@ class Client:
                 if op.kind in ("sampler", "named"):
                     await self._new_weights(op)
         await self._flush()
+        if self._unloaded:
+            ask = messages.UnloadModel(self._tenant, self._session, self._model)
+            promise: messages.Promise = await self._cluster.ask(ask)
+            self._pending.append((Op("unload", 0), ask, promise.request_id))
         for op, question, job in self._pending:
             gained.append(await self._gain(op, question, job))
         for seq in self._holes:

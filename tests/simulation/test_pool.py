@@ -24,7 +24,7 @@ from tests.vllm.double import VllmDouble
 from tink.actors import pool as pools
 from tink.actors import vllm as actors
 from tink.domain import messages
-from tink.errors import BackendError
+from tink.errors import BackendError, NotFound
 from tink.limits import REPLICA_STALL_SECONDS
 from tink.trainer import protocol
 
@@ -287,6 +287,70 @@ async def test_what_is_deleted_is_taken_out_before_its_files_go(
         assert len(left) == 1
         assert [server.lives for server in vllm] == [1, 1]
         assert await other.sample(kept) == other.right(kept)
+        cluster.check_journal()
+
+
+async def test_a_model_that_is_unloaded_is_nowhere_any_more_but_for_what_was_saved_by_name(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    vllm = servers(2)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster:
+        await up(cluster, 2)
+        user, other = [await User.begin(cluster, number) for number in range(2)]
+        await user.train()
+        await user.save_named("best")
+        await user.train()
+        sampler = await user.save()
+        open_sample = await user.ask(sampler)
+        await cluster.submit(user.model, user.seq + 1, "forward_backward", b"the last batch")
+        unload = messages.UnloadModel(TENANT, user.session, user.model)
+        promise = await cluster.ask(unload)
+        assert await cluster.ask(unload) == promise
+        outcome = await cluster.outcome(promise.request_id)
+        assert outcome.result == {"model_id": user.model, "type": "unload_model"}
+        assert (await cluster.outcome(f"{user.model}:{user.seq + 1}")).state == "done", "it came before"
+        assert (await cluster.outcome(open_sample)).body == user.right(sampler)
+        await trio.sleep(130.0)
+        # Not on the servers, not on the disk, not at the trainer, not for its client.
+        for server in vllm:
+            assert not [name for name in server.adapters if user.model in name]
+            assert len(server.adapters) == 1
+        assert {state for (version, _), state in placements(cluster).items() if version != "0"} == {"gone"}
+        left = {path.name for path in cluster.trainer.artifacts.rglob("*-save_weights_for_sampler")}
+        assert len(left) == 1
+        with pytest.raises(NotFound):
+            await cluster.router_ask(messages.GetModel(TENANT, user.model))
+        late = await cluster.submit(user.model, user.seq + 3, "forward_backward", b"too late")
+        assert "was unloaded" in str((await cluster.outcome(late.request_id)).error)
+        assert "their model was unloaded" in str((await cluster.outcome(await user.ask(sampler, 1))).error)
+        # What has a name is loaded when somebody asks for it.
+        path = f"tinker://{user.model}/sampler_weights/best"
+        best = (await cluster.ask(messages.CreateSampler(TENANT, user.session, 99, model_path=path))).id
+        assert await user.sample(best) == user.right(best)
+        await trio.sleep(30.0)
+        assert any(user.model in name for server in vllm for name in server.adapters), "it has a sampler"
+        # The same promise, whenever it is asked again; also by another life of the worker.
+        cluster.crash_worker()
+        await cluster.start_worker()
+        assert await cluster.ask(unload) == promise
+        assert await other.sample(await other.save())
+        cluster.check_journal()
+
+
+async def test_a_model_that_the_trainer_has_lost_is_unloaded_without_a_redo(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        user = await User.begin(cluster)
+        for _ in range(5):
+            await user.train()
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        promise = await cluster.ask(messages.UnloadModel(TENANT, user.session, user.model))
+        assert (await cluster.outcome(promise.request_id)).state == "done"
+        assert not cluster.nature.counts["operations redone"]
+        other = await User.begin(cluster, 1)
+        await other.train()
         cluster.check_journal()
 
 

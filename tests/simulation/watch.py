@@ -160,7 +160,7 @@ class Watch:
                 continue
             if job.seq_id == 0 and job.model_id is not None:
                 model = tables["models"][(job.model_id,)]
-                live = isinstance(model, rows.Model) and model.state == "live"
+                live = isinstance(model, rows.Model) and model.state in ("live", "removed")
                 require(live, f"J5: {job.job_id} is done, and its model is {model}")
             if job.op in ("save_weights", "save_weights_external"):
                 require((job.job_id,) in tables["checkpoints"], f"J5: {job.job_id} has saved nothing")
@@ -186,7 +186,10 @@ class Watch:
         for snapshot in self.rows("snapshots", rows.Snapshot):
             if snapshot.state == "live":
                 taken[snapshot.model_id].append(snapshot.op_no)
+        models = ledger.table("models", rows.Model)
         for job in ledger.table("jobs", rows.Job).values():
+            if job.model_id is not None and models[(job.model_id,)].state == "removed":
+                continue
             # A damaged newest snapshot falls back to the one before it.
             start = min(taken[str(job.model_id)], default=0) if len(taken[str(job.model_id)]) > 1 else 0
             redone = job.state == "done" and job.op in MUTATING and (job.op_no or 0) > start

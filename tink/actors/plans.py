@@ -46,6 +46,10 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
     model_id = _model_id(job)
     if job.op != "create_model" and job.seq_id != 0:
         model = context.ledger.table("models", rows.Model)[(model_id,)]
+        if model.state == "removed":
+            raise UserError(
+                f"the model {model_id} was unloaded: make another one, from what was saved of it"
+            )
         if model.state != "live":
             raise UserError(f"the model {model_id} was never made: its creation failed")
     match job.op:
@@ -61,6 +65,8 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
         case "load_weights":
             load = _load_weights(job, requests.decode(body, requests.LoadWeights), context)
             return _exporting(load, model_id, op_no, context)
+        case "unload_model":
+            return Plan(protocol.RemoveModel())
     directory = ids.directory(model_id, op_no, job.op)
     match job.op:
         case "save_weights":
@@ -303,6 +309,8 @@ def conclusion(
             return None, []
         case "optim_step":
             return {"metrics": result.metrics}, []
+        case "unload_model":
+            return {"model_id": model_id, "type": "unload_model"}, _removed(job, context.ledger)
         case "create_model":
             create = requests.decode(body, requests.CreateModel)
             return _created(job, create.user_metadata, None, result, context)
@@ -328,6 +336,16 @@ def conclusion(
             return _saved(job, "external_weights", external, plan, result, context, now, None)
     request = requests.decode(body, requests.SaveWeightsForSampler)
     return _saved(job, "sampler_weights", request, plan, result, context, now, adapter)
+
+
+def _removed(job: rows.Job, ledger: Ledger) -> list[Entry]:
+    """Nothing of the model is redone any more."""
+    entries: list[Entry] = [(subject(job), events.ModelRemoved())]
+    for snapshot in ledger.table("snapshots", rows.Snapshot).values():
+        if snapshot.model_id == job.model_id and snapshot.state == "live":
+            dropped = events.SnapshotDropped(snapshot_id=snapshot.snapshot_id, reason="pruned")
+            entries.append((subject(job), dropped))
+    return entries
 
 
 def _created(
@@ -408,6 +426,7 @@ def subject(job: rows.Job, **more: str | None) -> Subject:
 # Why the weights of a sampler are there no more.
 _GONE = {
     "finished": "its session was finished",
+    "removed": "their model was unloaded",
     "idle": "it had no request for TINK_RETENTION_HOURS",
     "deleted": "their checkpoint was deleted, and it had no request for TINK_RETENTION_HOURS since",
 }

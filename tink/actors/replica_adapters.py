@@ -116,6 +116,8 @@ class ReplicaAdapters:
         # How many are about to send a request, or wait for one.
         self._using: Counter[str] = Counter()
         self._orders: dict[str, _Order] = {}
+        # To be taken out, as of the last look.
+        self._spare: list[str] = []
         self._refusals: list[Entry] = []
         # Being loaded or unloaded.
         self._moving: str | None = None
@@ -206,6 +208,7 @@ class ReplicaAdapters:
                     self._held[name] = _Held(path, None)
         if missing or self._exported != self._placements.exported:
             self.want()
+        self._find_spare()
         self._wake.set()
 
     async def complete(self) -> None:
@@ -221,6 +224,7 @@ class ReplicaAdapters:
     async def tidy(self) -> None:
         """Returns once what nobody needs any more was taken out, or could not be."""
         idle = self._idle
+        self._find_spare()
         self._wake.set()
         await idle.wait()
 
@@ -235,8 +239,9 @@ class ReplicaAdapters:
                 await self._unload(stray)
             elif self._orders:
                 await self._serve(*next(iter(self._orders.items())))
-            elif (spare := next(self._spare(), None)) is not None:
-                await self._unload(spare)
+            elif self._spare:
+                if self._is_idle(name := self._spare.pop()):
+                    await self._unload(name)
             elif not self._wake.is_set():
                 idle, self._idle = self._idle, trio.Event()
                 idle.set()
@@ -308,14 +313,17 @@ class ReplicaAdapters:
     def _strays(self) -> Iterator[str]:
         return (name for name, held in self._held.items() if held.adapter is None and not held.stuck)
 
-    def _spare(self) -> Iterator[str]:
+    def _find_spare(self) -> None:
         """Those to be taken out: nobody will sample from them any more, or they are too many."""
-        too_many = len(self._held) > self._most
-        for name, held in self._held.items():
-            if held.adapter is None or held.stuck or not self._is_idle(name):
-                continue
-            if too_many or not self._is_live(held.adapter):
-                yield name
+        needed = adapters.needed(self._journal.ledger)
+        kept = [
+            name
+            for name, held in self._held.items()
+            if held.adapter and held.adapter.adapter_id in needed and self._is_journaled(held.adapter)
+        ]
+        leaving = {name for name, held in self._held.items() if held.adapter} - set(kept)
+        leaving.update(kept[: max(0, len(self._held) - self._most)])
+        self._spare = [name for name in self._held if name in leaving and not self._held[name].stuck]
 
     def _is_idle(self, name: str) -> bool:
         """Whether nobody uses it, and no job is about to give it to the world."""
@@ -326,10 +334,6 @@ class ReplicaAdapters:
             return True
         job = self._journal.ledger.table("jobs", rows.Job).get((held.adapter.job_id,))
         return job is None or job.state not in rows.OPEN
-
-    def _is_live(self, adapter: rows.Adapter) -> bool:
-        row = self._journal.ledger.table("adapters", rows.Adapter).get((adapter.adapter_id,))
-        return row is not None and row.state == "live" and row.directory == adapter.directory
 
     def _is_journaled(self, adapter: rows.Adapter) -> bool:
         """The job that it was placed for may not have ended yet, or have failed."""

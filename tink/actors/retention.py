@@ -76,11 +76,11 @@ class Retention:
             await trio.sleep(RETENTION_SECONDS)
 
     async def _keep_artifacts(self) -> None:
-        """Everything, now and then; and soon when a checkpoint has come to its end."""
+        """Everything, now and then; and soon when a checkpoint or a model has come to its end."""
         ended, passed = 0, -math.inf
         while True:
             await self.expire_checkpoints()
-            last_end = await self._journal.read(upkeep.last_checkpoint_end)
+            last_end = await self._journal.read(upkeep.last_end)
             due = self._world.monotonic() - passed >= RETENTION_SECONDS
             if due or last_end != ended:
                 await self.delete_adapters()

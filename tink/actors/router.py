@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -27,6 +28,7 @@ from tink.domain.lane import Lane
 from tink.domain.requests import DATA_OPS
 from tink.domain.routing import NO_SAMPLING, NO_TRAINING
 from tink.errors import NotFound, Overloaded, TinkError, UserError
+from tink.journal import upkeep
 from tink.journal.journal import Journal
 from tink.limits import MAILBOX, MAX_COMMAND_BODY, MAX_OPEN_JOBS, SEQ_GAP_SECONDS
 from tink.world import World
@@ -82,6 +84,7 @@ class Router:
         self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
         self._gap_watched: set[str] = set()
         self._cancelling: set[str] = set()
+        self._unloading: dict[str, str] = {}  # by model, while the job is being accepted
         self._train: Send | None = None
         self._sample: Send | None = None
         self._withdraw: Withdraw | None = None
@@ -152,6 +155,8 @@ class Router:
         match ask:
             case messages.SubmitTraining():
                 return self._submit_training(ask)
+            case messages.UnloadModel():
+                return self._unload_model(ask)
             case messages.SubmitSample():
                 return self._submit_sample(ask)
             case messages.AwaitOutcome():
@@ -200,6 +205,36 @@ class Router:
         # What a lane waits for is let in whatever else is open: without it the rest cannot end.
         self._reserve(job_id, awaited=ask.seq_id == self._lane(ask.model_id).next_seq)
         return self._accept_training(subject, accepted, ask.body, promise, making)
+
+    def _unload_model(self, ask: messages.UnloadModel) -> Awaitable[messages.Promise]:
+        model = self._model(ask.tenant, ask.model_id)
+        return self._unload_once(ask, model)
+
+    async def _unload_once(self, ask: messages.UnloadModel, model: rows.Model) -> messages.Promise:
+        if model.state == "removed":
+            known = await self._journal.read(partial(upkeep.unloading, model_id=ask.model_id))
+            return messages.Promise(known, model_id=ask.model_id)
+        jobs = self._journal.ledger.table("jobs", rows.Job).values()
+        same = [j.job_id for j in jobs if j.model_id == ask.model_id and j.op == "unload_model"]
+        if other := self._unloading.get(ask.model_id, next(iter(same), None)):
+            return await self._when_accepted(messages.Promise(other, model_id=ask.model_id))
+        on_its_way = (job_id.rpartition(":") for job_id in self._accepting)
+        seqs = [int(seq) + 1 for model_id, _, seq in on_its_way if model_id == ask.model_id]
+        seq = max([self._lane(ask.model_id).end(), *seqs])
+        submit = messages.SubmitTraining(
+            ask.tenant,
+            op="unload_model",
+            session_id=ask.session_id,
+            model_id=ask.model_id,
+            seq_id=seq,
+            body=msgspec.json.encode({"model_id": ask.model_id}),
+        )
+        work = self._submit_training(submit)
+        self._unloading[ask.model_id] = ids.job_id(ask.model_id, seq)
+        try:
+            return await work
+        finally:
+            self._unloading.pop(ask.model_id, None)
 
     def _model(self, tenant: str, model_id: str) -> rows.Model:
         model = self._journal.ledger.table("models", rows.Model).get((model_id,))

@@ -43,6 +43,7 @@ from tink.journal.journal import Journal
 from tink.limits import (
     ADAPTERS_REGISTERED,
     REPLICA_BEAT_SECONDS,
+    REPLICA_PAUSED_SECONDS,
     REPLICA_SILENT_SECONDS,
     REPLICA_SLOTS,
     REPLICA_STALL_SECONDS,
@@ -311,10 +312,12 @@ class VLLMActor:
         await self._check_base_model(life)
         if doubt is None:
             return
-        if isinstance(doubt, Aborted) or load.generated == before:
+        aborts = isinstance(doubt, Aborted)
+        if aborts or load.generated == before:
             try:
-                await self._probe(client, life.served)
-            except BackendError:
+                # One that has aborted something is paused, or drains, and that is told sooner.
+                await self._probe(client, life.served, REPLICA_PAUSED_SECONDS if aborts else None)
+            except Aborted:
                 if not life.calls:
                     raise
                 return  # it drains: what it has under way may end well
@@ -329,9 +332,9 @@ class VLLMActor:
             await base_model.check(trainer, life.served, self.url, self._world)
             life.compared_with = trainer
 
-    async def _probe(self, client: VllmClient, served: Served) -> Probe:
+    async def _probe(self, client: VllmClient, served: Served, patience: float | None = None) -> Probe:
         """Samples one token. ReplicaGone if it does not come, and none of others either."""
-        seconds = REPLICA_STALL_SECONDS
+        seconds = patience or REPLICA_STALL_SECONDS
         while True:
             before = (await client.load()).generated
             with trio.move_on_after(seconds):

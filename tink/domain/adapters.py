@@ -30,8 +30,22 @@ def wanted(ledger: Ledger) -> list[rows.Adapter]:
     found = []
     for adapter in ledger.table("adapters", rows.Adapter).values():
         model = models[(adapter.model_id,)]
-        is_newest = adapter.version == model.versions
+        is_newest = adapter.version == model.versions and model.state != "removed"
         in_use = is_newest and sessions[(model.session_id,)].state == "open"
         if adapter.state == "live" and (in_use or adapter.adapter_id in sampled):
             found.append(adapter)
     return sorted(found, key=lambda adapter: adapter.created_at)
+
+
+def needed(ledger: Ledger) -> set[str]:
+    """The versions that may stay on a server which has them: the wanted ones, and those with a sampler of
+    an open session."""
+    sessions = ledger.table("sessions", rows.Session)
+    sampled = {
+        sampler.adapter_id
+        for sampler in ledger.table("samplers", rows.Sampler).values()
+        if sessions[(sampler.session_id,)].state == "open"
+    }
+    live = ledger.table("adapters", rows.Adapter).values()
+    found = {adapter.adapter_id for adapter in live if adapter.state == "live"} & sampled
+    return {str(adapter_id) for adapter_id in found} | {adapter.adapter_id for adapter in wanted(ledger)}

@@ -161,6 +161,11 @@ class ModelCreated(Event, frozen=True, kw_only=True, tag="model_created"):
     source: str | None = None
 
 
+class ModelRemoved(Event, frozen=True, kw_only=True, tag="model_removed"):
+    """Its client has unloaded it: it is trained no more, and of its weights only what was saved by name
+    stays."""
+
+
 class CheckpointSaved(Event, frozen=True, kw_only=True, tag="checkpoint_saved"):
     """Published: `directory` is complete, its files are synced and named in its manifest. The
     checkpoint's id is that of the job which saved it, for an address may be used again."""
@@ -197,9 +202,10 @@ class AdapterExported(Event, frozen=True, kw_only=True, tag="adapter_exported"):
 
 class AdapterDeleted(Event, frozen=True, kw_only=True, tag="adapter_deleted"):
     """A version is sampled from no more, and its files go: its session was finished, none of its samplers
-    had a request for the retention time, or (a named one) its checkpoint was deleted."""
+    had a request for the retention time, its model was removed, or (a named one) its checkpoint was
+    deleted."""
 
-    reason: Literal["finished", "idle", "deleted"]
+    reason: Literal["finished", "idle", "deleted", "removed"]
 
 
 class AdapterPlaced(Event, frozen=True, kw_only=True, tag="adapter_placed"):
@@ -261,6 +267,7 @@ AnyEvent = (
     | SeqSkipped
     | Diverged
     | ModelCreated
+    | ModelRemoved
     | CheckpointSaved
     | CheckpointChanged
     | CheckpointDeleted

@@ -28,6 +28,10 @@ class Lane:
         self.running = self.waiting.pop(self.next_seq, None)
         return self.running
 
+    def end(self) -> int:
+        """The number behind all that have come."""
+        return max([self.next_seq + (self.running is not None), *(seq + 1 for seq in self.waiting)])
+
     def finish(self, job: str) -> None:
         """The running job ended, well or not: its number is consumed."""
         if self.running != job:

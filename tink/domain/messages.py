@@ -87,6 +87,14 @@ class SubmitTraining(Ask, frozen=True, tag="submit_training"):
     invalid: str | None = None
 
 
+class UnloadModel(Ask, frozen=True, tag="unload_model"):
+    """-> Promise, once the job is durable. It runs after all jobs of the model that have come. Asked again,
+    it is the same job."""
+
+    session_id: str
+    model_id: str
+
+
 class SubmitSample(Ask, frozen=True, tag="submit_sample"):
     """-> Promise, once the job is durable."""
 
@@ -194,6 +202,7 @@ Question = (
     | CancelJob
     | GetModel
     | ListModels
+    | UnloadModel
     | CreateSampler
     | GetSampler
     | ListCheckpoints

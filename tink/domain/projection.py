@@ -201,6 +201,11 @@ def _(event: events.ModelCreated, record: Record) -> Iterator[Change]:
 
 
 @_changes.register
+def _(event: events.ModelRemoved, record: Record) -> Iterator[Change]:
+    yield Update("models", (record.subject.model_id,), {"state": "removed"})
+
+
+@_changes.register
 def _(event: events.CheckpointSaved, record: Record) -> Iterator[Change]:
     yield Insert(
         "checkpoints",

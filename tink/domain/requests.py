@@ -22,6 +22,7 @@ OpName = Literal[
     "save_weights_for_sampler",
     "save_weights_external",
     "load_weights",
+    "unload_model",
     "sample",
 ]
 
@@ -119,6 +120,12 @@ class LoadWeights(Request, frozen=True):
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
     optimizer_config: OptimizerConfig | None = None
+
+
+class UnloadModel(Request, frozen=True):
+    """The client gives it no number: it comes after all that have come."""
+
+    model_id: str
 
 
 class Chunk(Request, frozen=True):

@@ -17,7 +17,7 @@ from tink.domain.projection import Ledger
 from tink.domain.requests import MUTATING
 from tink.limits import LEAST_KEPT_SECONDS, SNAPSHOTS_KEPT
 
-Spare = tuple[rows.Adapter, Literal["finished", "idle", "deleted"]]
+Spare = tuple[rows.Adapter, Literal["finished", "idle", "deleted", "removed"]]
 
 
 class Cutoffs(NamedTuple):
@@ -40,6 +40,9 @@ class Load(NamedTuple):
     directory: str
 
 
+# States of models that are trained no more.
+ENDED = frozenset({"failed", "removed"})
+
 # -- redo -------------------------------------------------------------------------------------------
 
 
@@ -54,7 +57,7 @@ def covered(ledger: Ledger) -> dict[str, int]:
     return {
         model.model_id: sorted([0] * SNAPSHOTS_KEPT + taken[model.model_id])[-SNAPSHOTS_KEPT]
         for model in ledger.table("models", rows.Model).values()
-        if model.state != "failed"
+        if model.state not in ENDED
     }
 
 
@@ -101,8 +104,8 @@ def quiet_samplers(ledger: Ledger, before: float, last_requests: Mapping[str, fl
 
 def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, float]) -> Iterator[Spare]:
     """The live versions that nobody will sample from, and why. One with a live checkpoint or an open job
-    stays, and so does one that has a sampler of an open session with a request since `before`; a sampler
-    that is not in `last_requests` counts as such."""
+    stays, and so does, while its model is there, one that has a sampler of an open session with a request
+    since `before`; a sampler that is not in `last_requests` counts as such."""
     made_for_one = {
         sampler.adapter_id
         for sampler in ledger.table("samplers", rows.Sampler).values()
@@ -110,6 +113,9 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
     }
     models, sessions = ledger.table("models", rows.Model), ledger.table("sessions", rows.Session)
     for adapter, samplers in _unnamed(ledger):
+        if models[(adapter.model_id,)].state == "removed":
+            yield adapter, "removed"
+            continue
         if any(last_requests.get(sampler.sampler_id, math.inf) >= before for sampler in samplers):
             continue
         model = models[(adapter.model_id,)]
@@ -174,7 +180,7 @@ def directories_kept(ledger: Ledger) -> set[str]:
         if adapter.state == "live":
             kept.add(adapter.directory)
     for snapshot in ledger.table("snapshots", rows.Snapshot).values():
-        if snapshot.state == "live" and models[(snapshot.model_id,)].state != "failed":
+        if snapshot.state == "live" and models[(snapshot.model_id,)].state not in ENDED:
             kept.add(snapshot.directory)
     return kept
 

@@ -52,7 +52,7 @@ class Model(Row, kw_only=True):
     tenant: str
     session_id: str
     model_seq_id: int
-    state: Literal["creating", "live", "failed"] = "creating"
+    state: Literal["creating", "live", "failed", "removed"] = "creating"
     base_model: str | None = None
     rank: int | None = None
     alpha: float | None = None
@@ -126,7 +126,7 @@ class Adapter(Row, kw_only=True):
     model_id: str
     version: int
     job_id: str
-    state: Literal["live", "finished", "idle", "deleted"] = "live"
+    state: Literal["live", "finished", "idle", "deleted", "removed"] = "live"
     directory: str
     size_bytes: int
     files: dict[str, str]

@@ -70,11 +70,20 @@ def damaged_snapshots(connection: Connection, since: float) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
-def last_checkpoint_end(connection: Connection) -> int:
-    """The number of the last event that ended a checkpoint; 0 if none did."""
+def last_end(connection: Connection) -> int:
+    """The number of the last event that ended a checkpoint or a model; 0 if none did."""
     table = schema.events
-    query = select(func.max(table.c.seq)).where(table.c.kind == "checkpoint_deleted")
+    kinds = ("checkpoint_deleted", "model_removed")
+    query = select(func.max(table.c.seq)).where(table.c.kind.in_(kinds))
     return int(connection.execute(query).scalar() or 0)
+
+
+def unloading(connection: Connection, model_id: str) -> str:
+    """The job that has unloaded a model."""
+    table = schema.jobs
+    query = select(table.c.job_id).where(table.c.model_id == model_id, table.c.op == "unload_model")
+    done = query.where(table.c.state == "done").order_by(table.c.seq_id.desc()).limit(1)
+    return str(connection.execute(done).scalar_one())
 
 
 def trainers(connection: Connection) -> list[str]:

@@ -90,6 +90,8 @@ def _ordinary(q: messages.Question) -> Any:
             return messages.SessionView(session(q.session_id), [RUN], [SAMPLER])
         case messages.ListSessions():
             return [session()]
+        case messages.UnloadModel():
+            return messages.Promise(f"{q.model_id}:9", model_id=q.model_id)
         case messages.SubmitTraining():
             return messages.Promise(ids.job_id(q.model_id, q.seq_id), model_id=q.model_id)
         case messages.SubmitSample():
@@ -238,6 +240,7 @@ BODIES: dict[tuple[str, str], Any] = {
         "path": f"tinker://{RUN}/weights/final",
         "optimizer": False,
     },
+    ("POST", "/unload_model"): {"model_id": RUN},
     ("POST", "/asample"): {
         "sampling_session_id": SAMPLER,
         "seq_id": 0,

@@ -140,6 +140,7 @@ HISTORY: list[tuple[Subject, AnyEvent]] = [
         Subject(),
         events.BodiesPruned(count=2, bytes=12, submitted_before=1.7e9, finished_before=1.6e9),
     ),
+    (_about(MODEL, job_id="s:train:0:2"), events.ModelRemoved()),
 ]
 
 

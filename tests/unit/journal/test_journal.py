@@ -487,7 +487,7 @@ async def test_the_questions_of_retention_use_their_indexes(
         await journal.read(upkeep.loads)
         await journal.read(partial(upkeep.last_requests, samplers=["s"]))
         await journal.read(upkeep.trainers)
-        await journal.read(upkeep.last_checkpoint_end)
+        await journal.read(upkeep.last_end)
         await journal.read(partial(upkeep.damaged_snapshots, since=1.0))
         await journal.bodies.oldest(1.0, Stored("a", 1, 0.5))
     naming, loads, requests, trainers, ended, damaged, oldest = plans

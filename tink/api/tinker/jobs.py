@@ -118,6 +118,15 @@ async def _submit(
     return {"request_id": promise.request_id, "model_id": promise.model_id}
 
 
+async def unload_model(call: Call) -> dict[str, Any]:
+    """The SDK gives it no number."""
+    sent = await call.json(requests.UnloadModel)
+    place = Place._of_model(sent.model_id, 1)
+    ask = messages.UnloadModel(call.tenant, place.session_id, place.model_id)
+    promise: messages.Promise = await call.ask(ask)
+    return {"request_id": promise.request_id, "model_id": promise.model_id}
+
+
 async def sample(call: Call) -> dict[str, Any]:
     """The samples of a sampler have numbers for identity, not for order: one that is refused here
     leaves no hole."""
@@ -151,5 +160,6 @@ TABLE: Table = {
     },
     "/save_weights_external": {"POST": command("save_weights_external", requests.SaveWeightsExternal)},
     "/load_weights": {"POST": command("load_weights", requests.LoadWeights)},
+    "/unload_model": {"POST": unload_model},
     "/asample": {"POST": sample},
 }
