@@ -20,7 +20,7 @@ from tests.vllm.adapters import Adapters
 from tests.vllm.double import CONTEXT, Network, VllmDouble
 from tests.vllm.server import VllmReplica
 from tink.backends.flavour import flavour
-from tink.backends.replica import AdapterMissing, Refused, ReplicaGone
+from tink.backends.replica import Aborted, AdapterMissing, Refused, ReplicaGone
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.trainer.protocol import SampleRequest
@@ -521,7 +521,7 @@ async def test_a_pause_aborts_what_runs_and_what_comes_waits(
     answered = trio.Event()
 
     async def cut_off() -> None:
-        with pytest.raises(ReplicaGone, match="abort") as caught:
+        with pytest.raises(Aborted, match="abort") as caught:
             await ask(client, max_tokens=None, ignore_eos=True)
         raised.append(caught.value)
 

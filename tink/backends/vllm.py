@@ -204,7 +204,7 @@ class VllmClient:
             # A long one would be felt in the loop.
             return await self._world.run_sync(decode) if len(answer) > INLINE_BYTES else decode()
         except ReplicaGone as error:
-            raise ReplicaGone(f"{self.url}: {error}") from error
+            raise type(error)(f"{self.url}: {error}") from error
 
     async def complete(self, call: Call) -> bytes:
         """The answer of `/v1/completions`, for `completions.decode` to judge."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from tink.backends.flavour import flavour
-from tink.backends.replica import AdapterMissing, Load, Refused, ReplicaGone, Silent, Unsent
+from tink.backends.replica import Aborted, AdapterMissing, Load, Refused, ReplicaGone, Silent, Unsent
 from tink.backends.trl import TrlClient
 from tink.backends.vllm import VllmClient
 from tink.errors import TinkError, UserError
@@ -354,7 +354,7 @@ async def test_logits_that_another_model_spoilt_are_not_this_ones_fault(times: i
 
 async def test_an_aborted_sample_is_not_a_sample() -> None:
     async with talking_to(completion(finish_reason="abort")) as client:
-        with pytest.raises(ReplicaGone, match=f"{URL}.*abort"):
+        with pytest.raises(Aborted, match=f"{URL}.*abort"):
             await client.sample(SAMPLE, model="base", max_context=512)
 
 
