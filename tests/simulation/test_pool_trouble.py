@@ -245,6 +245,23 @@ def with_room_for(count: int) -> Any:
     return Small
 
 
+async def test_a_server_that_is_paused_again_and_again_costs_a_sample_none_of_its_attempts(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    (server,) = vllm = servers(1, token_seconds=0.5)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster:
+        user = await User.begin(cluster)
+        sampler = await user.save()
+        job = await user.ask(sampler, tokens=60)
+        for _ in range(5):
+            await trio.sleep(10.0)
+            server.pause()
+            await trio.sleep(5.0)
+            server.resume()
+        assert (await cluster.outcome(job)).body == user.right(sampler, tokens=60)
+        cluster.check_journal()
+
+
 async def test_a_long_queue_is_no_failure(autojump_clock: MockClock, tmp_path: Path) -> None:
     """Hours of work for one server, and every sample is served."""
     (server,) = vllm = servers(1, token_seconds=0.4, max_num_seqs=1)

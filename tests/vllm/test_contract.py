@@ -20,7 +20,7 @@ from tests.vllm.adapters import Adapters
 from tests.vllm.double import CONTEXT, Network, VllmDouble
 from tests.vllm.server import VllmReplica
 from tink.backends.flavour import flavour
-from tink.backends.replica import Aborted, AdapterMissing, Refused, ReplicaGone
+from tink.backends.replica import Aborted, AdapterMissing, Refused
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.trainer.protocol import SampleRequest
