@@ -227,7 +227,7 @@ def test_each_version_has_the_trainers_logprobs_on_every_server(pool: Pool) -> N
     print(f"trainer and vLLM differ by {worst:.2e} at most")
     assert worst < CLOSE
     states = pool.placements()
-    for number in range(4):
+    for number in (1, 2, 3):  # version 0 has no sampler: it goes when there is a newer one
         for replica in pool.replicas:
             assert states[f"{trainee.client.model_id}@{number}", replica.url] == "loaded"
 
