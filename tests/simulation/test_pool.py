@@ -5,7 +5,6 @@ contract tests hold them against a real one.)"""
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.scenario import events, json
-from tests.simulation.users import PROMPT, User, placements, servers, up
+from tests.simulation.users import PROMPT, User, placements, restarting, servers, up, with_room_for
 from tests.vllm.double import VllmDouble
-from tink.actors import pool as pools
-from tink.actors import vllm as actors
 from tink.domain import messages
 from tink.errors import BackendError, NotFound
 from tink.limits import REPLICA_STALL_SECONDS
@@ -219,7 +216,7 @@ async def test_an_adapter_that_somebody_has_unloaded_is_loaded_again_unseen(
 async def test_more_versions_than_a_server_is_given_take_turns_and_none_in_use_goes(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "VLLMActor", _with_room_for(3))
+    with_room_for(monkeypatch, 3)
     vllm = servers(1, max_loras=2, max_cpu_loras=2, token_seconds=0.02)
     async with Cluster.running(tmp_path, vllm=vllm) as cluster:
         user = await User.begin(cluster)
@@ -236,14 +233,6 @@ async def test_more_versions_than_a_server_is_given_take_turns_and_none_in_use_g
         await trio.sleep(10.0)
         assert len(vllm[0].adapters) == 3
         cluster.check_journal()
-
-
-def _with_room_for(count: int) -> Any:
-    class Small(actors.VLLMActor):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, registered=count)
-
-    return Small
 
 
 async def test_two_workers_on_one_server_touch_only_their_own_adapters(
@@ -403,8 +392,7 @@ async def test_a_sample_that_kills_servers_is_given_up_and_takes_no_other_with_i
 
     monkeypatch.setattr(VllmDouble, "handle", dying)
     vllm = servers(2, token_seconds=0.05)
-    async with Cluster.running(tmp_path, vllm=vllm) as cluster, trio.open_nursery() as nursery:
-        nursery.start_soon(_restart, vllm)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster, restarting(vllm):
         await up(cluster, 2)
         user = await User.begin(cluster)
         sampler = await user.save()
@@ -417,15 +405,6 @@ async def test_a_sample_that_kills_servers_is_given_up_and_takes_no_other_with_i
         for seed, job in enumerate(jobs):
             assert (await cluster.outcome(job)).body == user.right(sampler, seed, tokens=20)
         cluster.check_journal()
-        nursery.cancel_scope.cancel()
-
-
-async def _restart(vllm: Sequence[VllmDouble]) -> None:
-    while True:
-        await trio.sleep(5.0)
-        for server in vllm:
-            if not server.up:
-                server.start()
 
 
 async def test_work_goes_to_the_server_with_least_of_it_and_like_prompts_stay_together(

@@ -6,10 +6,9 @@ from __future__ import annotations
 import dataclasses
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -20,10 +19,8 @@ from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.scenario import json
-from tests.simulation.users import User, placements, servers, up
+from tests.simulation.users import User, placements, restarting, servers, up, with_room_for
 from tests.vllm.double import VllmDouble
-from tink.actors import pool as pools
-from tink.actors import vllm as actors
 from tink.actors.megatron import MegatronActor
 from tink.domain import ids, messages
 from tink.journal.journal import Entry
@@ -46,23 +43,6 @@ def meddle(monkeypatch: pytest.MonkeyPatch, what: Meddle) -> None:
 
 def error(status: int, message: str) -> httpx.Response:
     return httpx.Response(status, json={"error": {"message": message}})
-
-
-@asynccontextmanager
-async def restarting(vllm: Sequence[VllmDouble]) -> AsyncIterator[None]:
-    """Somebody starts servers that are down."""
-
-    async def restart() -> None:
-        while True:
-            await trio.sleep(5.0)
-            for server in vllm:
-                if not server.up:
-                    server.start()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(restart)
-        yield
-        nursery.cancel_scope.cancel()
 
 
 LOAD, UNLOAD, COMPLETE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
@@ -184,7 +164,7 @@ async def test_a_save_that_failed_leaves_no_name_for_the_next_one(
 async def test_a_server_whose_loads_hang_is_left_and_the_others_serve(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "VLLMActor", with_room_for(2))
+    with_room_for(monkeypatch, 2)
     stuck = False
     first, second = vllm = servers(2)
 
@@ -214,7 +194,7 @@ async def test_a_server_whose_loads_hang_is_left_and_the_others_serve(
 async def test_a_look_that_is_slow_takes_no_eviction_for_a_loss(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "VLLMActor", with_room_for(2))
+    with_room_for(monkeypatch, 2)
 
     async def slow(server: VllmDouble, path: str, body: bytes) -> httpx.Response | None:
         if path != "/v1/models":
@@ -235,14 +215,6 @@ async def test_a_look_that_is_slow_takes_no_eviction_for_a_loss(
                 sampler = user.samplers[seed % 5]
                 assert await user.sample(sampler, seed) == user.right(sampler, seed)
         assert not [line for line in lines if line["event"] in ("vllm server lost", "sample moved")]
-
-
-def with_room_for(count: int) -> Any:
-    class Small(actors.VLLMActor):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, registered=count)
-
-    return Small
 
 
 async def test_a_server_that_is_paused_again_and_again_costs_a_sample_none_of_its_attempts(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, closing
+from functools import partial
 from typing import Any
 
+import pytest
 import trio
 
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.scenario import answers, json, train
 from tests.vllm.double import VllmDouble
+from tink.actors import pool
+from tink.actors.vllm import VLLMActor
 from tink.domain import ids, messages
 from tink.trainer import protocol
 
@@ -105,3 +110,25 @@ async def up(cluster: Cluster, count: int) -> None:
         ):
             return
         await trio.sleep(0.1)
+
+
+@asynccontextmanager
+async def restarting(vllm: Sequence[VllmDouble]) -> AsyncIterator[None]:
+    """Somebody starts servers that are down."""
+
+    async def restart() -> None:
+        while True:
+            await trio.sleep(5.0)
+            for server in vllm:
+                if not server.up:
+                    server.start()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(restart)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def with_room_for(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Every server is given so many adapters at most."""
+    monkeypatch.setattr(pool, "VLLMActor", partial(VLLMActor, registered=count))
