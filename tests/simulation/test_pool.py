@@ -21,7 +21,7 @@ from tests.simulation.scenario import events, json
 from tests.simulation.users import PROMPT, User, placements, restarting, servers, up, with_room_for
 from tests.vllm.double import VllmDouble
 from tink.domain import messages
-from tink.errors import BackendError, NotFound
+from tink.errors import BackendError, NotFound, UserError
 from tink.limits import REPLICA_STALL_SECONDS
 from tink.trainer import protocol
 
@@ -309,6 +309,8 @@ async def test_a_model_that_is_unloaded_is_nowhere_any_more_but_for_what_was_sav
         assert len(left) == 1
         with pytest.raises(NotFound):
             await cluster.router_ask(messages.GetModel(TENANT, user.model))
+        with pytest.raises(UserError, match="was unloaded"):  # the unload has taken that number
+            await cluster.submit(user.model, user.seq + 2, "forward_backward", b"too late")
         late = await cluster.submit(user.model, user.seq + 3, "forward_backward", b"too late")
         assert "was unloaded" in str((await cluster.outcome(late.request_id)).error)
         assert "their model was unloaded" in str((await cluster.outcome(await user.ask(sampler, 1))).error)

@@ -73,7 +73,12 @@ class VLLMPool:
         self._wait_seconds, self._max_attempts = wait_seconds, max_attempts
         self._change = trio.Event()
         # Samples for which no server has room.
-        self._lines = {exposure: trio.lowlevel.ParkingLot() for exposure in EXPOSURES}
+        # By how they are out, and whether they need an adapter.
+        self._lines = {
+            (exposure, adapted): trio.lowlevel.ParkingLot()
+            for exposure in EXPOSURES
+            for adapted in (False, True)
+        }
         # Which server had a prompt that began like this one: its cache may have the beginning.
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
         self.placements, self.trained = placements, trained
@@ -110,7 +115,7 @@ class VLLMPool:
 
     def compare(self, newcomer: VLLMActor, served: Served, probe: Probe | None) -> None:
         for replica in self.replicas:
-            if replica is newcomer or not replica.up or replica.served is None:
+            if replica is newcomer or not replica.there or replica.served is None:
                 continue
             base_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
 
@@ -233,7 +238,7 @@ class VLLMPool:
         await trio.lowlevel.checkpoint()
         while not (free := [one for one in self._ready(adapter) if one.has_room(exposure)]):
             if self._is_there(adapter):
-                await self._lines[exposure].park()
+                await self._lines[exposure, adapter is not None].park()
             elif not await patience.wait(self._change):
                 raise self._unreachable()
         replica = self._best(free, request)

@@ -322,7 +322,7 @@ class ReplicaAdapters:
             if held.adapter and held.adapter.adapter_id in needed and self._is_journaled(held.adapter)
         ]
         leaving = {name for name, held in self._held.items() if held.adapter} - set(kept)
-        leaving.update(kept[: max(0, len(self._held) - self._most)])
+        leaving.update(kept[: max(0, len(kept) - self._most)])
         self._spare = [name for name in self._held if name in leaving and not self._held[name].stuck]
 
     def _is_idle(self, name: str) -> bool:

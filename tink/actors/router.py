@@ -178,6 +178,10 @@ class Router:
         job_id = ids.job_id(ask.model_id, ask.seq_id)
         promise = messages.Promise(job_id, model_id=ask.model_id)
         if self._is_known(job_id):
+            job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
+            taken = job_id in self._unloading.values() or (job is not None and job.op == "unload_model")
+            if taken and ask.op != "unload_model":
+                raise _unloaded(ask.model_id)
             return self._when_accepted(promise)
         making = None
         if ask.model_seq_id is None:
@@ -256,7 +260,9 @@ class Router:
             lane = self._lane(model_id)
             # Its number was consumed, or it has ended and its lane is not released yet.
             repeated = accepted.seq_id < lane.next_seq or lane.running == job_id
-            if repeated and await self._journal.job(job_id) is not None:
+            if repeated and (known := await self._journal.job(job_id)) is not None:
+                if known.op == "unload_model" and accepted.op != "unload_model":
+                    raise _unloaded(model_id)
                 return promise
             if making is not None:
                 await making.wait()
@@ -485,6 +491,11 @@ class Router:
         if lane is not None and lane.running == job_id:
             lane.finish(job_id)
             self._advance(model_id)
+
+
+def _unloaded(model_id: str) -> UserError:
+    """An unload has taken the number, for the client had named none for it."""
+    return UserError(f"the model {model_id} was unloaded: make another one, from what was saved of it")
 
 
 def job_line(job: rows.Job) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class _Life:
         self.finished = 0
         self.compared_with: TrainerStarted | None = None
         self.doubt: ReplicaGone | None = None
+        self.looked_at: ReplicaGone | None = None  # the doubt that there was at the last look
         self.over: str | None = None
 
     def end(self, reason: str) -> None:
@@ -273,21 +274,23 @@ class VLLMActor:
         progress, moved_at, heard_at = (-1, 0), self._world.monotonic(), self._world.monotonic()
         while True:
             await self._next_look()
+            began = self._world.monotonic()
             try:
                 await self._check(life, client)
-            except Silent as error:
+                now = life.load.generated, life.finished
+                if now != progress or not self.outstanding:
+                    progress, moved_at = now, began
+                elif began - moved_at > REPLICA_STALL_SECONDS:
+                    # A long prompt takes its time, and lets a short one pass.
+                    await self._probe(client, life.served)
+                    moved_at = self._world.monotonic()
+            except (Silent, Unsent) as error:
+                # What was under way when it was last heard of may have taken long itself.
                 self._doubt(error)
-                if self._world.monotonic() - heard_at > REPLICA_SILENT_SECONDS:
+                if began - heard_at > REPLICA_SILENT_SECONDS:
                     raise
-                continue
-            heard_at = self._world.monotonic()
-            now = life.load.generated, life.finished
-            if now != progress or not self.outstanding:
-                progress, moved_at = now, heard_at
-            elif heard_at - moved_at > REPLICA_STALL_SECONDS:
-                # A long prompt takes its time, and lets a short one pass.
-                await self._probe(client, life.served)
-                moved_at = heard_at = self._world.monotonic()
+            else:
+                heard_at = self._world.monotonic()
 
     async def _next_look(self) -> None:
         """After a while, or a doubt."""
@@ -313,7 +316,11 @@ class VLLMActor:
         if doubt is None:
             return
         aborts = isinstance(doubt, Aborted)
-        if aborts or load.generated == before:
+        refuses = aborts or isinstance(doubt, Unsent)
+        is_new, life.looked_at = life.looked_at is not doubt, doubt
+        if is_new and life.calls and not refuses:
+            return  # what it generates from now on shows that it works
+        if refuses or load.generated == before:
             try:
                 # One that has aborted something is paused, or drains, and that is told sooner.
                 await self._probe(client, life.served, REPLICA_PAUSED_SECONDS if aborts else None)
@@ -440,8 +447,9 @@ class VLLMActor:
             # It does not say how large its context is, and hangs on a prompt that is longer.
             trained = self._peers.trained()
             context = served.max_context if trained is None else trained.max_context
-            call.sent = True
-            return await server.sample(request, max_context=context)
+            async with server.turn:
+                call.sent = True
+                return await server.sample(request, max_context=context)
         if adapter is None:
             call.sent = True
             try:
@@ -466,6 +474,8 @@ class VLLMActor:
         log.warning("vllm call " + kind, url=self.url, reason=str(error))
         life = life or self._life
         if life is not None and life is self._life:
-            life.doubt, self.reason = error, str(error)
+            if not isinstance(life.doubt, Aborted):  # which nothing but a sample can refute
+                life.doubt = error
+            self.reason = str(error)
             self._look.set()
             self._peers.changed()

@@ -68,7 +68,7 @@ async def exchange(
                     received.clear()
     except (httpx.HTTPError, trio.TooSlowError) as error:
         reason = str(error) or type(error).__name__
-        if len(received) > MAX_ANSWER:
-            reason = f"its answer is longer than {MAX_ANSWER} bytes"
         late = isinstance(error, trio.TooSlowError | httpx.ReadTimeout | httpx.WriteTimeout)
+        if len(received) > MAX_ANSWER:
+            reason, late = f"its answer is longer than {MAX_ANSWER} bytes", False
         raise NoAnswer(reason, sent=broken or not isinstance(error, _UNSENT), late=late) from error

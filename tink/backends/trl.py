@@ -40,11 +40,12 @@ class _Generated(msgspec.Struct):
 
 
 class TrlClient:
-    """Calls of one server, one at a time. Errors and cancellation as in VllmClient."""
+    """Calls of one server. It runs one at a time: whoever samples holds `turn`. Errors and cancellation as
+    in VllmClient."""
 
     def __init__(self, client: httpx.AsyncClient, url: str) -> None:
         self._client, self.url = client, url
-        self._turn = trio.CapacityLimiter(1)
+        self.turn = trio.CapacityLimiter(1)
         self._hangs = False
 
     @classmethod
@@ -57,24 +58,25 @@ class TrlClient:
     async def health(self) -> bool:
         """Whether it answers. One that computes for this client cannot, and is taken to be well, unless it
         has been late once."""
-        if self._turn.borrowed_tokens and not self._hangs:
+        if self.turn.borrowed_tokens and not self._hangs:
             return True
         try:
-            return (await self._exchange("GET", "/health/", HEALTH_SECONDS)).status == 200
+            well = (await self._exchange("GET", "/health/", HEALTH_SECONDS)).status == 200
         except ReplicaGone:
             return False
+        self._hangs = self._hangs and not well
+        return well
 
     async def sample(self, request: SampleRequest, *, max_context: int) -> Sampled:
         """By the base model. Raises UserError for what this server cannot do. It does not tell how large a
         context it has, and a prompt that is longer makes it hang for ever: pass what is known."""
         body = encode(request, max_context)
         seconds = ANSWER_SECONDS + (_longest(request, max_context) or 0) * TOKEN_SECONDS
-        async with self._turn:
-            try:
-                answer = await self._exchange("POST", "/generate/", seconds, body)
-            except Silent:
-                self._hangs = True
-                raise
+        try:
+            answer = await self._exchange("POST", "/generate/", seconds, body)
+        except Silent:
+            self._hangs = True
+            raise
         if answer.status != 200:
             reason = answer.content[:MAX_REASON].decode(errors="replace")
             raise ReplicaGone(f"the TRL server at {self.url} failed: {answer.status} {reason}")

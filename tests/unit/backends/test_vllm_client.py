@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -598,8 +597,13 @@ async def test_an_old_trl_that_works_for_us_is_well_though_it_does_not_answer() 
             return OneAtATime()
 
     async with TrlClient.connect(URL, Busy()) as client, trio.open_nursery() as nursery:
-        nursery.start_soon(partial(client.sample, old(), max_context=512))
-        nursery.start_soon(partial(client.sample, old(), max_context=512))
+
+        async def sample() -> None:
+            async with client.turn:
+                await client.sample(old(), max_context=512)
+
+        nursery.start_soon(sample)
+        nursery.start_soon(sample)
         await trio.testing.wait_all_tasks_blocked()
         assert await client.health()
         assert asked == ["/generate/"]
