@@ -234,6 +234,32 @@ async def test_a_server_that_is_paused_again_and_again_costs_a_sample_none_of_it
         cluster.check_journal()
 
 
+async def test_a_server_that_refuses_looks_for_a_moment_loses_nothing_and_is_not_pestered(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing, looks = False, 0
+
+    async def refuse(server: VllmDouble, path: str, body: bytes) -> httpx.Response | None:
+        nonlocal looks
+        if not refusing or path != "/v1/models":
+            return None
+        looks += 1
+        return error(503, "too much to do")
+
+    meddle(monkeypatch, refuse)
+    async with Cluster.running(tmp_path, vllm=servers(1, token_seconds=1.0)) as cluster:
+        user = await User.begin(cluster)
+        sampler = await user.save()
+        job = await user.ask(sampler, tokens=60)
+        await trio.sleep(10.0)
+        refusing = True
+        await trio.sleep(20.0)
+        refusing = False
+        assert 5 <= looks <= 15
+        assert (await cluster.outcome(job)).body == user.right(sampler, tokens=60)
+        cluster.check_journal()
+
+
 async def test_a_long_queue_is_no_failure(autojump_clock: MockClock, tmp_path: Path) -> None:
     """Hours of work for one server, and every sample is served."""
     (server,) = vllm = servers(1, token_seconds=0.4, max_num_seqs=1)

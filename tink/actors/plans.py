@@ -378,7 +378,6 @@ def _saved(
 ) -> tuple[dict[str, Any], list[Entry]]:
     model_id, directory = _model_id(job), str(plan.directory)
     size = sum(file.size for file in result.files)
-    entries: list[Entry] = []
     who = subject(job, adapter_id=None if adapter is None else adapter.adapter_id)
     answer: dict[str, Any] = {"path": None}
     name = _save_name(job, kind, request)
@@ -393,7 +392,8 @@ def _saved(
             base_model=context.served.base_model,
         )
         answer["sampling_session_id"] = sampler
-        return answer, [*entries, (who, made)]
+        return answer, [(who, made)]
+    entries: list[Entry] = []
     taken = context.ledger.checkpoint_at(model_id, kind, name)
     if taken is not None:
         entries.append(

@@ -246,7 +246,7 @@ class VLLMActor:
         else:
             life.adapters = ReplicaAdapters(
                 client,
-                (await client.served()).adapters,
+                served.adapters,
                 self._journal,
                 self._folder,
                 self._peers.placements,
@@ -287,6 +287,7 @@ class VLLMActor:
             except (Silent, Unsent) as error:
                 # What was under way when it was last heard of may have taken long itself.
                 self._doubt(error)
+                self._look = trio.Event()  # it was this look that has met it: the next one is in a while
                 if began - heard_at > REPLICA_SILENT_SECONDS:
                     raise
             else:

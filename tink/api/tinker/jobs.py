@@ -37,7 +37,7 @@ class Place(NamedTuple):
         """None when the ids are not there. Raises MalformedRequest for those that cannot be."""
         match fields:
             case {"model_id": str(model_id), "seq_id": int(seq_id)} if model_id:
-                return cls._of_model(model_id, natural("seq_id", seq_id, least=1, most=most))
+                return cls.of_model(model_id, natural("seq_id", seq_id, least=1, most=most))
             case {"session_id": str(session_id), "model_seq_id": int(number)}:
                 identifier(session_id)
                 model_id = ids.model_id(session_id, natural("model_seq_id", number))
@@ -45,7 +45,7 @@ class Place(NamedTuple):
         return None
 
     @classmethod
-    def _of_model(cls, model_id: str, seq_id: int) -> Place:
+    def of_model(cls, model_id: str, seq_id: int) -> Place:
         session_id, mark, number = model_id.rpartition(":train:")
         if not (mark and number.isdigit()):
             raise NotFound(f"{model_id[:80]!r} is not a training run's id")
@@ -121,7 +121,7 @@ async def _submit(
 async def unload_model(call: Call) -> dict[str, Any]:
     """The SDK gives it no number."""
     sent = await call.json(requests.UnloadModel)
-    place = Place._of_model(sent.model_id, 1)
+    place = Place.of_model(sent.model_id, 1)
     ask = messages.UnloadModel(call.tenant, place.session_id, place.model_id)
     promise: messages.Promise = await call.ask(ask)
     return {"request_id": promise.request_id, "model_id": promise.model_id}
