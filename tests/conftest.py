@@ -15,6 +15,9 @@ import pytest
 import structlog
 
 from tests.live import LiveServer
+from tests.vllm.fixtures import tiny_model, vllm_python, vllm_replica
+
+__all__ = ["tiny_model", "vllm_python", "vllm_replica"]
 
 # The SDK's loaders must not look for a hub, and the user's Hugging Face cache is not ours to fill.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -447,6 +448,8 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     (home / ".gitignore").write_text("*\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ctrl-C may come while the SDK has made a coroutine and not yet handed it to its loop.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     recipe = Recipe(options.steps or (15 if options.fast else 40), options.seed)
     errors, run, plot = ClientErrors(), Run(), home / "reward.png"
     try:

@@ -18,10 +18,7 @@ import tinker
 from tinker import types
 
 from tests.live import LiveServer
-from tests.vllm.fixtures import tiny_model, vllm_python
 from tests.vllm.server import START_SECONDS, VllmReplica
-
-__all__ = ["tiny_model", "vllm_python"]
 
 pytestmark = pytest.mark.slow
 
