@@ -331,6 +331,18 @@ async def a_gap_is_refused_409_with_applied(server: Server) -> None:
 
 
 @check
+async def a_removal_leaves_out_what_was_not_applied(server: Server) -> None:
+    model = server.model()
+    await model.do(server.create())
+    await model.send(RemoveModel(), op_no=4)
+    expect("a removal across a gap", "done", (await model.end(4)).state)
+    answer = await model.send(STEP, op_no=5)
+    expect("an op behind it", (404, "no_model"), answer.short)
+    answer = await model.send(RemoveModel(), op_no=4)
+    expect("the removal sent again", (200, "done"), answer.short)
+
+
+@check
 async def an_acknowledged_result_is_gone_410(server: Server) -> None:
     model = server.model()
     await model.do(server.create())

@@ -208,6 +208,7 @@ class SimulatedTrainer:
         # Where it says that its base model is.
         self.base_path: str | None = None
         self.incarnation = ""
+        self.engine: HashEngine | None = None
         self.supervisor: trio.Nursery | None = None
         self._connections: set[trio.CancelScope] = set()
         self._world: TrainerWorld | None = None
@@ -233,7 +234,8 @@ class SimulatedTrainer:
                     self.app = application(trainer, None)
                     self.incarnation = trainer.incarnation
                     world.settled.set()
-                    await trainer.load(lambda: HashEngine(self, self._watch))
+                    engine = self.engine = HashEngine(self, self._watch)
+                    await trainer.load(lambda: engine)
                     await trio.sleep_forever()
         except* Died:
             assert world.dead

@@ -345,6 +345,48 @@ async def test_a_model_that_the_trainer_has_lost_is_unloaded_without_a_redo(
         cluster.check_journal()
 
 
+async def test_what_is_sampled_when_its_model_is_unloaded_goes_soon_after_the_sample(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    vllm = servers(2, token_seconds=1.0)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster:
+        user = await User.begin(cluster)
+        sampler = await user.save()
+        long = await user.ask(sampler, tokens=200)
+        promise = await cluster.ask(messages.UnloadModel(TENANT, user.session, user.model))
+        assert (await cluster.outcome(promise.request_id)).state == "done"
+        await trio.sleep(100.0)
+        assert any(user.model in name for server in vllm for name in server.adapters), "it is sampled"
+        assert (await cluster.outcome(long)).body == user.right(sampler, tokens=200)
+        await trio.sleep(150.0)
+        assert not any(server.adapters for server in vllm)
+        assert not list(cluster.trainer.artifacts.rglob("*-save_weights_for_sampler"))
+
+
+async def test_a_model_that_cannot_be_redone_is_unloaded_and_leaves_the_trainer(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        user = await User.begin(cluster)
+        for _ in range(3):
+            await user.train()
+        with closing(sqlite3.connect(cluster.home.journal)) as journal:
+            query = "SELECT body_sha256 FROM jobs WHERE op = 'forward_backward' ORDER BY op_no"
+            bodies = [digest for (digest,) in journal.execute(query)]
+        assert cluster.journal is not None
+        await cluster.journal.bodies.drop(bodies[1:2], ())
+        cluster.trainer.kill()
+        await cluster.start_trainer()
+        lost = await cluster.submit(user.model, user.seq + 1, "forward_backward", b"any")
+        assert "cannot be applied again" in str((await cluster.outcome(lost.request_id)).error)
+        engine = cluster.trainer.engine
+        assert engine is not None
+        assert engine.state(user.model) is not None, "redone in part"
+        promise = await cluster.ask(messages.UnloadModel(TENANT, user.session, user.model))
+        assert (await cluster.outcome(promise.request_id)).state == "done"
+        assert engine.state(user.model) is None
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_a_worker_that_dies_anywhere_goes_on_with_the_same_adapters(
     autojump_clock: MockClock, tmp_path: Path, seed: int

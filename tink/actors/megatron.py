@@ -210,11 +210,12 @@ class MegatronActor:
             try:
                 async with attempts.call() as life:
                     if isinstance(plan.op, protocol.RemoveModel) and not life.applied.get(model_id):
-                        # Another life's, which nobody needs here: a redo would only be thrown away.
+                        # It was in another life.
                         return protocol.OpReply(
                             "done", life.incarnation, model_id, op_no, op_no, result=protocol.OpResult()
                         )
-                    await self._bring_up(life, model_id, op_no - 1)
+                    if not isinstance(plan.op, protocol.RemoveModel):  # which needs nothing of the redo
+                        await self._bring_up(life, model_id, op_no - 1)
                     reply = await life.client.op(self._request(life, job, op_no, plan.op))
                     life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                     return reply

@@ -76,15 +76,16 @@ class Retention:
             await trio.sleep(RETENTION_SECONDS)
 
     async def _keep_artifacts(self) -> None:
-        """Everything, now and then; and soon when a checkpoint or a model has come to its end."""
-        ended, passed = 0, -math.inf
+        """Everything, now and then; and soon when a checkpoint or a model has come to its end, until what
+        it has left is in use no more."""
+        ended, passed, left = 0, -math.inf, False
         while True:
             await self.expire_checkpoints()
             last_end = await self._journal.read(upkeep.last_end)
             due = self._world.monotonic() - passed >= RETENTION_SECONDS
-            if due or last_end != ended:
+            if due or left or last_end != ended:
                 await self.delete_adapters()
-                await self.remove_directories()
+                left = not await self.remove_directories() or retention.leaving(self._journal.ledger)
                 ended = last_end
             if due:
                 passed = self._world.monotonic()
@@ -160,29 +161,30 @@ class Retention:
 
     # -- directories --------------------------------------------------------------------------------
 
-    async def remove_directories(self) -> None:
+    async def remove_directories(self) -> bool:
         """What operations have made and nothing needs: it has ended, or a crash left it behind, or it was
         never journaled. What is needed is asked in an order in which nothing can slip through: the
         directories that are there; then what lives or is open or about to be; then what may be redone, for
-        a job that is not open any more has ended by then."""
+        a job that is not open any more has ended by then. False if something is left: it is in use yet."""
         ledger, read = self._journal.ledger, self._journal.read
         if self._servers is not None:
             await self._servers.let_go()
         there = await self._folder.published(list(ledger.table("models", rows.Model).values()))
-        kept = retention.directories_kept(ledger) | self._folder.used
-        if self._servers is not None:
-            kept |= self._servers.directories
+        in_use = self._folder.used | (set() if self._servers is None else self._servers.directories)
+        kept = retention.directories_kept(ledger)
         sampled = retention.sampled(ledger)
         kept |= retention.loads_needed(await read(upkeep.loads), retention.covered(ledger))
         # Of a version that was deleted just when its sampler was asked again.
         kept.update(await read(partial(upkeep.adapter_directories, adapters=sampled)))
         kept.update(await read(partial(upkeep.damaged_snapshots, since=self._cutoffs().used)))
         for directory in there:
-            if directory not in kept and await self._folder.remove(directory):
+            spare = directory not in kept and directory not in in_use
+            if spare and await self._folder.remove(directory):
                 log.info("directory removed", directory=directory)
         # The last one that answered may live; one that has not answered yet has written nothing.
         trainers = await read(upkeep.trainers)
         await self._folder.clear(set(trainers) - set(trainers[-1:]))
+        return in_use.isdisjoint(set(there) - kept)
 
     def _cutoffs(self) -> Cutoffs:
         return Cutoffs.at(self._now(), self._seconds)

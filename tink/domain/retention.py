@@ -119,11 +119,10 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
         if any(last_requests.get(sampler.sampler_id, math.inf) >= before for sampler in samplers):
             continue
         model = models[(adapter.model_id,)]
-        if adapter.version == model.versions == 0 and sessions[(model.session_id,)].state == "open":
-            # What the model is registered with when it is made.
-            if model.last_request_at >= before:
-                continue
-            yield adapter, "idle"
+        if adapter.version == 0:  # what the model is registered with when it is made
+            is_open = sessions[(model.session_id,)].state == "open"
+            if not (is_open and model.versions == 0 and model.last_request_at >= before):
+                yield adapter, "idle" if is_open else "finished"
             continue
         if adapter.adapter_id not in made_for_one:
             yield adapter, "deleted"
@@ -138,13 +137,27 @@ def _unnamed(ledger: Ledger) -> Iterator[tuple[rows.Adapter, list[rows.Sampler]]
     for sampler in ledger.table("samplers", rows.Sampler).values():
         if sessions[(sampler.session_id,)].state == "open":
             samplers[sampler.adapter_id].append(sampler)
-    used: set[str | None] = {*sampled(ledger)}
-    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
-        if checkpoint.state == "live":
-            used.add(checkpoint.adapter_id)
+    used = sampled(ledger) | saved(ledger)
     for adapter in ledger.table("adapters", rows.Adapter).values():
         if adapter.state == "live" and adapter.adapter_id not in used:
             yield adapter, samplers[adapter.adapter_id]
+
+
+def leaving(ledger: Ledger) -> bool:
+    """Whether a live version waits for nothing but open jobs: its model was unloaded."""
+    models, named = ledger.table("models", rows.Model), saved(ledger)
+    return any(
+        adapter.state == "live"
+        and models[(adapter.model_id,)].state == "removed"
+        and adapter.adapter_id not in named
+        for adapter in ledger.table("adapters", rows.Adapter).values()
+    )
+
+
+def saved(ledger: Ledger) -> set[str]:
+    """The versions that have a live checkpoint."""
+    checkpoints = ledger.table("checkpoints", rows.Checkpoint).values()
+    return {one.adapter_id for one in checkpoints if one.state == "live" and one.adapter_id is not None}
 
 
 def sampled(ledger: Ledger) -> set[str]:

@@ -77,7 +77,8 @@ class Open:
 @dataclass
 class Account:
     """A model's operations: 1 to `applied` have ended, those in `open` follow without a gap, and at
-    most the first of these runs. `exists`: after `applied`, the engine has the model."""
+    most the first of these runs; a removal may stand alone in `open`, across a gap. `exists`: after
+    `applied`, the engine has the model."""
 
     applied: int = 0
     exists: bool = False
@@ -86,7 +87,7 @@ class Account:
 
     @property
     def next(self) -> int:
-        return self.applied + len(self.open) + 1
+        return (self.open[-1].request.op_no if self.open else self.applied) + 1
 
     @property
     def will_exist(self) -> bool:
@@ -100,8 +101,12 @@ class Account:
         return exists
 
     def at(self, op_no: int) -> Open | None:
-        place = op_no - self.applied - 1
-        return self.open[place] if 0 <= place < len(self.open) else None
+        return next((entry for entry in self.open if entry.request.op_no == op_no), None)
+
+    @property
+    def crosses_a_gap(self) -> bool:
+        """Whether what is open would leave out operations, once it is done."""
+        return bool(self.open) and self.open[0].request.op_no != self.applied + 1
 
 
 class Ledger:
@@ -139,7 +144,10 @@ class Ledger:
             raise self._busy(f"model {request.model_id} is being restored", applied)
         if not (account.will_exist or isinstance(request.op, CreateModel | Skip)):
             raise self._no_model(request.model_id, applied)
-        if op_no > account.next:
+        removes = isinstance(request.op, RemoveModel)
+        if account.crosses_a_gap or (removes and account.open and op_no > account.next):
+            raise self._busy(f"ops of model {request.model_id} are to end first", applied)
+        if op_no > account.next and not removes:
             raise self.refused(409, "gap", f"op {op_no} came, op {account.next} is next", applied=applied)
         self._check_room(account)
         return "accept"
@@ -190,7 +198,7 @@ class Ledger:
     def accept(self, request: OpRequest) -> None:
         """Queues what `decide` said to accept."""
         account = self._accounts.setdefault(request.model_id, Account())
-        assert request.op_no == account.next
+        assert request.op_no == account.next or isinstance(request.op, RemoveModel)
         account.open.append(Open(request))
 
     def ack(self, model_id: str, acked: int) -> None:
@@ -214,9 +222,12 @@ class Ledger:
     def finish(self, model_id: str, outcome: Outcome) -> None:
         """The head has ended: `applied` and its result change together."""
         account = self._accounts[model_id]
+        crossed = account.crosses_a_gap
         request = account.open.popleft().request
-        account.applied = request.op_no
         account.kept[request.op_no] = outcome
+        if crossed and outcome.state == "failed":
+            return  # nothing was left out
+        account.applied = request.op_no
         if outcome.state == "done":
             if isinstance(request.op, CreateModel):
                 account.exists = True

@@ -15,6 +15,7 @@ result change together or not at all, so that any call can be sent again:
 | op_no <= applied, result dropped (it was acked) | 410 `result_gone`: it was applied |
 | op_no known under another job_id | 422 `op_reused` |
 | op_no further ahead | 409 `gap` with `applied` |
+| op_no further ahead, of a `remove_model` | runs it, or 429 `busy` while another op of the model is open |
 | a model it does not have, and the op does not create it | 404 `no_model` |
 | a full queue | 429 `busy` |
 
@@ -119,7 +120,8 @@ class ExportAdapter(Message, frozen=True, tag="export_adapter"):
 
 
 class RemoveModel(Message, frozen=True, tag="remove_model"):
-    """The model is gone; its op numbers stay consumed."""
+    """The model is gone; its op numbers stay consumed. What lies between `applied` and this op has not
+    been applied, and is not needed: a redo would only be thrown away, or cannot be done."""
 
 
 class Skip(Message, frozen=True, tag="skip"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tink.domain import ids, retention, rows
+from tink.domain import adapters, ids, retention, rows
 from tink.domain.projection import Ledger
 from tink.domain.requests import MUTATING
 from tink.domain.retention import Cutoffs, Load
@@ -266,6 +266,44 @@ def test_an_adapter_is_spare_once_nobody_can_want_it(
 
 def test_a_sampler_of_which_nothing_is_known_keeps_its_adapter() -> None:
     assert _spare(_sampler(), asked={}) == []
+
+
+@pytest.mark.parametrize(
+    ("session", "versions", "last_request_at", "reasons"),
+    [
+        ("open", 0, NOW, []),
+        ("open", 0, OLD, ["idle"]),
+        ("open", 1, NOW, ["idle"]),
+        ("finished", 0, NOW, ["finished"]),
+        ("finished", 1, NOW, ["finished"]),
+    ],
+)
+def test_version_0_stays_while_its_model_is_used_and_has_no_newer_one(
+    session: str, versions: int, last_request_at: float, reasons: list[str]
+) -> None:
+    ledger = _ledger(_adapter(0), session=session)
+    model = ledger.table("models", rows.Model)[(MODEL,)]
+    model.versions, model.last_request_at = versions, last_request_at
+    assert [reason for _, reason in retention.spare_adapters(ledger, NOW, {})] == reasons
+
+
+@pytest.mark.parametrize(
+    ("more", "spare", "leaving", "needed"),
+    [
+        ([_sampler()], ["removed"], True, set()),
+        ([_sampler(), SAMPLE], [], True, {"a1"}),
+        ([_checkpoint()], [], False, set()),
+        ([_checkpoint(), _sampler()], [], False, {"a1"}),
+        ([_checkpoint("deleted"), _sampler()], ["removed"], True, set()),
+    ],
+)
+def test_of_an_unloaded_model_stays_what_has_a_name_and_for_its_time_what_is_sampled(
+    more: list[tuple[str, rows.Row]], spare: list[str], leaving: bool, needed: set[str]
+) -> None:
+    ledger = _ledger(_adapter(), *more, model="removed")
+    assert [reason for _, reason in retention.spare_adapters(ledger, NOW, {"sampler-0": NOW})] == spare
+    assert retention.leaving(ledger) == leaving
+    assert adapters.needed(ledger) == needed
 
 
 def test_an_adapter_that_was_deleted_is_not_deleted_again() -> None:

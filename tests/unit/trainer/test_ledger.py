@@ -111,6 +111,35 @@ def test_a_removed_model_stays_removed_and_its_numbers_consumed(ledger: Ledger) 
     assert not ledger.state().models["m"].exists
 
 
+def test_a_removal_leaves_out_what_was_not_applied(ledger: Ledger) -> None:
+    run(ledger, request(1))
+    ledger.accept(request(2))
+    assert refusal(ledger.decide, request(5, RemoveModel()))[:2] == (429, "busy")
+    ledger.start("m")
+    ledger.finish("m", Outcome("j2", "done"))
+    assert ledger.decide(request(5, RemoveModel())) == "accept"
+    ledger.accept(request(5, RemoveModel()))
+    assert ledger.decide(request(5, RemoveModel())) == "join"
+    assert refusal(ledger.decide, request(6, CREATE))[:2] == (429, "busy")
+    ledger.start("m")
+    ledger.finish("m", Outcome("j5", "done"))
+    assert ledger.state().models["m"].applied == 5
+    assert refusal(ledger.decide, request(3))[:2] == (410, "result_gone")
+    run(ledger, request(6, CREATE))
+
+
+def test_a_removal_across_a_gap_that_fails_has_left_nothing_out(ledger: Ledger) -> None:
+    run(ledger, request(1))
+    ledger.accept(request(3, RemoveModel()))
+    ledger.cancel("m", 3)
+    assert not ledger.start("m")
+    ledger.finish("m", Outcome("j3", "failed", failure=CANCELLED))
+    assert ledger.reply("m", 3).state == "failed"
+    assert ledger.state().models["m"].applied == 1
+    run(ledger, request(2), request(3, Skip()))
+    assert ledger.state().models["m"].applied == 3
+
+
 def test_a_failed_op_consumes_its_number(ledger: Ledger) -> None:
     ledger.accept(request(1))
     ledger.start("m")
