@@ -314,6 +314,8 @@ async def test_a_model_that_is_unloaded_is_nowhere_any_more_but_for_what_was_sav
         late = await cluster.submit(user.model, user.seq + 3, "forward_backward", b"too late")
         assert "was unloaded" in str((await cluster.outcome(late.request_id)).error)
         assert "their model was unloaded" in str((await cluster.outcome(await user.ask(sampler, 1))).error)
+        listed = await cluster.router_ask(messages.ListCheckpoints(TENANT, user.model))
+        assert [checkpoint.name for checkpoint in listed] == ["best"]
         # What has a name is loaded when somebody asks for it.
         path = f"tinker://{user.model}/sampler_weights/best"
         best = (await cluster.ask(messages.CreateSampler(TENANT, user.session, 99, model_path=path))).id

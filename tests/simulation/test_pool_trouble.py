@@ -24,7 +24,7 @@ from tests.vllm.double import VllmDouble
 from tink.actors.megatron import MegatronActor
 from tink.domain import ids, messages
 from tink.journal.journal import Entry
-from tink.limits import REPLICA_STALL_SECONDS
+from tink.limits import ADAPTER_SECONDS, REPLICA_STALL_SECONDS
 
 Meddle = Callable[[VllmDouble, str, bytes], Awaitable[httpx.Response | None]]
 
@@ -232,6 +232,50 @@ async def test_a_server_that_is_paused_again_and_again_costs_a_sample_none_of_it
             server.resume()
         assert (await cluster.outcome(job)).body == user.right(sampler, tokens=60)
         cluster.check_journal()
+
+
+async def test_outages_are_each_waited_for_however_many_there_are(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    (server,) = vllm = servers(1, token_seconds=0.5)
+    async with Cluster.running(tmp_path, vllm=vllm, vllm_wait_seconds=60.0, max_attempts=9) as cluster:
+        user = await User.begin(cluster)
+        sampler = await user.save()
+        job = await user.ask(sampler, tokens=60)
+        for _ in range(4):
+            await trio.sleep(10.0)
+            server.kill()
+            await trio.sleep(40.0)
+            server.start()
+        assert (await cluster.outcome(job)).body == user.right(sampler, tokens=60)
+        cluster.check_journal()
+
+
+async def test_a_server_that_hangs_over_what_it_is_to_unload_is_met_nevertheless(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = False
+    (server,) = vllm = servers(1)
+
+    async def hang(server: VllmDouble, path: str, body: bytes) -> httpx.Response | None:
+        if stuck and path == UNLOAD and b"tink/nobody" not in body:
+            await trio.sleep_forever()
+        return None
+
+    meddle(monkeypatch, hang)
+    async with Cluster.running(tmp_path, vllm=vllm) as cluster:
+        user = await User.begin(cluster)
+        sampler = await user.save()
+        cluster.crash_worker()
+        name, adapter = next(iter(server.adapters.items()))
+        for number in range(5):
+            server.adapters[f"{name}-{number}"] = adapter._replace(name=f"{name}-{number}")
+        stuck = True
+        await cluster.start_worker()
+        began = trio.current_time()
+        await up(cluster, 1)
+        assert trio.current_time() - began < 2 * ADAPTER_SECONDS
+        assert await user.sample(sampler) == user.right(sampler)
 
 
 async def test_a_server_that_refuses_looks_for_a_moment_loses_nothing_and_is_not_pestered(

@@ -247,7 +247,9 @@ class Catalogue:
     def _list_checkpoints(self, ask: messages.ListCheckpoints) -> list[rows.Checkpoint]:
         found = self._live_checkpoints(ask.tenant)
         if ask.model_id is not None:
-            self._live_model(ask.tenant, ask.model_id)
+            model = self._owned("models", rows.Model, ask.tenant, ask.model_id, "model")
+            if model.state not in ("live", "removed"):  # what was saved outlives its model
+                raise NotFound(f"there is no model {ask.model_id}")
             found = [checkpoint for checkpoint in found if checkpoint.model_id == ask.model_id]
         return _newest_first(found)
 

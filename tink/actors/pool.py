@@ -38,10 +38,14 @@ log = structlog.get_logger()
 
 
 class _Patience:
-    """What is left of the time that a job waits while no server is there."""
+    """What is left of the time that a job waits while no server is there; all of it once one was."""
 
     def __init__(self, seconds: float, world: World) -> None:
-        self._left, self._world = seconds, world
+        self._seconds, self._world = seconds, world
+        self._left = seconds
+
+    def renew(self) -> None:
+        self._left = self._seconds
 
     async def wait(self, event: trio.Event) -> bool:
         """For the event; False once the time is up."""
@@ -72,8 +76,7 @@ class VLLMPool:
         self._journal, self._world = journal, world
         self._wait_seconds, self._max_attempts = wait_seconds, max_attempts
         self._change = trio.Event()
-        # Samples for which no server has room.
-        # By how they are out, and whether they need an adapter.
+        # Samples for which no server has room, by how they are out and whether they need an adapter.
         self._lines = {
             (exposure, adapted): trio.lowlevel.ParkingLot()
             for exposure in EXPOSURES
@@ -129,8 +132,9 @@ class VLLMPool:
         tries = 0
         while tries < SAMPLE_MOVES:
             change = self._change
-            ready = self._ready(adapter)
             placed: list[str] = []
+            if ready := self._ready(adapter):
+                patience.renew()
             # One that has killed a server is not given to all of them at once.
             together = [[replica] for replica in ready] if self.failures.doubtful(name) else [ready]
             for some in together:
@@ -241,6 +245,7 @@ class VLLMPool:
                 await self._lines[exposure, adapter is not None].park()
             elif not await patience.wait(self._change):
                 raise self._unreachable()
+        patience.renew()
         replica = self._best(free, request)
         try:
             with replica.slot(request, exposure):

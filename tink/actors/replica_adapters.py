@@ -302,6 +302,9 @@ class ReplicaAdapters:
                 log.warning("adapter not unloaded", url=self._client.url, name=name, reason=str(error))
                 held.told = True
             if isinstance(error, ReplicaGone):
+                for other in self._held.values():
+                    other.stuck = True  # each would wait as long
+                self._spare.clear()
                 self._doubt(error)
             return False
         finally:
@@ -337,15 +340,27 @@ class ReplicaAdapters:
 
     def _is_journaled(self, adapter: rows.Adapter) -> bool:
         """The job that it was placed for may not have ended yet, or have failed."""
-        row = self._journal.ledger.table("adapters", rows.Adapter).get((adapter.adapter_id,))
+        row = self._row(adapter)
         return row is not None and row.directory == adapter.directory
+
+    def _was_given_up(self, adapter: rows.Adapter) -> bool:
+        """Whether the journal has another one by its id: the job that it was placed for has failed."""
+        row = self._row(adapter)
+        return row is not None and row.directory != adapter.directory
+
+    def _row(self, adapter: rows.Adapter) -> rows.Adapter | None:
+        return self._journal.ledger.table("adapters", rows.Adapter).get((adapter.adapter_id,))
 
     async def _journal_placements(self) -> None:
         """What the journal says of this server becomes what is so."""
         url = self._client.url
         entries, self._refusals = self._refusals, []
         told = self._placements.of(url)
-        has = {held.adapter.adapter_id: held.adapter for held in self._held.values() if held.adapter}
+        has = {
+            held.adapter.adapter_id: held.adapter
+            for held in self._held.values()
+            if held.adapter and not self._was_given_up(held.adapter)
+        }
         entries += [placements.gone(subject) for key, subject in told.items() if key not in has]
         entries += [
             placements.entry(adapter, url, "loaded")

@@ -38,7 +38,7 @@ class Servers(Protocol):
         """Those that they may read again."""
 
     async def let_go(self) -> None:
-        """Takes out what was deleted, as far as they let us."""
+        """Takes out what nobody will sample from any more, as far as they let us."""
 
 
 class Retention:

@@ -1,9 +1,9 @@
 """The Router: takes every question of the HTTP side, accepts jobs, keeps each model's order, and wakes
 those who wait for a result.
 
-Its loop never waits: a question is decided at once, from the ledger, and what must be durable first is
-finished by a task of its own. So no two questions are half decided at the same time, and their commits
-still group.
+Its loop never waits: a question is decided at once, from the ledger, and what must be durable or read
+first is finished by a task of its own, which decides again without a pause once it has what it waited for.
+So no two questions are half decided at the same time, and their commits still group.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class _Life:
         self, server: VllmClient | TrlClient, served: Served, adapters: ReplicaAdapters | None
     ) -> None:
         self.server, self.served, self.adapters = server, served, adapters
-        self.load = Load(0, 0, 0.0, 0)
+        self.load = Load(0, 0, 0)
         self.calls: set[_Call] = set()
         self.finished = 0
         self.compared_with: TrainerStarted | None = None

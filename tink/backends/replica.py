@@ -45,13 +45,12 @@ class Served(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Sequences that are computed, and that wait (also for a place for their adapter); the used part of
-    the KV cache, 0 to 1; and the tokens generated since the server's start: if that stands still while
-    sequences run, the server hangs, and it never gets less in one life."""
+    """Sequences that are computed, and that wait (also for a place for their adapter); and the tokens
+    generated since the server's start: if that stands still while sequences run, the server hangs, and it
+    never gets less in one life."""
 
     running: int
     waiting: int
-    kv_usage: float
     generated: int
 
 

@@ -19,12 +19,13 @@ import trio
 # A connection that has been idle this long may have been closed by the other side.
 KEEPALIVE_SECONDS = 30.0
 # The kernel asks a silent peer whether it is there, after a minute four times: an answer may take hours.
-PROBED = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-]
+PROBED = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):  # not on macOS: there it begins after two hours
+    PROBED += [
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    ]
 
 
 class SlotTransport(httpx.AsyncBaseTransport):

@@ -102,7 +102,7 @@ class VllmClient:
         return Served(base.id, base.root or "", base.max_model_len, adapters)
 
     async def load(self) -> Load:
-        sums, most = _gauges(await self._get("/metrics"))
+        sums = _sums(await self._get("/metrics"))
         if "vllm:num_requests_running" not in sums:
             raise Refused(
                 f"the vLLM server at {self.url} has no metrics: start it without --disable-log-stats"
@@ -110,7 +110,6 @@ class VllmClient:
         return Load(
             running=int(sums["vllm:num_requests_running"]),
             waiting=int(sums["vllm:num_requests_waiting"]),
-            kv_usage=most["vllm:kv_cache_usage_perc"],
             generated=int(sums["vllm:generation_tokens_total"]),
         )
 
@@ -300,10 +299,9 @@ def _fault(reason: str) -> str:
 _SAMPLE = re.compile(rb"^(vllm:\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
-def _gauges(metrics: bytes) -> tuple[dict[str, float], dict[str, float]]:
-    """Sum and largest value of each series, over its labels (a server may have several engines)."""
+def _sums(metrics: bytes) -> dict[str, float]:
+    """Of each series, over its labels: a server may have several engines."""
     sums: dict[str, float] = defaultdict(float)
-    most: dict[str, float] = defaultdict(float)
     for name, text in _SAMPLE.findall(metrics):
         try:
             value = float(text)
@@ -311,5 +309,4 @@ def _gauges(metrics: bytes) -> tuple[dict[str, float], dict[str, float]]:
             value = math.nan
         if math.isfinite(value):
             sums[name.decode()] += value
-            most[name.decode()] = max(most[name.decode()], value)
-    return sums, most
+    return sums

@@ -114,8 +114,6 @@ vllm:num_requests_running{engine="0",model_name="base"} 4.0
 vllm:num_requests_running{engine="1",model_name="base"} 1.0
 vllm:num_requests_waiting{engine="0",model_name="base"} 2.0
 vllm:num_requests_waiting_by_reason{engine="0",model_name="base",reason="deferred"} 2.0
-vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
-vllm:kv_cache_usage_perc{engine="1",model_name="base"} 0.125
 vllm:generation_tokens_total{engine="0",model_name="base"} 1.2e+03
 vllm:lora_requests_info{max_lora="4",running_lora_adapters="a,b"} 1.7954103374329836e+09
 vllm:broken{engine="0"} NaN
@@ -124,7 +122,7 @@ vllm:broken{engine="0"} NaN
 
 async def test_its_load_is_that_of_all_its_engines() -> None:
     async with talking_to(httpx.Response(200, content=METRICS)) as client:
-        assert await client.load() == Load(running=5, waiting=2, kv_usage=0.25, generated=1200)
+        assert await client.load() == Load(running=5, waiting=2, generated=1200)
 
 
 async def test_a_server_without_metrics_says_how_to_start_it() -> None:
