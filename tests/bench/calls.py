@@ -20,7 +20,7 @@ from tests.bench import echo
 from tests.bench.figures import Figure
 from tink.backends.replica import ReplicaGone
 from tink.backends.vllm import VllmClient
-from tink.trainer.protocol import SampleRequest
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 SUMMARY = "the CPU time of a sampling call, with few and with many in flight"

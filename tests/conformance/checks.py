@@ -9,7 +9,8 @@ import msgspec
 import trio
 
 from tests.conformance.suite import STEP, Model, NotRun, Server, Wrong, expect
-from tink.trainer.protocol import (
+from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import (
     PROTOCOL,
     CreateModel,
     ExportAdapter,
@@ -26,7 +27,6 @@ from tink.trainer.protocol import (
     Skip,
     State,
 )
-from tink.wire import tinker_pb2 as pb
 
 Check = Callable[[Server], Awaitable[None]]
 CHECKS: list[Check] = []

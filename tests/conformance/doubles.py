@@ -23,7 +23,9 @@ from tests.conformance.suite import Server
 from tink.errors import BackendError, NotFound, UserError
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.ledger import Ledger
-from tink.trainer.protocol import (
+from tink.trainer.server import Trainer, application
+from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     File,
@@ -37,8 +39,6 @@ from tink.trainer.protocol import (
     SampleRequest,
     SaveState,
 )
-from tink.trainer.server import Trainer, application
-from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
 WIDTH = 4

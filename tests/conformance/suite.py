@@ -16,7 +16,8 @@ import httpx
 import msgspec
 import trio
 
-from tink.trainer.protocol import (
+from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import (
     MEDIA_TYPE,
     CreateModel,
     Forward,
@@ -40,7 +41,6 @@ from tink.trainer.protocol import (
     State,
     encode,
 )
-from tink.wire import tinker_pb2 as pb
 
 # On top of the seconds that a call asks to be held.
 GRACE_SECONDS = 60.0

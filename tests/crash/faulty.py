@@ -34,7 +34,7 @@ import trio  # noqa: E402
 from tink.actors import embedded  # noqa: E402
 from tink.cli import main  # noqa: E402
 from tink.trainer import process  # noqa: E402
-from tink.trainer.protocol import OpReply, Refusal, SampleReply, encode  # noqa: E402
+from tink.wire.tink_train import OpReply, Refusal, SampleReply, encode  # noqa: E402
 
 Message = dict[str, Any]
 

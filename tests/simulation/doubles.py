@@ -23,11 +23,12 @@ import trio.lowlevel
 from tests.simulation.watch import Watch
 from tink.actors.trainer_link import Endpoint
 from tink.errors import BackendError, UserError
-from tink.trainer import lanes, protocol
+from tink.trainer import lanes
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.ledger import Book
 from tink.trainer.server import Trainer, application
+from tink.wire import tink_train
 from tink.world import World
 
 T = TypeVar("T")
@@ -276,7 +277,7 @@ class SimulatedTrainer:
             return kind
         if request.method == "GET":
             return "poll"
-        op = msgspec.msgpack.decode(content, type=protocol.OpRequest)
+        op = msgspec.msgpack.decode(content, type=tink_train.OpRequest)
         return "redo" if self._watch.has_ended(op.job_id) else "op"
 
     async def find(self, unfit: str | None) -> Endpoint:
@@ -330,17 +331,19 @@ class HashEngine:
     def state(self, model_id: str) -> State | None:
         return self._models.get(model_id)
 
-    def create(self, model_id: str, op: protocol.CreateModel) -> protocol.ModelInfo:
+    def create(self, model_id: str, op: tink_train.CreateModel) -> tink_train.ModelInfo:
         if op.source is None:
             self._models[model_id] = State(_hash("new", op.seed, op.rank), rank=op.rank)
         else:
             self._models[model_id] = self._saved(op.source, op.optimizer)
-        return protocol.ModelInfo(op.rank, op.alpha, op.seed, op.train_attn, op.train_mlp, op.train_unembed)
+        return tink_train.ModelInfo(
+            op.rank, op.alpha, op.seed, op.train_attn, op.train_mlp, op.train_unembed
+        )
 
-    def forward(self, model_id: str, op: protocol.Forward) -> protocol.OpResult:
+    def forward(self, model_id: str, op: tink_train.Forward) -> tink_train.OpResult:
         return self._result(_hash(self._models[model_id].chain, op.body.hex()))
 
-    def forward_backward(self, model_id: str, op: protocol.ForwardBackward) -> protocol.OpResult:
+    def forward_backward(self, model_id: str, op: tink_train.ForwardBackward) -> tink_train.OpResult:
         if b"poison" in op.body:
             raise UserError("poison")
         state = self._models[model_id]
@@ -348,19 +351,21 @@ class HashEngine:
         self._models[model_id] = msgspec.structs.replace(state, gradient=gradient)
         return self._result(gradient)
 
-    def optim_step(self, model_id: str, op: protocol.OptimStep) -> dict[str, float]:
+    def optim_step(self, model_id: str, op: tink_train.OptimStep) -> dict[str, float]:
         state = self._models[model_id]
         chain = _hash(state.chain, state.gradient, op, state.step + 1)
         self._models[model_id] = State(chain, step=state.step + 1, rank=state.rank)
         return {"step": state.step + 1, "weights": int(chain[:12], 16)}
 
-    def save_state(self, model_id: str, op: protocol.SaveState, origin: str) -> list[protocol.File]:
+    def save_state(self, model_id: str, op: tink_train.SaveState, origin: str) -> list[tink_train.File]:
         return self._publish(op.path, origin, state=msgspec.json.encode(self._models[model_id]))
 
-    def load_state(self, model_id: str, op: protocol.LoadState) -> None:
+    def load_state(self, model_id: str, op: tink_train.LoadState) -> None:
         self._models[model_id] = self._saved(op.path, op.optimizer)
 
-    def export_adapter(self, model_id: str, op: protocol.ExportAdapter, origin: str) -> list[protocol.File]:
+    def export_adapter(
+        self, model_id: str, op: tink_train.ExportAdapter, origin: str
+    ) -> list[tink_train.File]:
         """With the one file that a vLLM server reads first."""
         config = msgspec.json.encode({"r": self._models[model_id].rank})
         chain = self._models[model_id].chain.encode()
@@ -369,7 +374,7 @@ class HashEngine:
     def remove(self, model_id: str) -> None:
         del self._models[model_id]
 
-    def snapshot(self, model_id: str, path: str, book: bytes, origin: str) -> list[protocol.File]:
+    def snapshot(self, model_id: str, path: str, book: bytes, origin: str) -> list[tink_train.File]:
         state = msgspec.json.encode(self._models[model_id])
         return self._publish(path, origin, state=state, book=book)
 
@@ -382,7 +387,7 @@ class HashEngine:
         self._models[model_id] = state
         self._watch.restored(model_id, book.applied, state)
 
-    def sample(self, request: protocol.SampleRequest) -> Sampled:
+    def sample(self, request: tink_train.SampleRequest) -> Sampled:
         self._watch.sampled(request)
         weights = self._read(request.adapter, "adapter").decode() if request.adapter else "base"
         body = _hash(weights, request.prompt, request.seed).encode()
@@ -392,7 +397,7 @@ class HashEngine:
         saved = msgspec.json.decode(self._read(path, "state"), type=State)
         return State(saved.chain, step=saved.step if optimizer else 0, rank=saved.rank)
 
-    def _publish(self, path: str, origin: str, **files: bytes) -> list[protocol.File]:
+    def _publish(self, path: str, origin: str, **files: bytes) -> list[tink_train.File]:
         if self._trainer.disk_full:
             raise BackendError("no space left on device")
 
@@ -406,5 +411,5 @@ class HashEngine:
         directory, _ = self._artifacts.open(path)
         return (directory / name).read_bytes()
 
-    def _result(self, value: str) -> protocol.OpResult:
-        return protocol.OpResult(body=value.encode(), loss=int(value[:8], 16) / 1000, tokens=1)
+    def _result(self, value: str) -> tink_train.OpResult:
+        return tink_train.OpResult(body=value.encode(), loss=int(value[:8], 16) / 1000, tokens=1)

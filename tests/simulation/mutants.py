@@ -25,8 +25,9 @@ from tink.domain.lane import Lane
 from tink.errors import TinkError
 from tink.journal import database
 from tink.journal.journal import Entry, Journal
-from tink.trainer import artifacts, lanes, protocol
+from tink.trainer import artifacts, lanes
 from tink.trainer.ledger import Ledger
+from tink.wire import tink_train
 
 Patch = pytest.MonkeyPatch
 ALL: dict[str, Callable[[Patch], None]] = {}
@@ -53,7 +54,7 @@ def no_op_fence(patch: Patch) -> None:
     """The trainer applies a repeated op_no again."""
     submit = lanes.Lanes.submit
 
-    async def again(self: lanes.Lanes, request: protocol.OpRequest) -> protocol.OpReply:
+    async def again(self: lanes.Lanes, request: tink_train.OpRequest) -> tink_train.OpReply:
         account = self._ledger._accounts.get(request.model_id)
         same_life = request.incarnation == self._ledger.incarnation
         if same_life and account is not None and request.op_no <= account.applied:
@@ -211,9 +212,9 @@ def redo_of_failed_jobs(patch: Patch) -> None:
     """A redo applies what had failed."""
     again = plans.again
 
-    def tried(job: rows.Job, body: bytes, context: plans.Context) -> protocol.Op:
+    def tried(job: rows.Job, body: bytes, context: plans.Context) -> tink_train.Op:
         if job.op == "forward_backward" and job.state == "failed":
-            return protocol.ForwardBackward(b"what failed")
+            return tink_train.ForwardBackward(b"what failed")
         return again(job, body, context)
 
     patch.setattr(plans, "again", tried)
@@ -246,7 +247,7 @@ def snapshot_named_before_published(patch: Patch) -> None:
             snapshot_id=f"{model_id}#{op_no}", op_no=op_no, directory=directory, size_bytes=0
         )
         await self._journal.append((Subject(tenant=job.tenant, model_id=model_id), taken))
-        request = protocol.SnapshotRequest(life.incarnation, life.lease, model_id, directory)
+        request = tink_train.SnapshotRequest(life.incarnation, life.lease, model_id, directory)
         await life.client.snapshot(request)
 
     assert take is not None
@@ -286,7 +287,7 @@ def seed_drawn_when_sent(patch: Patch) -> None:
     sampling = plans.sampling
     rng = random.Random(0)
 
-    def unfixed(job: rows.Job, *rest: Any) -> protocol.SampleRequest:
+    def unfixed(job: rows.Job, *rest: Any) -> tink_train.SampleRequest:
         request = sampling(job, *rest)
         if request.seed == job.seed:
             return msgspec.structs.replace(request, seed=rng.randrange(2**31))

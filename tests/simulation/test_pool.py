@@ -23,7 +23,7 @@ from tests.vllm.double import VllmDouble
 from tink.domain import messages
 from tink.errors import BackendError, NotFound, UserError
 from tink.limits import REPLICA_STALL_SECONDS
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 
 async def test_a_new_model_is_there_once_every_server_can_sample_it(
@@ -590,5 +590,5 @@ async def test_samples_alone_need_no_trainer(autojump_clock: MockClock, tmp_path
         created = await cluster.ask(messages.CreateSampler(TENANT, session, 0, base_model=model.name))
         user = User(cluster, session, "")
         body = await user.sample(created.id)
-        request = protocol.SampleRequest("any", PROMPT, 0, max_tokens=4)
+        request = tink_train.SampleRequest("any", PROMPT, 0, max_tokens=4)
         assert body == VllmDouble().would_answer(request, None)

@@ -19,7 +19,7 @@ from tests.simulation.doubles import Network, SimulatedWorld
 from tests.simulation.scenario import batch, json, step
 from tink.domain import messages
 from tink.limits import SEQ_GAP_SECONDS, WRONG_ANSWERS
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 Answer = Callable[[httpx.Request], httpx.Response | None]
 PROMPT = json(prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]})
@@ -65,7 +65,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], No
 
 
 def refusal(status: int, error: str) -> httpx.Response:
-    return httpx.Response(status, content=protocol.encode(protocol.Refusal(error, f"it said {error}")))
+    return httpx.Response(status, content=tink_train.encode(tink_train.Refusal(error, f"it said {error}")))
 
 
 # -- answers that are wrong -------------------------------------------------------------------------
@@ -176,7 +176,7 @@ async def test_a_snapshot_that_says_another_number_is_not_one(
 ) -> None:
     def answer(request: httpx.Request) -> httpx.Response | None:
         if request.url.path == "/v1/snapshots":
-            return httpx.Response(200, content=protocol.encode(protocol.SnapshotReply(99, [])))
+            return httpx.Response(200, content=tink_train.encode(tink_train.SnapshotReply(99, [])))
         return None
 
     answering(answer)

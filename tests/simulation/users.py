@@ -17,7 +17,7 @@ from tests.vllm.double import VllmDouble
 from tink.actors import pool
 from tink.actors.vllm import VLLMActor
 from tink.domain import ids, messages
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 PROMPT = [1, 2, 3]
 
@@ -86,7 +86,7 @@ class User:
         with closing(sqlite3.connect(self.cluster.home.journal)) as journal:
             query = "SELECT directory FROM adapters JOIN samplers USING (adapter_id) WHERE sampler_id = ?"
             (directory,) = journal.execute(query, (sampler,)).fetchone()
-        request = protocol.SampleRequest("any", PROMPT, seed, max_tokens=tokens, num_samples=n)
+        request = tink_train.SampleRequest("any", PROMPT, seed, max_tokens=tokens, num_samples=n)
         return VllmDouble().would_answer(request, self.cluster.trainer.artifacts / directory)
 
 

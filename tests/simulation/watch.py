@@ -25,8 +25,8 @@ from tink.domain.requests import MUTATING
 from tink.errors import TinkError
 from tink.journal.home import Home
 from tink.journal.journal import Journal
-from tink.trainer import protocol
 from tink.trainer.artifacts import Artifacts
+from tink.wire import tink_train
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=rows.Row)
@@ -49,16 +49,16 @@ def _looks(check: Callable[Concatenate[Watch, P], None]) -> Callable[Concatenate
     return look
 
 
-def _again(op: protocol.Op) -> protocol.Op:
+def _again(op: tink_train.Op) -> tink_train.Op:
     """Without what a redo leaves out: an adapter version that is there already."""
-    return msgspec.structs.replace(op, export=None) if isinstance(op, protocol.CreateModel) else op
+    return msgspec.structs.replace(op, export=None) if isinstance(op, tink_train.CreateModel) else op
 
 
 class Applied(NamedTuple):
     """What an operation was, and the state of its model after it."""
 
     job_id: str
-    op: protocol.Op
+    op: tink_train.Op
     state: object
     failed: bool
 
@@ -84,7 +84,7 @@ class Watch:
         self._applied: dict[tuple[str, int], Applied] = {}
         self.at: dict[str, int] = {}
         self._seeds: dict[str, int | None] = {}
-        self._samples: dict[str, protocol.SampleRequest] = {}
+        self._samples: dict[str, tink_train.SampleRequest] = {}
 
     # -- the worker's databases ---------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class Watch:
         return job_id in self._mirror.ended
 
     @_looks
-    def applied(self, request: protocol.OpRequest, state: object, *, failed: bool) -> None:
+    def applied(self, request: tink_train.OpRequest, state: object, *, failed: bool) -> None:
         """The engine has done an operation, or refused to."""
         model_id, op_no = request.model_id, request.op_no
         job = self._mirror.ledger.table("jobs", rows.Job).get((request.job_id,))
@@ -266,7 +266,7 @@ class Watch:
         require(job.op_no == op_no, f"X7: {job.job_id} runs as op {op_no}, and is journaled as {job.op_no}")
         before = self.at.get(model_id, 0)
         # Nobody needs what a removal leaves out.
-        is_next = op_no > before if isinstance(request.op, protocol.RemoveModel) else op_no == before + 1
+        is_next = op_no > before if isinstance(request.op, tink_train.RemoveModel) else op_no == before + 1
         require(is_next, f"X1: op {op_no} of {model_id} is applied after op {before}")
         self.at[model_id] = op_no
         now = Applied(job.job_id, request.op, state, failed)
@@ -274,7 +274,7 @@ class Watch:
         if known is now:
             return
         self._counts["operations redone"] += 1
-        if isinstance(request.op, protocol.Skip):
+        if isinstance(request.op, tink_train.Skip):
             if job.state == "failed" and not known.failed:
                 # Its attempts were used up, so that it counts for nothing; and what came after never was.
                 self._applied[model_id, op_no] = now
@@ -297,7 +297,7 @@ class Watch:
         self.at[model_id] = op_no
 
     @_looks
-    def sampled(self, request: protocol.SampleRequest) -> None:
+    def sampled(self, request: tink_train.SampleRequest) -> None:
         ledger = self._mirror.ledger
         job = ledger.table("jobs", rows.Job).get((request.sample_id,))
         require(job is not None, f"X7: {request.sample_id} runs, and is not journaled")

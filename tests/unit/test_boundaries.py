@@ -45,8 +45,6 @@ EXCEPTIONS = {
     # The real World is what makes real connections; imported when the first one is made.
     ("tink.world", "tink.backends.transport"),
 }
-# backends and actors speak the trainer's protocol, and know nothing else of it.
-PROTOCOL = "tink.trainer.protocol"
 
 
 @functools.cache
@@ -89,7 +87,6 @@ def test_a_module_imports_only_the_layers_below_it() -> None:
         for imported in _imports(module)
         if imported.split(".")[0] == "tink"
         and _part(imported) not in ALLOWED[_part(module)] | {_part(module)}
-        and not (_part(module) in ("backends", "actors") and imported == PROTOCOL)
         and (module, imported) not in EXCEPTIONS
     ]
     assert wrong == []
@@ -163,7 +160,7 @@ for module in sys.argv[1:]:
 
 def test_everything_but_the_engines_imports_without_torch() -> None:
     # Of the trainer: its server and all that is not tensors. The engines come in when one is built.
-    light = {"protocol", "process", "server", "lanes", "ledger", "preload", "samples"}
+    light = {"process", "server", "lanes", "ledger", "preload", "samples"}
     modules = [m for m in MODULES if _part(m) != "trainer" or m.rpartition(".")[2] in light]
     assert "tink.cli.main" in modules
     assert len([m for m in modules if _part(m) == "trainer"]) == len(light)

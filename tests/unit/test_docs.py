@@ -26,8 +26,8 @@ from tink.journal.home import Home
 from tink.journal.journal import prepare
 from tink.metrics import Metrics
 from tink.settings import Settings
-from tink.trainer import protocol
 from tink.trainer.server import Trainer, application
+from tink.wire import tink_train
 
 ROOT = Path(tink.__file__).parent.parent
 README = ROOT / "README.md"
@@ -120,20 +120,20 @@ def test_every_endpoint_of_the_sdk_is_documented_and_no_other():
 
 def test_every_operation_of_the_training_protocol_is_documented_with_its_fields():
     documented = {names(row[0])[0]: names(row[1]) for row in rows(section(PROTOCOL, "## Operations"))}
-    operations = {op.__struct_config__.tag: list(op.__struct_fields__) for op in get_args(protocol.Op)}
+    operations = {op.__struct_config__.tag: list(op.__struct_fields__) for op in get_args(tink_train.Op)}
     assert documented == operations
 
 
 def test_every_field_of_the_training_protocol_is_named():
     named = set(names(PROTOCOL))
     for message in (
-        protocol.OpRequest,
-        protocol.OpResult,
-        protocol.OpReply,
-        protocol.SampleRequest,
-        protocol.SampleReply,
-        protocol.SnapshotRequest,
-        protocol.Refusal,
+        tink_train.OpRequest,
+        tink_train.OpResult,
+        tink_train.OpReply,
+        tink_train.SampleRequest,
+        tink_train.SampleReply,
+        tink_train.SnapshotRequest,
+        tink_train.Refusal,
     ):
         assert set(message.__struct_fields__) <= named, message
 
@@ -153,7 +153,7 @@ async def test_every_call_of_the_training_protocol_is_documented_and_no_other(nu
 
 
 def test_every_refusal_of_the_training_protocol_is_documented():
-    words = re.findall(r"\| (\d{3}) `(\w+)`", protocol.__doc__)
+    words = re.findall(r"\| (\d{3}) `(\w+)`", tink_train.__doc__)
     assert len(words) == 7
     assert all(f"{status} `{word}`" in PROTOCOL for status, word in words)
 

@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import frozen
 from tink.trainer.engines.hf import HFEngine
-from tink.trainer.protocol import (
+from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     ForwardBackward,
     OptimStep,
     SampleRequest,
 )
-from tink.wire import tinker_pb2 as pb
 
 
 class Adapters:

@@ -25,7 +25,7 @@ import trio
 from tests.vllm import language
 from tests.vllm.server import RECORDING
 from tink.backends.completions import decode, encode
-from tink.trainer.protocol import SampleRequest
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 EXCHANGES: dict[str, dict[str, Any]] = json.loads(RECORDING.read_text())

@@ -31,7 +31,7 @@ from tests.vllm.fixtures import find_python
 from tests.vllm.server import CONTEXT, RECORDING, VllmReplica
 from tink.backends.completions import encode
 from tink.trainer import tiny
-from tink.trainer.protocol import SampleRequest
+from tink.wire.tink_train import SampleRequest
 
 SERIES = re.compile(r"^vllm:(num_requests_|kv_cache_usage_perc|generation_tokens_total)")
 

@@ -14,8 +14,8 @@ import pytest
 from tests.vllm.adapters import Adapters
 from tests.vllm.server import CONTEXT, VllmReplica
 from tink.backends.vllm import VllmClient
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 pytestmark = pytest.mark.slow

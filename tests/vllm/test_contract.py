@@ -23,8 +23,8 @@ from tink.backends.flavour import flavour
 from tink.backends.replica import Aborted, AdapterMissing, Refused
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 PROMPT = [100, 101, 102, 103, 104, 105]

@@ -17,7 +17,7 @@ from tink.backends.replica import AdapterMissing, Refused, ReplicaGone, Sampled,
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.limits import COMPLETION_SECONDS
-from tink.trainer.protocol import SampleRequest
+from tink.wire.tink_train import SampleRequest
 
 URL = "http://vllm.sim"
 LONG = {"max_tokens": 200, "ignore_eos": True}

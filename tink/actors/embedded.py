@@ -29,7 +29,7 @@ from tink.errors import StartupError
 from tink.journal.home import Home, TrainerRecord
 from tink.limits import HEALTH_SECONDS, PROCESS_LOOK_SECONDS, SILENT_LOOKS, START_SECONDS, STOP_SECONDS
 from tink.settings import Settings
-from tink.trainer import protocol
+from tink.wire import tink_train
 from tink.world import World
 
 # Of the worker's environment, what its trainer must not inherit.
@@ -119,7 +119,7 @@ class EmbeddedTrainer:
         log.error("trainer is stuck", pid=record.pid, silent_seconds=silent)
         return False
 
-    async def _health(self, record: TrainerRecord) -> protocol.Health | None:
+    async def _health(self, record: TrainerRecord) -> tink_train.Health | None:
         endpoint = self._endpoint(record)
         try:
             async with TrainerClient.connect(

@@ -33,7 +33,7 @@ from tink.domain.requests import MUTATING
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
 from tink.limits import HOLD_SECONDS
-from tink.trainer import protocol
+from tink.wire import tink_train
 from tink.world import World
 
 # Returns the servers that have the version now. Raises BackendError.
@@ -198,7 +198,7 @@ class MegatronActor:
 
     # -- talking to the server ----------------------------------------------------------------------
 
-    async def _send(self, job: rows.Job, op_no: int, plan: plans.Plan) -> protocol.OpReply:
+    async def _send(self, job: rows.Job, op_no: int, plan: plans.Plan) -> tink_train.OpReply:
         """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
         a server that came back without its state is brought up to date first, and one that knows another
         history is replaced. Raises BackendError when the job's attempts are used up, or the op is one that
@@ -209,12 +209,12 @@ class MegatronActor:
         while True:
             try:
                 async with attempts.call() as life:
-                    if isinstance(plan.op, protocol.RemoveModel) and not life.applied.get(model_id):
+                    if isinstance(plan.op, tink_train.RemoveModel) and not life.applied.get(model_id):
                         # It was in another life.
-                        return protocol.OpReply(
-                            "done", life.incarnation, model_id, op_no, op_no, result=protocol.OpResult()
+                        return tink_train.OpReply(
+                            "done", life.incarnation, model_id, op_no, op_no, result=tink_train.OpResult()
                         )
-                    if not isinstance(plan.op, protocol.RemoveModel):  # which needs nothing of the redo
+                    if not isinstance(plan.op, tink_train.RemoveModel):  # which needs nothing of the redo
                         await self._bring_up(life, model_id, op_no - 1)
                     reply = await life.client.op(self._request(life, job, op_no, plan.op))
                     life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
@@ -235,8 +235,8 @@ class MegatronActor:
                 elif error.refusal.error != "busy":
                     self._link.lost(life)
 
-    def _request(self, life: Life, job: rows.Job, op_no: int, op: protocol.Op) -> protocol.OpRequest:
-        return protocol.OpRequest(
+    def _request(self, life: Life, job: rows.Job, op_no: int, op: tink_train.Op) -> tink_train.OpRequest:
+        return tink_train.OpRequest(
             incarnation=life.incarnation,
             lease=life.lease,
             model_id=str(job.model_id),
@@ -285,7 +285,7 @@ class MegatronActor:
             crash.point("worker.redone")
         await self._snapshots.give_up(unusable)
 
-    async def _compare(self, job: rows.Job, reply: protocol.OpReply) -> None:
+    async def _compare(self, job: rows.Job, reply: tink_train.OpReply) -> None:
         """A redo must give what the job gave. If it does not, the run goes on, and the journal says so."""
         if reply.result is None:
             detail = f"the redo failed: {reply.failure.message if reply.failure else reply.state}"

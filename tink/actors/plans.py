@@ -14,7 +14,7 @@ from tink.domain.events import AnyEvent, JobAccepted, Subject
 from tink.domain.projection import Ledger
 from tink.errors import UserError
 from tink.limits import HOLD_SECONDS, LONGEST_TTL, MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 Entry = tuple[Subject, AnyEvent]
 
@@ -23,7 +23,7 @@ class Plan(msgspec.Struct, frozen=True):
     """`directory`: what the operation reads or writes under the artifact folder. `export`: where it writes
     an adapter version."""
 
-    op: protocol.Op
+    op: tink_train.Op
     directory: str | None = None
     export: str | None = None
 
@@ -33,7 +33,7 @@ class Context(msgspec.Struct, frozen=True):
     sampling servers have to be given a new model's adapter (`exports`)."""
 
     ledger: Ledger
-    served: protocol.Info
+    served: tink_train.Info
     alpha: float
     exports: bool
 
@@ -54,9 +54,9 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
             raise UserError(f"the model {model_id} was never made: its creation failed")
     match job.op:
         case "forward":
-            return Plan(protocol.Forward(body))
+            return Plan(tink_train.Forward(body))
         case "forward_backward":
-            return Plan(protocol.ForwardBackward(body))
+            return Plan(tink_train.ForwardBackward(body))
         case "create_model":
             create = _create_model(model_id, requests.decode(body, requests.CreateModel), context)
             return _exporting(Plan(create), model_id, op_no, context)
@@ -66,56 +66,56 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
             load = _load_weights(job, requests.decode(body, requests.LoadWeights), context)
             return _exporting(load, model_id, op_no, context)
         case "unload_model":
-            return Plan(protocol.RemoveModel())
+            return Plan(tink_train.RemoveModel())
     directory = ids.directory(model_id, op_no, job.op)
     match job.op:
         case "save_weights":
             _check_save(job, "weights", requests.decode(body, requests.SaveWeights), context.ledger)
-            return Plan(protocol.SaveState(directory), directory)
+            return Plan(tink_train.SaveState(directory), directory)
         case "save_weights_for_sampler":
             request = requests.decode(body, requests.SaveWeightsForSampler)
             _check_save(job, "sampler_weights", request, context.ledger)
             if request.path is None:
                 _check_ephemeral(job, request, context.ledger)
-            return Plan(protocol.ExportAdapter(directory), directory, directory)
+            return Plan(tink_train.ExportAdapter(directory), directory, directory)
         case "save_weights_external":
             external = requests.decode(body, requests.SaveWeightsExternal)
             if external.age_encryption_recipients:
                 raise UserError("encrypted exports are not supported: leave age_encryption_recipients out")
             _check_save(job, "external_weights", external, context.ledger)
-            return Plan(protocol.ExportAdapter(directory), directory)
+            return Plan(tink_train.ExportAdapter(directory), directory)
     raise UserError(f"{job.op} is not a training operation")
 
 
 def _exporting(plan: Plan, model_id: str, op_no: int, context: Context) -> Plan:
     """With the new model's version 0, if the plan makes a model and somebody has to be given it."""
-    if not context.exports or not isinstance(plan.op, protocol.CreateModel):
+    if not context.exports or not isinstance(plan.op, tink_train.CreateModel):
         return plan
     export = ids.first_adapter(model_id, op_no)
     return Plan(msgspec.structs.replace(plan.op, export=export), plan.directory, export)
 
 
-def again(job: rows.Job, body: bytes, context: Context) -> protocol.Op:
+def again(job: rows.Job, body: bytes, context: Context) -> tink_train.Op:
     """The operation of a job that has run before, for a trainer that has lost it: exactly what it was
     then, whatever has been renamed, deleted or configured since."""
     if job.state == "failed" or job.op not in requests.MUTATING:
-        return protocol.Skip()
+        return tink_train.Skip()
     model = context.ledger.table("models", rows.Model)[(_model_id(job),)]
     match job.op:
         case "forward_backward":
-            return protocol.ForwardBackward(body)
+            return tink_train.ForwardBackward(body)
         case "optim_step":
             return _optim_step(requests.decode(body, requests.OptimStep))
         case "load_weights" if job.seq_id != 0:
             request = requests.decode(body, requests.LoadWeights)
-            return protocol.LoadState(path=str(job.directory), optimizer=request.optimizer)
+            return tink_train.LoadState(path=str(job.directory), optimizer=request.optimizer)
     source, optimizer = None, False
     if job.op == "load_weights":
         source, optimizer = job.directory, requests.decode(body, requests.LoadWeights).optimizer
     assert model.rank is not None, "a model that was made has a rank"
     assert model.alpha is not None
     assert model.seed is not None
-    return protocol.CreateModel(
+    return tink_train.CreateModel(
         rank=model.rank,
         alpha=model.alpha,
         seed=model.seed,
@@ -146,7 +146,7 @@ def _model_id(job: rows.Job) -> str:
     return job.model_id
 
 
-def _create_model(model_id: str, request: requests.CreateModel, context: Context) -> protocol.CreateModel:
+def _create_model(model_id: str, request: requests.CreateModel, context: Context) -> tink_train.CreateModel:
     check_base_model(request.base_model, context.served.base_model, context.served.base_path)
     lora = request.lora_config
     if not 1 <= lora.rank <= context.served.max_rank:
@@ -160,7 +160,7 @@ def _create_model(model_id: str, request: requests.CreateModel, context: Context
     seed = (
         lora.seed if lora.seed is not None else int(hashlib.sha256(model_id.encode()).hexdigest()[:7], 16)
     )
-    return protocol.CreateModel(
+    return tink_train.CreateModel(
         rank=lora.rank,
         alpha=context.alpha,
         seed=seed % 2**63,
@@ -170,7 +170,7 @@ def _create_model(model_id: str, request: requests.CreateModel, context: Context
     )
 
 
-def _optim_step(request: requests.OptimStep) -> protocol.OptimStep:
+def _optim_step(request: requests.OptimStep) -> tink_train.OptimStep:
     if request.optimizer_params is not None:
         kind = str(request.optimizer_params.get("type"))[:80]
         raise UserError(f"the optimizer {kind!r} is not supported: send adam_params")
@@ -179,7 +179,7 @@ def _optim_step(request: requests.OptimStep) -> protocol.OptimStep:
         raise UserError("learning_rate, weight_decay and grad_clip_norm cannot be negative")
     if not (0 <= adam.beta1 < 1 and 0 <= adam.beta2 < 1 and adam.eps > 0):
         raise UserError("beta1 and beta2 must be in [0, 1), and eps above 0")
-    return protocol.OptimStep(**msgspec.structs.asdict(adam))
+    return tink_train.OptimStep(**msgspec.structs.asdict(adam))
 
 
 def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context) -> Plan:
@@ -197,14 +197,14 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
             mine, theirs = getattr(target, part), getattr(source, part)
             if mine != theirs:
                 raise UserError(f"{address} has {part} {theirs}, this model {mine}: they must be equal")
-        return Plan(protocol.LoadState(directory, request.optimizer), directory)
+        return Plan(tink_train.LoadState(directory, request.optimizer), directory)
     if request.optimizer_config is not None and request.optimizer_config.type != "adamw":
         raise UserError(f"the optimizer {request.optimizer_config.type!r} is not supported: 'adamw' is")
     _check_metadata(request.user_metadata)
     assert source.rank is not None
     assert source.alpha is not None
     assert source.seed is not None
-    create = protocol.CreateModel(
+    create = tink_train.CreateModel(
         rank=source.rank,
         alpha=source.alpha,
         seed=source.seed,
@@ -255,7 +255,7 @@ def _save_name(job: rows.Job, kind: ids.CheckpointKind, request: Save) -> str | 
 
 
 def exported(
-    job: rows.Job, plan: Plan, result: protocol.OpResult, context: Context, now: float
+    job: rows.Job, plan: Plan, result: tink_train.OpResult, context: Context, now: float
 ) -> rows.Adapter | None:
     """The adapter version that a done job has written, if it has: the row that its event will make."""
     if plan.export is None or not result.files:  # applied when nobody had asked for an adapter
@@ -296,7 +296,7 @@ def conclusion(
     job: rows.Job,
     body: bytes,
     plan: Plan,
-    result: protocol.OpResult,
+    result: tink_train.OpResult,
     context: Context,
     now: float,
     adapter: rows.Adapter | None,
@@ -352,7 +352,7 @@ def _created(
     job: rows.Job,
     user_metadata: dict[str, Any] | None,
     source: str | None,
-    result: protocol.OpResult,
+    result: tink_train.OpResult,
     context: Context,
 ) -> tuple[dict[str, Any], list[Entry]]:
     model = result.model
@@ -371,7 +371,7 @@ def _saved(
     kind: ids.CheckpointKind,
     request: Save,
     plan: Plan,
-    result: protocol.OpResult,
+    result: tink_train.OpResult,
     context: Context,
     now: float,
     adapter: rows.Adapter | None,
@@ -434,7 +434,7 @@ _GONE = {
 
 def sampling(
     job: rows.Job, accepted: JobAccepted, body: bytes, adapter: rows.Adapter | None
-) -> protocol.SampleRequest:
+) -> tink_train.SampleRequest:
     """The trainer's request for a sample of the adapter version, None for the base model. Raises UserError
     if it cannot be served."""
     request = requests.decode(body, requests.Sample)
@@ -458,7 +458,7 @@ def sampling(
     targets = None
     if request.target_prompt_logprobs is not None:
         targets = _targets(request.target_prompt_logprobs, len(prompt) - 1)
-    return protocol.SampleRequest(
+    return tink_train.SampleRequest(
         sample_id=job.job_id,
         prompt=prompt,
         seed=params.seed if params.seed is not None else int(accepted.seed or 0),

@@ -31,7 +31,7 @@ from tink.limits import (
     REPLICA_SLOTS,
     SAMPLE_MOVES,
 )
-from tink.trainer.protocol import SampleReply, SampleRequest
+from tink.wire.tink_train import SampleReply, SampleRequest
 from tink.world import World
 
 log = structlog.get_logger()

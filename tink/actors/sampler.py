@@ -16,7 +16,7 @@ from tink.domain.events import JobDone, JobFailed
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Entry, Journal
 from tink.limits import SCORES_ASIDE
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 log = structlog.get_logger()
 
@@ -28,8 +28,8 @@ class SamplingBackend(Protocol):
     def slots(self) -> int: ...
 
     async def sample(
-        self, job: rows.Job, request: protocol.SampleRequest, adapter: rows.Adapter | None
-    ) -> protocol.SampleReply:
+        self, job: rows.Job, request: tink_train.SampleRequest, adapter: rows.Adapter | None
+    ) -> tink_train.SampleReply:
         """Sends the request until it is answered, and journals each attempt. Raises UserError, or
         BackendError when its attempts are used up or nobody will ever take it. Cancelled, the sample may
         go on where it is, and is given up there in the end."""

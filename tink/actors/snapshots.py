@@ -20,7 +20,7 @@ from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
 from tink.errors import BackendError
 from tink.journal.journal import Journal
 from tink.limits import SNAPSHOTS_KEPT
-from tink.trainer.protocol import RestoreRequest, SnapshotRequest
+from tink.wire.tink_train import RestoreRequest, SnapshotRequest
 
 log = structlog.get_logger()
 

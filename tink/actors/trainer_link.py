@@ -20,7 +20,7 @@ from tink.domain.events import Subject, TrainerStarted
 from tink.errors import StartupError
 from tink.journal.journal import Journal
 from tink.limits import BEAT_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
-from tink.trainer import protocol
+from tink.wire import tink_train
 from tink.world import World
 
 log = structlog.get_logger()
@@ -42,7 +42,7 @@ class Life:
     """One incarnation of the server. `applied`: model -> last op_no, for the models that it holds."""
 
     client: TrainerClient
-    info: protocol.Info
+    info: tink_train.Info
     lease: int
     applied: dict[str, int] = field(default_factory=dict)
 
@@ -175,9 +175,9 @@ class TrainerLink:
         while True:
             self._look = trio.Event()
             health = await client.health()
-            if health.protocol != protocol.PROTOCOL:
+            if health.protocol != tink_train.PROTOCOL:
                 raise StartupError(
-                    f"the trainer at {client.url} speaks {health.protocol}, not {protocol.PROTOCOL}"
+                    f"the trainer at {client.url} speaks {health.protocol}, not {tink_train.PROTOCOL}"
                 )
             if health.state == "broken":
                 raise StartupError(f"the trainer at {client.url} is broken: {health.detail}")
@@ -197,7 +197,7 @@ class TrainerLink:
             with trio.move_on_after(BEAT_SECONDS):
                 await self._look.wait()
 
-    def _watch(self, client: TrainerClient, health: protocol.Health) -> None:
+    def _watch(self, client: TrainerClient, health: tink_train.Health) -> None:
         """Health is answered beside the work: that work goes on is told by its progress alone. Raises
         TrainerGone for a server whose work hangs."""
         for work in health.running:
@@ -253,7 +253,7 @@ class TrainerLink:
         return life
 
     def _check_state(
-        self, client: TrainerClient, incarnation: str, info: protocol.Info, state: protocol.State
+        self, client: TrainerClient, incarnation: str, info: tink_train.Info, state: tink_train.State
     ) -> None:
         """What it says of itself must be of one server, and no other history than the journal's: a journal
         that was restored from a backup is behind a trainer that went on. Raises TrainerGone."""
@@ -272,7 +272,7 @@ class TrainerLink:
             self._condemn(incarnation, f"it is ahead of the journal: {wrong}")
             raise TrainerGone(f"the trainer at {client.url} is ahead of the journal")
 
-    def _check_base(self, info: protocol.Info) -> None:
+    def _check_base(self, info: tink_train.Info) -> None:
         """A home's models live on one base: their redo on another one would be another run."""
         before = self._served
         models = self._journal.ledger.table("models", rows.Model).values()

@@ -12,7 +12,7 @@ from tink.domain import rows
 from tink.domain.events import JobStarted
 from tink.journal.journal import Journal
 from tink.limits import SAMPLE_SLOTS
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 log = structlog.get_logger()
 
@@ -26,8 +26,8 @@ class TrainerSamples:
         self._journal, self._link, self._max_attempts = journal, link, max_attempts
 
     async def sample(
-        self, job: rows.Job, request: protocol.SampleRequest, adapter: rows.Adapter | None
-    ) -> protocol.SampleReply:
+        self, job: rows.Job, request: tink_train.SampleRequest, adapter: rows.Adapter | None
+    ) -> tink_train.SampleReply:
         """The trainer knows the adapter by its directory, which the request names."""
 
         async def begin() -> None:

@@ -49,7 +49,7 @@ from tink.limits import (
     REPLICA_STALL_SECONDS,
     SUSPECTS_TOGETHER,
 )
-from tink.trainer.protocol import SampleRequest
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 log = structlog.get_logger()

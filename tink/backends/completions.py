@@ -28,8 +28,8 @@ from tink.limits import (
     MAX_TOPK,
     MAX_TOPK_CELLS,
 )
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import trio
 from tink.backends.exchange import NoAnswer, exchange
 from tink.errors import BackendError
 from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, POLL_SECONDS, STATE_SECONDS
-from tink.trainer import protocol
-from tink.trainer.protocol import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
+from tink.wire import tink_train
+from tink.wire.tink_train import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
 from tink.world import World
 
 T = TypeVar("T")
@@ -65,27 +65,27 @@ class TrainerClient:
         ) as client:
             yield cls(client, url)
 
-    async def health(self) -> protocol.Health:
-        return await self._json("/v1/health", protocol.Health)
+    async def health(self) -> tink_train.Health:
+        return await self._json("/v1/health", tink_train.Health)
 
-    async def info(self) -> protocol.Info:
-        return await self._json("/v1/info", protocol.Info)
+    async def info(self) -> tink_train.Info:
+        return await self._json("/v1/info", tink_train.Info)
 
-    async def state(self) -> protocol.State:
-        return await self._json("/v1/state", protocol.State)
+    async def state(self) -> tink_train.State:
+        return await self._json("/v1/state", tink_train.State)
 
     async def op(self, request: OpRequest) -> OpReply:
         """Sends an op and waits for its end, through as many long polls as it takes."""
         poll = f"/v1/ops/{request.model_id}/{request.op_no}?wait={request.wait}"
         check = partial(self._check_op, request)
         return await self._to_its_end(
-            "/v1/ops", protocol.encode(request), poll, OpReply, request.wait, check
+            "/v1/ops", tink_train.encode(request), poll, OpReply, request.wait, check
         )
 
     async def sample(self, request: SampleRequest) -> SampleReply:
         """Sends a sample and waits for its end. A pure function of the request: may be sent again."""
         poll = f"/v1/samples/{request.sample_id}?wait={request.wait}"
-        check, body = partial(self._check_sample, request), protocol.encode(request)
+        check, body = partial(self._check_sample, request), tink_train.encode(request)
         return await self._to_its_end("/v1/samples", body, poll, SampleReply, request.wait, check)
 
     async def _to_its_end(
@@ -126,15 +126,15 @@ class TrainerClient:
         if not {"done": done, "failed": failed}.get(state, True):
             raise TrainerGone(f"the trainer at {self.url} says {state}, and no more")
 
-    async def snapshot(self, request: protocol.SnapshotRequest) -> protocol.SnapshotReply:
+    async def snapshot(self, request: tink_train.SnapshotRequest) -> tink_train.SnapshotReply:
         """Repeating it is harmless: what is published under the path is found there."""
-        body = protocol.encode(request)
-        return await self._call("POST", "/v1/snapshots", protocol.SnapshotReply, body, STATE_SECONDS)
+        body = tink_train.encode(request)
+        return await self._call("POST", "/v1/snapshots", tink_train.SnapshotReply, body, STATE_SECONDS)
 
-    async def restore(self, request: protocol.RestoreRequest) -> protocol.RestoreReply:
+    async def restore(self, request: tink_train.RestoreRequest) -> tink_train.RestoreReply:
         """Refused, with nothing changed, if the snapshot is damaged or the model is not behind it."""
-        body = protocol.encode(request)
-        return await self._call("POST", "/v1/restores", protocol.RestoreReply, body, STATE_SECONDS)
+        body = tink_train.encode(request)
+        return await self._call("POST", "/v1/restores", tink_train.RestoreReply, body, STATE_SECONDS)
 
     async def _json(self, path: str, kind: type[T]) -> T:
         body = await self._exchange("GET", path, None, HEALTH_SECONDS)
@@ -149,7 +149,7 @@ class TrainerClient:
     async def _exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> bytes:
         try:
             answer = await exchange(
-                self._client, method, path, seconds=seconds, content=body, media_type=protocol.MEDIA_TYPE
+                self._client, method, path, seconds=seconds, content=body, media_type=tink_train.MEDIA_TYPE
             )
         except NoAnswer as error:
             raise TrainerGone(f"the trainer at {self.url} does not answer: {error}") from error
@@ -164,5 +164,5 @@ class TrainerClient:
             yield
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TrainerGone(
-                f"the trainer at {self.url} does not speak {protocol.PROTOCOL}: {error}"
+                f"the trainer at {self.url} does not speak {tink_train.PROTOCOL}: {error}"
             ) from error

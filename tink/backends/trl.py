@@ -21,8 +21,8 @@ from tink.backends.exchange import Answer, NoAnswer, exchange
 from tink.backends.replica import Refused, ReplicaGone, Sampled, Silent, Unsent
 from tink.errors import UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 # What a caller takes a server's to be who does not know it.

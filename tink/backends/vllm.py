@@ -39,8 +39,8 @@ from tink.limits import (
     MAX_TOPK,
     NOT_FINITE_TRIES,
 )
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 # What a probe asks: a token that every vocabulary has, and for the likeliest ones after it.

@@ -14,7 +14,7 @@ import trio
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.journal.home import Home, TrainerRecord, WorkerRecord
-from tink.trainer import protocol
+from tink.wire import tink_train
 from tink.world import World
 
 # A worker that has waited longer for its trainer is not serving.
@@ -49,7 +49,7 @@ class TrainerStatus(msgspec.Struct, kw_only=True):
     url: str | None = None
     incarnation: str | None = None
     detail: str = ""
-    running: list[protocol.Running] = []
+    running: list[tink_train.Running] = []
 
 
 class _Health(msgspec.Struct):

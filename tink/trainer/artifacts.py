@@ -20,7 +20,7 @@ import msgspec
 from tink import crash, files
 from tink.domain import ids
 from tink.errors import BackendError, NotFound, UserError
-from tink.trainer.protocol import File
+from tink.wire.tink_train import File
 
 FORMAT = "tink-artifact/1"
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from tink.limits import MAX_OP_WAIT
 from tink.trainer.engines.base import Engine
 from tink.trainer.ledger import CANCELLED, Book, Ledger, Outcome, failure_of
 from tink.trainer.progress import Work, working
-from tink.trainer.protocol import (
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     Forward,

@@ -1,4 +1,4 @@
-"""Which operations each model has had, and what a call about one deserves: the table of `protocol`.
+"""Which operations each model has had, and what a call about one deserves: the table of tink_train.
 
 Pure bookkeeping: no IO, no clock, no ids. `decide` looks and answers; `accept`, `start`, `finish` and
 the rest change the books, each in one step. The server (lanes.py) does what they say.
@@ -16,7 +16,7 @@ import msgspec
 
 from tink.errors import TinkError, UserError
 from tink.limits import TRAINER_AHEAD, TRAINER_KEPT, TRAINER_QUEUE, TRAINER_TOMBSTONES
-from tink.trainer.protocol import (
+from tink.wire.tink_train import (
     CreateModel,
     Failure,
     ModelState,

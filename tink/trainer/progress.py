@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from tink.trainer.protocol import Running
+from tink.wire.tink_train import Running
 
 
 class Work:

@@ -25,7 +25,7 @@ from tink.limits import (
 from tink.trainer.engines.base import Engine
 from tink.trainer.ledger import Refused, failure_of
 from tink.trainer.progress import Work, working
-from tink.trainer.protocol import Running, SampleReply, SampleRequest
+from tink.wire.tink_train import Running, SampleReply, SampleRequest
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")

@@ -25,7 +25,8 @@ from tink.limits import MAX_TRAINING_BODY
 from tink.trainer.engines.base import Engine, Facts
 from tink.trainer.lanes import Lanes
 from tink.trainer.ledger import Ledger, Refused
-from tink.trainer.protocol import (
+from tink.trainer.samples import Samples
+from tink.wire.tink_train import (
     MEDIA_TYPE,
     PROTOCOL,
     Health,
@@ -39,7 +40,6 @@ from tink.trainer.protocol import (
     SnapshotRequest,
     encode,
 )
-from tink.trainer.samples import Samples
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")

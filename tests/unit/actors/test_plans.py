@@ -15,11 +15,11 @@ from tink.domain.events import JobAccepted, Record, Subject
 from tink.domain.projection import Ledger, fold, project
 from tink.errors import UserError
 from tink.limits import MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
-from tink.trainer import protocol
+from tink.wire import tink_train
 
 MODEL = "s:train:0"
-SERVED = protocol.Info(
-    protocol.PROTOCOL, "i", "hf", {}, "org/model", "/models/m", "d", "x", 1, 10, 100, 64, [], []
+SERVED = tink_train.Info(
+    tink_train.PROTOCOL, "i", "hf", {}, "org/model", "/models/m", "d", "x", 1, 10, 100, 64, [], []
 )
 WHO = Subject(tenant="t", session_id="s", model_id=MODEL)
 
@@ -172,23 +172,23 @@ def test_a_model_that_was_never_made_serves_nothing(op: str) -> None:
 
 def test_a_model_is_made_as_asked_and_its_seed_is_the_same_in_every_life() -> None:
     asked = _create(lora_config={"rank": 64, "seed": 3, "train_unembed": False}).op
-    assert asked == protocol.CreateModel(64, 16.0, 3, train_unembed=False)
+    assert asked == tink_train.CreateModel(64, 16.0, 3, train_unembed=False)
     unseeded = _create(base_model="/models/m").op
     assert unseeded == _create().op
-    assert isinstance(unseeded, protocol.CreateModel)
+    assert isinstance(unseeded, tink_train.CreateModel)
     assert 0 <= unseeded.seed < 2**63
 
 
 def test_an_optimizer_step_without_parameters_takes_the_sdks_defaults() -> None:
-    assert _plan("optim_step").op == protocol.OptimStep()
+    assert _plan("optim_step").op == tink_train.OptimStep()
 
 
 @pytest.mark.parametrize(
     ("op", "kind"),
     [
-        ("save_weights", protocol.SaveState),
-        ("save_weights_for_sampler", protocol.ExportAdapter),
-        ("save_weights_external", protocol.ExportAdapter),
+        ("save_weights", tink_train.SaveState),
+        ("save_weights_for_sampler", tink_train.ExportAdapter),
+        ("save_weights_external", tink_train.ExportAdapter),
     ],
 )
 def test_a_save_goes_to_a_new_directory_that_the_server_names(op: str, kind: Any) -> None:
@@ -214,12 +214,12 @@ def test_a_public_checkpoint_may_be_loaded_by_others() -> None:
         path=f"tinker://{MODEL}/weights/a",
         optimizer=True,
     )
-    assert plan == Plan(protocol.LoadState("d/weights", True), "d/weights")
+    assert plan == Plan(tink_train.LoadState("d/weights", True), "d/weights")
 
 
 def test_a_model_made_from_a_checkpoint_has_its_shape() -> None:
     plan = _plan("load_weights", 0, model="s:train:1", path=f"tinker://{MODEL}/weights/a", optimizer=True)
-    assert plan.op == protocol.CreateModel(
+    assert plan.op == tink_train.CreateModel(
         8, 16.0, 5, train_unembed=False, source="d/weights", optimizer=True
     )
 
@@ -262,7 +262,7 @@ def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: st
     job = _job(op, seq, state=state, op_no=7, directory=first.directory)
     again = plans.again(job, body, Context(ledger, served, 99.0, exports=True))
     if state == "failed" or op not in requests.MUTATING:
-        assert again == protocol.Skip()
+        assert again == tink_train.Skip()
     else:
         assert again == first.op
 
@@ -276,7 +276,7 @@ def test_what_a_redo_leaves_out_changes_no_state() -> None:
 # -- sampling -----------------------------------------------------------------------------------------
 
 
-def _sampling(**request: Any) -> protocol.SampleRequest:
+def _sampling(**request: Any) -> tink_train.SampleRequest:
     job = _job("sample", 0, model_id=None, sampler_id="s:sample:0")
     accepted = JobAccepted(op="sample", seq_id=0, sampler_id="s:sample:0", seed=77)
     body = msgspec.json.encode({"prompt": _text([1, 2, 3]), **request})

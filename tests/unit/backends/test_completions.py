@@ -15,8 +15,8 @@ from tink.backends.completions import NO_LOGPROB, SEEDS, decode, encode
 from tink.backends.replica import ReplicaGone
 from tink.errors import UserError
 from tink.limits import MAX_NUM_SAMPLES
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 
 CONTEXT = 32
 

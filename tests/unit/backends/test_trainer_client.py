@@ -16,15 +16,15 @@ from trio.testing import MockClock
 from tink.backends import exchange
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.limits import GRACE_SECONDS
-from tink.trainer import protocol
-from tink.trainer.protocol import OpReply, OpRequest, OpResult, Refusal, SampleReply, SampleRequest
+from tink.wire import tink_train
+from tink.wire.tink_train import OpReply, OpRequest, OpResult, Refusal, SampleReply, SampleRequest
 from tink.world import World
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
-OP = OpRequest(incarnation="i1", lease=1, model_id="s:train:0", op_no=3, job_id="j", op=protocol.Skip())
+OP = OpRequest(incarnation="i1", lease=1, model_id="s:train:0", op_no=3, job_id="j", op=tink_train.Skip())
 SAMPLE = SampleRequest(sample_id="s:sample:0:0", prompt=[1], seed=0)
-HEALTH = protocol.Health(protocol.PROTOCOL, "i1", "ready")
+HEALTH = tink_train.Health(tink_train.PROTOCOL, "i1", "ready")
 
 
 class OneServer(World):
@@ -42,7 +42,7 @@ async def talking_to(answer: Answer, token: str = "") -> AsyncIterator[TrainerCl
 
 
 def packed(message: object, status: int = 200) -> httpx.Response:
-    return httpx.Response(status, content=protocol.encode(message))
+    return httpx.Response(status, content=tink_train.encode(message))
 
 
 def reply(state: str, *, incarnation: str = "i1") -> OpReply:
@@ -112,7 +112,7 @@ async def test_a_refusal_is_told_with_its_reason(status: int) -> None:
 
 
 def _half() -> bytes:
-    whole = protocol.encode(reply("done"))
+    whole = tink_train.encode(reply("done"))
     return whole[: len(whole) // 2]
 
 

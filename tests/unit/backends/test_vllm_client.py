@@ -21,8 +21,8 @@ from tink.backends.trl import TrlClient
 from tink.backends.vllm import VllmClient
 from tink.errors import TinkError, UserError
 from tink.limits import ADAPTER_SECONDS, COMPLETION_SECONDS, HEALTH_SECONDS, INLINE_BYTES
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
 Answer = Callable[[httpx.Request], httpx.Response]

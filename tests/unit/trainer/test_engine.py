@@ -25,7 +25,7 @@ from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import frozen as frozen_base
 from tink.trainer.engines.frozen import Frozen
 from tink.trainer.engines.hf import HFEngine
-from tink.trainer.protocol import (
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     File,

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tink.limits import TRAINER_AHEAD, TRAINER_KEPT
 from tink.trainer.ledger import CANCELLED, Book, Ledger, Outcome, Refused
-from tink.trainer.protocol import CreateModel, Op, OpRequest, OpResult, OptimStep, RemoveModel, Skip
+from tink.wire.tink_train import CreateModel, Op, OpRequest, OpResult, OptimStep, RemoveModel, Skip
 
 CREATE = CreateModel(rank=4, alpha=8.0, seed=1)
 

@@ -23,7 +23,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tink.errors import StartupError
 from tink.trainer import process
 from tink.trainer.process import Options
-from tink.trainer.protocol import (
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     ForwardBackward,

@@ -10,7 +10,7 @@ from trainer_kit import body, supervised
 
 from tink.trainer import progress
 from tink.trainer.engines import hf
-from tink.trainer.protocol import CreateModel, ForwardBackward, SampleRequest
+from tink.wire.tink_train import CreateModel, ForwardBackward, SampleRequest
 
 
 class Clock:

@@ -20,7 +20,8 @@ from tink.trainer.engines import frozen as frozen_base
 from tink.trainer.engines import sampler as sampler_module
 from tink.trainer.engines.frozen import Frozen
 from tink.trainer.engines.hf import HFEngine
-from tink.trainer.protocol import (
+from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     Forward,
@@ -28,7 +29,6 @@ from tink.trainer.protocol import (
     OptimStep,
     SampleRequest,
 )
-from tink.wire import tinker_pb2 as pb
 
 PROMPT = [10, 20, 30, 40, 50, 60]
 

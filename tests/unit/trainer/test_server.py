@@ -17,7 +17,8 @@ from tink.errors import BackendError, UserError
 from tink.limits import TRAINER_AHEAD, TRAINER_QUEUE
 from tink.trainer import server
 from tink.trainer.engines.base import Engine, Facts, Sampled
-from tink.trainer.protocol import (
+from tink.trainer.server import Trainer, application
+from tink.wire.tink_train import (
     MEDIA_TYPE,
     CreateModel,
     ExportAdapter,
@@ -43,7 +44,6 @@ from tink.trainer.protocol import (
     SnapshotRequest,
     encode,
 )
-from tink.trainer.server import Trainer, application
 from tink.world import World
 
 CREATE = CreateModel(rank=4, alpha=8.0, seed=1)

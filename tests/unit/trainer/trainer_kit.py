@@ -10,9 +10,9 @@ import numpy as np
 
 from tink.trainer.corpus import Docstring
 from tink.trainer.engines.hf import HFEngine
-from tink.trainer.protocol import CreateModel, ForwardBackward, OptimStep
 from tink.trainer.tiny import Shape
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import CreateModel, ForwardBackward, OptimStep
 
 SHAPE = Shape(
     vocab_size=320,

@@ -17,7 +17,7 @@ import torch
 
 from tink import crash
 from tink.errors import UserError
-from tink.trainer.protocol import OptimStep
+from tink.wire.tink_train import OptimStep
 
 Tensor = Any
 

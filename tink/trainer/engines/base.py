@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tink.trainer.protocol import (
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     File,

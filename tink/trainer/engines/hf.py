@@ -32,7 +32,7 @@ from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.engines.frozen import Frozen
 from tink.trainer.engines.lora import Adapter
 from tink.trainer.progress import beat
-from tink.trainer.protocol import (
+from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
     File,

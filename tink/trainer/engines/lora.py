@@ -23,7 +23,7 @@ import torch
 from tink.errors import BackendError, UserError
 from tink.limits import MAX_RANK
 from tink.trainer.engines import drawing
-from tink.trainer.protocol import ModelInfo
+from tink.wire.tink_train import ModelInfo
 
 Tensor = Any
 

@@ -23,8 +23,8 @@ from tink.trainer.engines.base import Sampled
 from tink.trainer.engines.frozen import Frozen
 from tink.trainer.engines.stops import Stops
 from tink.trainer.progress import beat
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 
 Tensor = Any
 

@@ -12,8 +12,8 @@ import torch
 
 from tink.trainer.engines import drawing, lora
 from tink.trainer.engines.frozen import Frozen
-from tink.trainer.protocol import SampleRequest
 from tink.wire import tinker_pb2 as pb
+from tink.wire.tink_train import SampleRequest
 
 Tensor = Any
 
