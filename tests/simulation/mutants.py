@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import trio
 
-from tink.actors import plans, router
+from tink.actors import router
 from tink.actors.megatron import MegatronActor
 from tink.actors.replica_adapters import ReplicaAdapters
 from tink.actors.router import Router
@@ -19,7 +19,7 @@ from tink.actors.snapshots import Snapshots
 from tink.backends import completions
 from tink.backends.replica import AdapterMissing, Sampled
 from tink.backends.vllm import VllmClient
-from tink.domain import adapters, ids, messages, rows
+from tink.domain import adapters, ids, messages, plans, rows, sampling
 from tink.domain.events import SnapshotTaken, Subject
 from tink.domain.lane import Lane
 from tink.errors import TinkError
@@ -284,16 +284,16 @@ def damage_unnoticed(patch: Patch) -> None:
 
 @mutant
 def seed_drawn_when_sent(patch: Patch) -> None:
-    sampling = plans.sampling
+    request_of = sampling.request_of
     rng = random.Random(0)
 
     def unfixed(job: rows.Job, *rest: Any) -> tink_train.SampleRequest:
-        request = sampling(job, *rest)
+        request = request_of(job, *rest)
         if request.seed == job.seed:
             return msgspec.structs.replace(request, seed=rng.randrange(2**31))
         return request
 
-    patch.setattr(plans, "sampling", unfixed)
+    patch.setattr(sampling, "request_of", unfixed)
 
 
 @mutant

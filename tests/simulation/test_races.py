@@ -117,7 +117,7 @@ async def test_a_restarted_actor_gets_every_open_job_once(
 async def test_a_bug_that_one_job_meets_is_that_jobs_failure_only(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tink.actors import plans
+    from tink.domain import plans
 
     training = plans.training
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from tink.actors import plans
 from tink.actors.artifacts import ArtifactFolder
-from tink.domain import ids, messages, rows
+from tink.domain import ids, messages, plans, rows
 from tink.domain.events import (
     CheckpointChanged,
     CheckpointDeleted,
@@ -284,13 +283,13 @@ class Catalogue:
                 public=checkpoint.public if ask.public is None else ask.public,
                 expires_at=expires_at,
             )
-            await self._journal.append((_subject(checkpoint), changed))
+            await self._journal.append((rows.about(checkpoint), changed))
 
     async def _delete_checkpoint(self, ask: messages.DeleteCheckpoint) -> None:
         async with self._journal.naming:
             checkpoint = self._own_checkpoint(ask.tenant, ask.address)
             deleted = CheckpointDeleted(checkpoint_id=checkpoint.checkpoint_id, reason="deleted")
-            await self._journal.append((_subject(checkpoint), deleted))
+            await self._journal.append((rows.about(checkpoint), deleted))
 
     # -- lookups ------------------------------------------------------------------------------------
 
@@ -306,7 +305,3 @@ class Catalogue:
 
 def _newest_first(found: Iterable[R]) -> list[R]:
     return sorted(found, key=lambda row: row.created_at, reverse=True)  # type: ignore[attr-defined]
-
-
-def _subject(checkpoint: rows.Checkpoint) -> Subject:
-    return Subject(tenant=checkpoint.tenant, model_id=checkpoint.model_id, adapter_id=checkpoint.adapter_id)

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from tink import crash
-from tink.actors import placements, plans
+from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.jobs import Jobs
@@ -27,11 +27,11 @@ from tink.actors.settling import Release, Settle, request_of
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
-from tink.domain import rows
-from tink.domain.events import Diverged, JobDone, JobFailed, JobStarted
+from tink.domain import plans, rows
+from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 from tink.limits import HOLD_SECONDS
 from tink.wire import tink_train
 from tink.world import World
@@ -109,7 +109,7 @@ class MegatronActor:
         entries = [self._failed(job, "server", "internal error in the worker: its log has it")]
         if job.op_no is not None:
             detail = "the worker failed while the job ran: whether it was applied is not known"
-            entries.append((plans.subject(job), Diverged(op_no=job.op_no, detail=detail)))
+            entries.append((rows.about(job), Diverged(op_no=job.op_no, detail=detail)))
         return entries
 
     async def _outcome(self, job: rows.Job) -> Callable[[], list[Entry]]:
@@ -156,7 +156,7 @@ class MegatronActor:
                 metrics=result.metrics,
                 run_ms=result.run_ms,
             )
-            return [(plans.subject(job), done), *placed, *more]
+            return [(rows.about(job), done), *placed, *more]
 
         return end
 
@@ -172,7 +172,7 @@ class MegatronActor:
             self.jobs.step_aside(job.job_id)
             replicas = await self._place(adapter)
         crash.point("worker.placed")
-        return plans.placements(job, adapter, replicas)
+        return plans.exported_events(job, adapter, replicas)
 
     async def _begin_attempt(self, job: rows.Job, op_no: int, plan: plans.Plan) -> None:
         started = JobStarted(
@@ -182,13 +182,13 @@ class MegatronActor:
             seq_id=job.seq_id,
             directory=plan.directory,
         )
-        await self._journal.append((plans.subject(job), started))
+        await self._journal.append((rows.about(job), started))
 
     def _failed(self, job: rows.Job, category: str, error: str) -> Entry:
         failed = JobFailed(
             category="user" if category == "user" else "server", error=error, seq_id=job.seq_id
         )
-        return plans.subject(job), failed
+        return rows.about(job), failed
 
     def _context(self, life: Life) -> plans.Context:
         return plans.Context(self._journal.ledger, life.info, self._alpha, exports=self._place is not None)
@@ -297,7 +297,7 @@ class MegatronActor:
             return
         log.error("diverged", job=job.job_id, detail=detail)
         assert job.op_no is not None
-        await self._journal.append((plans.subject(job), Diverged(op_no=job.op_no, detail=detail)))
+        await self._journal.append((rows.about(job), Diverged(op_no=job.op_no, detail=detail)))
 
 
 def _cannot_be_redone(job: rows.Job, reason: str) -> BackendError:

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from typing import Literal
 
 from tink.domain import rows
-from tink.domain.events import AdapterExported, AdapterPlaced, Record, Subject
+from tink.domain.events import AdapterExported, AdapterPlaced, Entry, Record, Subject
 from tink.journal import upkeep
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 
 # The one that samples where there is no vLLM, from the artifact folder.
 TRAINER = "trainer"
@@ -19,10 +19,7 @@ State = Literal["loaded", "refused", "gone"]
 
 
 def entry(adapter: rows.Adapter, replica: str, state: State, reason: str = "") -> Entry:
-    subject = Subject(
-        tenant=adapter.tenant, model_id=adapter.model_id, adapter_id=adapter.adapter_id, replica=replica
-    )
-    return subject, AdapterPlaced(state=state, reason=reason or None)
+    return rows.about(adapter, replica=replica), AdapterPlaced(state=state, reason=reason or None)
 
 
 def gone(subject: Subject) -> Entry:

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-from tink.actors import plans
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
 from tink.actors.placements import Placements
@@ -198,7 +197,7 @@ class VLLMPool:
                 exposure = self._exposure(deaths)
                 async with self._server(request, adapter, exposure, patience) as replica:
                     started = JobStarted(attempt=job.attempts + 1, backend=replica.url)
-                    await self._journal.append((plans.subject(job), started))
+                    await self._journal.append((rows.about(job), started))
                     began = self._world.monotonic()
                     sampled = await replica.sample(request, adapter)
             except (ReplicaGone, AdapterMissing) as error:

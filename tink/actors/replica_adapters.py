@@ -21,8 +21,9 @@ from tink.actors.placements import Placements
 from tink.backends.replica import Refused, ReplicaGone, Unsent
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, rows
+from tink.domain.events import Entry
 from tink.errors import BackendError
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 from tink.limits import LOAD_FAILURES_SECONDS, LOAD_ROUND_SECONDS
 from tink.world import World
 

@@ -18,12 +18,12 @@ from tink import crash
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.domain import retention, rows
-from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Subject
+from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Entry, Subject
 from tink.domain.retention import Cutoffs
 from tink.errors import JournalUnavailable
 from tink.journal import upkeep
 from tink.journal.bodies import Stored
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 from tink.limits import EXPIRY_SECONDS, RETENTION_SECONDS
 from tink.world import World
 
@@ -134,7 +134,7 @@ class Retention:
             checkpoints = self._journal.ledger.table("checkpoints", rows.Checkpoint).values()
             await self._journal.append(
                 *(
-                    (_about(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason="expired"))
+                    (rows.about(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason="expired"))
                     for c in checkpoints
                     if c.state == "live" and c.expires_at is not None and c.expires_at <= now
                 )
@@ -151,7 +151,7 @@ class Retention:
             entries: list[Entry] = []
             spare = list(retention.spare_adapters(ledger, before, self._last_requests))
             for adapter, reason in spare:
-                entries.append((_about(adapter), AdapterDeleted(reason=reason)))
+                entries.append((rows.about(adapter), AdapterDeleted(reason=reason)))
                 if self._servers is None:
                     entries.append(placements.entry(adapter, placements.TRAINER, "gone"))
             await self._journal.append(*entries)
@@ -194,7 +194,3 @@ class Retention:
         runs makes nothing old."""
         wall, monotonic = self._began
         return min(self._world.now(), wall + self._world.monotonic() - monotonic)
-
-
-def _about(row: rows.Checkpoint | rows.Adapter) -> Subject:
-    return Subject(tenant=row.tenant, model_id=row.model_id, adapter_id=row.adapter_id)

@@ -19,7 +19,6 @@ import structlog
 import trio
 
 from tink import crash
-from tink.actors import plans
 from tink.actors.catalogue import Catalogue
 from tink.actors.mailbox import Mailbox, Reply
 from tink.domain import ids, messages, rows
@@ -360,8 +359,7 @@ class Router:
         return self._cancel_sample(job)
 
     async def _cancel_sample(self, job: rows.Job) -> None:
-        subject = Subject(tenant=job.tenant, session_id=job.session_id, job_id=job.job_id)
-        await self._journal.append((subject, JobCancelled()))
+        await self._journal.append((rows.about(job), JobCancelled()))
         self._cancelling.discard(job.job_id)
         self._ended(job.job_id)
 
@@ -441,7 +439,7 @@ class Router:
         for job in jobs:
             if not self._lane(str(job.model_id)).arrive(job.seq_id, job.job_id):
                 # That life ended before it could say so.
-                self._nursery.start_soon(self._came_too_late, plans.subject(job))
+                self._nursery.start_soon(self._came_too_late, rows.about(job))
 
     def _send_open_jobs(self, actor: Actor) -> None:
         if actor == "train":

@@ -8,13 +8,12 @@ import structlog
 import trio
 
 from tink import crash
-from tink.actors import plans
 from tink.actors.jobs import Jobs
 from tink.actors.settling import Settle, request_of
-from tink.domain import rows
-from tink.domain.events import JobDone, JobFailed
+from tink.domain import rows, sampling
+from tink.domain.events import Entry, JobDone, JobFailed
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 from tink.limits import SCORES_ASIDE
 from tink.wire import tink_train
 
@@ -69,7 +68,7 @@ class SamplerActor:
             # A bug that this job met: it fails, and the others go on.
             log.exception("job crashed", job=job_id)
             internal = "internal error in the worker: its log has it"
-            entry = plans.subject(job), JobFailed(category="server", error=internal)
+            entry = rows.about(job), JobFailed(category="server", error=internal)
         # Shielded: whoever takes the job up again must know whether it has ended.
         with trio.CancelScope(shield=True):
             await self._journal.append(entry)
@@ -81,7 +80,7 @@ class SamplerActor:
             accepted = await self._journal.acceptance(job)
             body = await request_of(self._journal, job)
             adapter = await self._adapter(job)
-            request = plans.sampling(job, accepted, body, adapter)
+            request = sampling.request_of(job, accepted, body, adapter)
             if self._scorer is None or not request.scores_prompt:
                 reply = await self._backend.sample(job, request, adapter)
             else:
@@ -90,13 +89,11 @@ class SamplerActor:
                 async with self._scores:
                     reply = await self._scorer.sample(job, request, adapter)
         except UserError as error:
-            return plans.subject(job), JobFailed(category="user", error=str(error))
+            return rows.about(job), JobFailed(category="user", error=str(error))
         except BackendError as error:
-            return plans.subject(job), JobFailed(category="server", error=str(error))
+            return rows.about(job), JobFailed(category="server", error=str(error))
         if reply.failure is not None:
-            return plans.subject(job), JobFailed(
-                category=reply.failure.category, error=reply.failure.message
-            )
+            return rows.about(job), JobFailed(category=reply.failure.category, error=reply.failure.message)
         crash.point("worker.answered")
         digest = await self._journal.bodies.put(reply.body)
         crash.point("worker.result")
@@ -107,7 +104,7 @@ class SamplerActor:
             tokens_out=reply.tokens_out,
             run_ms=reply.run_ms,
         )
-        return plans.subject(job), done
+        return rows.about(job), done
 
     async def _adapter(self, job: rows.Job) -> rows.Adapter | None:
         sampler = self._journal.ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]

@@ -113,9 +113,7 @@ class Snapshots:
         )
         # Shielded: whoever comes next must not drop it once more.
         with trio.CancelScope(shield=True):
-            await self._journal.append(
-                (Subject(tenant=snapshot.tenant, model_id=snapshot.model_id), dropped)
-            )
+            await self._journal.append((rows.about(snapshot), dropped))
         crash.point("worker.snapshot-dropped")
         if reason == "pruned":  # a damaged one is left, for a while, for whoever wants to know how
             await self._folder.remove(snapshot.directory)

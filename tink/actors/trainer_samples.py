@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import structlog
 
-from tink.actors import plans
 from tink.actors.attempts import Attempts
 from tink.actors.trainer_link import TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
@@ -32,7 +31,7 @@ class TrainerSamples:
 
         async def begin() -> None:
             started = JobStarted(attempt=job.attempts + 1, backend="trainer")
-            await self._journal.append((plans.subject(job), started))
+            await self._journal.append((rows.about(job), started))
 
         attempts = Attempts(self._link, job, begin, most=self._max_attempts)
         while True:

@@ -292,6 +292,9 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     replica: str | None = None
 
 
+Entry = tuple[Subject, AnyEvent]
+
+
 class Record(msgspec.Struct, frozen=True):
     """An event in its place: the writer gives `seq` (1, 2, 3, ... without a gap), `at` (seconds since
     the epoch, UTC) and the `incarnation` of the worker."""

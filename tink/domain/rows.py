@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from tink.domain.events import Subject
+
 JobState = Literal["accepted", "running", "done", "failed", "cancelled"]
 
 OPEN: frozenset[JobState] = frozenset({"accepted", "running"})
@@ -198,3 +200,13 @@ TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "checkpoints": (Checkpoint, ("checkpoint_id",)),
     "snapshots": (Snapshot, ("snapshot_id",)),
 }
+
+
+def about(row: Job | Adapter | Checkpoint | Snapshot, **more: str | None) -> Subject:
+    """Whom an event is about that happens to the row."""
+    match row:
+        case Job():
+            more |= {"session_id": row.session_id, "job_id": row.job_id}
+        case Adapter() | Checkpoint():
+            more |= {"adapter_id": row.adapter_id}
+    return Subject(tenant=row.tenant, model_id=row.model_id, **more)

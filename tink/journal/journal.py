@@ -26,6 +26,7 @@ from tink.domain import rows
 from tink.domain.events import (
     AnyEvent,
     Diverged,
+    Entry,
     IncarnationStarted,
     IncarnationStopped,
     JobAccepted,
@@ -53,7 +54,6 @@ from tink.world import World
 
 log = structlog.get_logger()
 
-Entry = tuple[Subject, AnyEvent]
 R = TypeVar("R", bound=rows.Row)
 T = TypeVar("T")
 

@@ -1,22 +1,20 @@
-"""From a journaled job to the trainer's operation, and from its answer to the events that end the job.
-Pure: everything comes in as arguments, and the same job gives the same plan in every life."""
+"""From a journaled training job to the trainer's operation, and from its answer to the events that end the
+job. Pure: everything comes in as arguments, and the same job gives the same plan in every life."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from tink.domain import events, ids, requests, rows
-from tink.domain.events import AnyEvent, JobAccepted, Subject
+from tink.domain.events import Entry
 from tink.domain.projection import Ledger
 from tink.errors import UserError
-from tink.limits import HOLD_SECONDS, LONGEST_TTL, MAX_METADATA_BYTES, MAX_STOPS, MAX_TOPK
+from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
 from tink.wire import tink_train
-
-Entry = tuple[Subject, AnyEvent]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -276,9 +274,9 @@ def exported(
     )
 
 
-def placements(job: rows.Job, adapter: rows.Adapter, replicas: Iterable[str]) -> list[Entry]:
+def exported_events(job: rows.Job, adapter: rows.Adapter, replicas: Iterable[str]) -> list[Entry]:
     """The events of a new version, and of the servers that have it."""
-    who = subject(job, adapter_id=adapter.adapter_id)
+    who = rows.about(job, adapter_id=adapter.adapter_id)
     made = events.AdapterExported(
         version=adapter.version,
         directory=adapter.directory,
@@ -286,7 +284,7 @@ def placements(job: rows.Job, adapter: rows.Adapter, replicas: Iterable[str]) ->
         files=adapter.files,
     )
     placed = [
-        (subject(job, adapter_id=adapter.adapter_id, replica=replica), events.AdapterPlaced(state="loaded"))
+        (msgspec.structs.replace(who, replica=replica), events.AdapterPlaced(state="loaded"))
         for replica in replicas
     ]
     return [(who, made), *placed]
@@ -340,11 +338,11 @@ def conclusion(
 
 def _removed(job: rows.Job, ledger: Ledger) -> list[Entry]:
     """Nothing of the model is redone any more."""
-    entries: list[Entry] = [(subject(job), events.ModelRemoved())]
+    entries: list[Entry] = [(rows.about(job), events.ModelRemoved())]
     for snapshot in ledger.table("snapshots", rows.Snapshot).values():
         if snapshot.model_id == job.model_id and snapshot.state == "live":
             dropped = events.SnapshotDropped(snapshot_id=snapshot.snapshot_id, reason="pruned")
-            entries.append((subject(job), dropped))
+            entries.append((rows.about(job), dropped))
     return entries
 
 
@@ -363,7 +361,7 @@ def _created(
         source=source,
         **msgspec.structs.asdict(model),
     )
-    return {"model_id": _model_id(job)}, [(subject(job), made)]
+    return {"model_id": _model_id(job)}, [(rows.about(job), made)]
 
 
 def _saved(
@@ -378,7 +376,7 @@ def _saved(
 ) -> tuple[dict[str, Any], list[Entry]]:
     model_id, directory = _model_id(job), str(plan.directory)
     size = sum(file.size for file in result.files)
-    who = subject(job, adapter_id=None if adapter is None else adapter.adapter_id)
+    who = rows.about(job, adapter_id=None if adapter is None else adapter.adapter_id)
     answer: dict[str, Any] = {"path": None}
     name = _save_name(job, kind, request)
     if name is None:
@@ -411,124 +409,3 @@ def _saved(
     if kind == "external_weights":
         answer["size_bytes"] = size
     return answer, [*entries, (who, saved)]
-
-
-def subject(job: rows.Job, **more: str | None) -> Subject:
-    """Whom the events of a job are about."""
-    return Subject(
-        tenant=job.tenant, session_id=job.session_id, model_id=job.model_id, job_id=job.job_id, **more
-    )
-
-
-# -- sampling ---------------------------------------------------------------------------------------
-
-
-# Why the weights of a sampler are there no more.
-_GONE = {
-    "finished": "its session was finished",
-    "removed": "their model was unloaded",
-    "idle": "it had no request for TINK_RETENTION_HOURS",
-    "deleted": "their checkpoint was deleted, and it had no request for TINK_RETENTION_HOURS since",
-}
-
-
-def sampling(
-    job: rows.Job, accepted: JobAccepted, body: bytes, adapter: rows.Adapter | None
-) -> tink_train.SampleRequest:
-    """The trainer's request for a sample of the adapter version, None for the base model. Raises UserError
-    if it cannot be served."""
-    request = requests.decode(body, requests.Sample)
-    if adapter is not None and adapter.state != "live":
-        raise UserError(
-            f"the weights of the sampler {job.sampler_id} were deleted: {_GONE[adapter.state]}; save them "
-            "again (save_weights_for_sampler) and make a new one; what is saved with a name stays"
-        )
-    params = request.sampling_params
-    prompt = list(_tokens(request.prompt))
-    for name, value in (
-        ("topk_prompt_logprobs", request.topk_prompt_logprobs),
-        ("topk_sample_logprobs", request.topk_sample_logprobs),
-        ("prompt_alt_tokens_k", request.prompt_alt_tokens_k),
-    ):
-        if not 0 <= value <= MAX_TOPK:
-            raise UserError(f"{name} {value} cannot be used: 0 to {MAX_TOPK} can")
-    if request.record_stability_info:
-        raise UserError("record_stability_info is not supported: leave it out")
-    strings, tokens, ignore_eos = _stops(params.stop)
-    targets = None
-    if request.target_prompt_logprobs is not None:
-        targets = _targets(request.target_prompt_logprobs, len(prompt) - 1)
-    return tink_train.SampleRequest(
-        sample_id=job.job_id,
-        prompt=prompt,
-        seed=params.seed if params.seed is not None else int(accepted.seed or 0),
-        adapter=adapter.directory if adapter else None,
-        num_samples=request.num_samples,
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        stop_strings=strings,
-        stop_tokens=tokens,
-        ignore_eos=ignore_eos,
-        prompt_logprobs=bool(request.prompt_logprobs),
-        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
-        topk_prompt_logprobs=request.topk_prompt_logprobs,
-        topk_sample_logprobs=request.topk_sample_logprobs,
-        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
-        targets=targets,
-        wait=HOLD_SECONDS,
-    )
-
-
-def _tokens(prompt: requests.Prompt) -> Iterator[int]:
-    for index, chunk in enumerate(prompt.chunks):
-        if chunk.type != "encoded_text" or chunk.tokens is None:
-            raise UserError(
-                f"prompt chunk {index} is of type {chunk.type[:80]!r}: this server takes text only "
-                "(encoded_text with tokens)"
-            )
-        yield from chunk.tokens
-
-
-def _stops(stop: str | list[str] | list[int] | None) -> tuple[list[str], list[int], bool]:
-    """Strings, tokens, and whether the model's own end of sequence is ignored: an empty list says so."""
-    if stop is None:
-        return [], [], False
-    if isinstance(stop, str):
-        stop = [stop]
-    if len(stop) > MAX_STOPS:
-        raise UserError(f"{len(stop)} stops are too many: {MAX_STOPS} at most")
-    strings = [part for part in stop if isinstance(part, str)]
-    if any(part == "" for part in strings):
-        raise UserError("an empty stop string would stop at once: leave it out")
-    return strings, [part for part in stop if isinstance(part, int)], not stop
-
-
-def _targets(tensor: requests.TensorData, length: int) -> list[list[int]]:
-    """len(prompt)-1 rows of K token ids; -1 asks for nothing, and so does an unlisted cell of a CSR."""
-    shape = tensor.shape
-    if shape is None or len(shape) != 2 or shape[0] != length:
-        raise UserError(f"target_prompt_logprobs must have the shape [{length}, K], not {shape}")
-    rows_, width = shape
-    if not 1 <= width <= MAX_TOPK:
-        raise UserError(f"target_prompt_logprobs has K = {width}: 1 to {MAX_TOPK} can be asked for")
-    if any(value != int(value) for value in tensor.data):
-        raise UserError("target_prompt_logprobs must hold token ids")
-    data = [int(value) for value in tensor.data]
-    if tensor.sparse_crow_indices is None or tensor.sparse_col_indices is None:
-        if len(data) != rows_ * width:
-            raise UserError(f"target_prompt_logprobs has {len(data)} numbers for the shape {shape}")
-        return [data[i * width : (i + 1) * width] for i in range(rows_)]
-    crow, col = tensor.sparse_crow_indices, tensor.sparse_col_indices
-    if len(crow) != rows_ + 1 or crow[0] != 0 or crow[-1] != len(data) or len(col) != len(data):
-        raise UserError("target_prompt_logprobs is not a valid CSR tensor")
-    table = [[-1] * width for _ in range(rows_)]
-    for i in range(rows_):
-        if not 0 <= crow[i] <= crow[i + 1] <= len(data):
-            raise UserError("target_prompt_logprobs is not a valid CSR tensor")
-        for position in range(crow[i], crow[i + 1]):
-            if not 0 <= col[position] < width:
-                raise UserError("target_prompt_logprobs is not a valid CSR tensor")
-            table[i][col[position]] = data[position]
-    return table
