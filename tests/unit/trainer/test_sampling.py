@@ -352,13 +352,13 @@ def test_an_adapter_stays_what_it_was_when_loaded(adapted: HFEngine, artifacts: 
 
 
 def test_the_adapter_cache_is_bounded(adapted: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tink.trainer.engines import hf
+    from tink.trainer.engines import states
 
-    monkeypatch.setattr(hf, "ADAPTER_CACHE", 2)
+    monkeypatch.setattr(states, "ADAPTER_CACHE", 2)
     for version in range(4):
         adapted.export_adapter("m", ExportAdapter(f"v{version}"), "o")
         ask(adapted, adapter=f"v{version}")
-    assert list(adapted._adapters._loaded) == ["v2", "v3"]
+    assert list(adapted._states._exported) == ["v2", "v3"]
 
 
 def test_the_sdk_reads_the_answer(engine: HFEngine) -> None:
