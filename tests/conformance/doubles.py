@@ -1,6 +1,6 @@
 """A training server in this process, quick and exact: right, or wrong in one way.
 
-The real HTTP side and ledger, before an engine of four weights per model.
+The real HTTP side and books, before an engine of four weights per model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import trio
 
 from tests.conformance.suite import Server
 from tink.errors import BackendError, NotFound, UserError
+from tink.trainer.books import Books
 from tink.trainer.engines.base import Facts, Sampled
-from tink.trainer.ledger import Ledger
 from tink.trainer.server import Trainer, application
 from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import (
@@ -195,7 +195,7 @@ class Engine:
 
 @asynccontextmanager
 async def conformance(
-    engine: type[Engine] = Engine, ledger: type[Ledger] = Ledger, token: str | None = None
+    engine: type[Engine] = Engine, books: type[Books] = Books, token: str | None = None
 ) -> AsyncIterator[Server]:
     """The suite's view of such a server, connected."""
     disk, transport = Disk(), Switch()
@@ -203,7 +203,7 @@ async def conformance(
 
         async def restart() -> None:
             trainer = Trainer(World(), 4, nursery)
-            trainer.ledger = ledger(trainer.incarnation)
+            trainer.books = books(trainer.incarnation)
             await trainer.load(lambda: engine(disk))
             transport.to = httpx.ASGITransport(application(trainer, token))
 
@@ -227,7 +227,7 @@ class Switch(httpx.AsyncBaseTransport):
 # -- wrong in one way -------------------------------------------------------------------------------
 
 
-class ForgetsReplays(Ledger):
+class ForgetsReplays(Books):
     """Runs what it has run, when it is sent again."""
 
     def decide(self, request: OpRequest) -> Any:
@@ -237,7 +237,7 @@ class ForgetsReplays(Ledger):
         return super().decide(request)
 
 
-class ComputesAgain(Ledger):
+class ComputesAgain(Books):
     """Answers a repeat with something else than the stored result."""
 
     def reply(self, model_id: str, op_no: int, replayed: bool = False) -> Any:
@@ -247,22 +247,22 @@ class ComputesAgain(Ledger):
         return msgspec.structs.replace(reply, result=msgspec.structs.replace(reply.result, run_ms=-1.0))
 
 
-class FencesNobody(Ledger):
+class FencesNobody(Books):
     def admit(self, incarnation: str, lease: int) -> None:
         super().admit(incarnation, max(lease, self.lease))
 
 
-class TakesAnyIncarnation(Ledger):
+class TakesAnyIncarnation(Books):
     def admit(self, incarnation: str, lease: int) -> None:
         super().admit(self.incarnation, lease)
 
 
-class TakesAnyJob(Ledger):
+class TakesAnyJob(Books):
     def _check_job(self, known: str, job_id: str, op_no: int, applied: int) -> None:
         pass
 
 
-class RunsWhatWasCancelled(Ledger):
+class RunsWhatWasCancelled(Books):
     def start(self, model_id: str) -> bool:
         self._accounts[model_id].open[0].cancelled = False
         return super().start(model_id)

@@ -16,7 +16,7 @@ import pytest
 from tests.conformance import doubles
 from tests.conformance.__main__ import outcome
 from tests.conformance.checks import CHECKS
-from tink.trainer.ledger import Ledger
+from tink.trainer.books import Books
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ async def test_a_right_server_passes_every_check() -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 async def test_a_wrong_server_fails(wrong: type, words: str) -> None:
-    part = "ledger" if issubclass(wrong, Ledger) else "engine"
+    part = "books" if issubclass(wrong, Books) else "engine"
     async with doubles.conformance(**{part: wrong}) as server:
         found = await outcome(server, named(words))
     assert found.state == "FAIL"

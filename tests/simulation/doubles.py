@@ -25,8 +25,8 @@ from tink.actors.trainer_link import Endpoint
 from tink.errors import BackendError, UserError
 from tink.trainer import lanes
 from tink.trainer.artifacts import Artifacts
+from tink.trainer.books import Book
 from tink.trainer.engines.base import Facts, Sampled
-from tink.trainer.ledger import Book
 from tink.trainer.server import Trainer, application
 from tink.wire import tink_train
 from tink.world import World

@@ -20,13 +20,14 @@ from tink.backends import completions
 from tink.backends.replica import AdapterMissing, Sampled
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, ids, messages, plans, rows, sampling
-from tink.domain.events import SnapshotTaken, Subject
+from tink.domain.events import Entry, SnapshotTaken, Subject
 from tink.domain.lane import Lane
+from tink.domain.projection import Ledger
 from tink.errors import TinkError
 from tink.journal import database
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 from tink.trainer import artifacts, lanes
-from tink.trainer.ledger import Ledger
+from tink.trainer.books import Books
 from tink.wire import tink_train
 
 Patch = pytest.MonkeyPatch
@@ -55,8 +56,8 @@ def no_op_fence(patch: Patch) -> None:
     submit = lanes.Lanes.submit
 
     async def again(self: lanes.Lanes, request: tink_train.OpRequest) -> tink_train.OpReply:
-        account = self._ledger._accounts.get(request.model_id)
-        same_life = request.incarnation == self._ledger.incarnation
+        account = self._books._accounts.get(request.model_id)
+        same_life = request.incarnation == self._books.incarnation
         if same_life and account is not None and request.op_no <= account.applied:
             await self._world.run_sync(lanes.apply, self._engine, request)
         return await submit(self, request)
@@ -212,10 +213,10 @@ def redo_of_failed_jobs(patch: Patch) -> None:
     """A redo applies what had failed."""
     again = plans.again
 
-    def tried(job: rows.Job, body: bytes, context: plans.Context) -> tink_train.Op:
+    def tried(job: rows.Job, body: bytes, ledger: Ledger) -> tink_train.Op:
         if job.op == "forward_backward" and job.state == "failed":
             return tink_train.ForwardBackward(b"what failed")
-        return again(job, body, context)
+        return again(job, body, ledger)
 
     patch.setattr(plans, "again", tried)
 
@@ -257,15 +258,15 @@ def snapshot_named_before_published(patch: Patch) -> None:
 @mutant
 def restore_goes_back(patch: Patch) -> None:
     """A snapshot is put back onto a model that is ahead of it."""
-    restoring = Ledger.restoring
+    restoring = Books.restoring
 
-    def anyhow(self: Ledger, model_id: str, book: Any) -> Any:
+    def anyhow(self: Books, model_id: str, book: Any) -> Any:
         account = self._accounts.get(model_id)
         if account is not None and not account.open:
             account.applied = min(account.applied, book.applied - 1)
         return restoring(self, model_id, book)
 
-    patch.setattr(Ledger, "restoring", anyhow)
+    patch.setattr(Books, "restoring", anyhow)
 
 
 @mutant

@@ -23,7 +23,7 @@ from tests.simulation.users import User, placements, restarting, servers, up, wi
 from tests.vllm.double import VllmDouble
 from tink.actors.megatron import MegatronActor
 from tink.domain import ids, messages
-from tink.journal.journal import Entry
+from tink.domain.events import Entry
 from tink.limits import ADAPTER_SECONDS, REPLICA_STALL_SECONDS
 
 Meddle = Callable[[VllmDouble, str, bytes], Awaitable[httpx.Response | None]]

@@ -6,6 +6,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+# Called with a job's id: once its terminal event is durable, its waiters may be told; and once nothing is
+# left to do with its model, the model's next job may run.
+Settle = Callable[[str], Awaitable[None]]
+Release = Callable[[str], Awaitable[None]]
+
 
 class Jobs:
     """At most `slots` run at once, beside those that have stepped aside. A job is here once, however often

@@ -10,7 +10,6 @@ model's journaled operations since are applied again, in order, and compared wit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
@@ -22,8 +21,8 @@ from tink import crash
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
-from tink.actors.jobs import Jobs
-from tink.actors.settling import Release, Settle, request_of
+from tink.actors.jobs import Jobs, Release, Settle
+from tink.actors.redo import Redo
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import Refused, TrainerGone
@@ -32,7 +31,6 @@ from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal.journal import Journal
-from tink.limits import HOLD_SECONDS
 from tink.wire import tink_train
 from tink.world import World
 
@@ -65,6 +63,7 @@ class MegatronActor:
         self._journal, self._link, self._world = journal, link, world
         self._settle, self._release = settle, release
         self._snapshots, self._folder = snapshots, folder
+        self._redo = Redo(journal, snapshots)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
         self.jobs = Jobs(slots)
 
@@ -118,7 +117,7 @@ class MegatronActor:
         life = await self._link.life()
         context = self._context(life)
         try:
-            body = await request_of(self._journal, job)
+            body = await self._journal.request(job)
             op_no = job.op_no or self._model(job).op_no + 1
             plan = plans.training(job, body, op_no, context)
         except (UserError, BackendError) as error:
@@ -215,8 +214,8 @@ class MegatronActor:
                             "done", life.incarnation, model_id, op_no, op_no, result=tink_train.OpResult()
                         )
                     if not isinstance(plan.op, tink_train.RemoveModel):  # which needs nothing of the redo
-                        await self._bring_up(life, model_id, op_no - 1)
-                    reply = await life.client.op(self._request(life, job, op_no, plan.op))
+                        await self._redo.bring_up(life, model_id, op_no - 1)
+                    reply = await life.client.op(life.request(job, op_no, plan.op))
                     life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                     return reply
             except TrainerGone as error:
@@ -234,74 +233,3 @@ class MegatronActor:
                     life.applied.pop(model_id, None)
                 elif error.refusal.error != "busy":
                     self._link.lost(life)
-
-    def _request(self, life: Life, job: rows.Job, op_no: int, op: tink_train.Op) -> tink_train.OpRequest:
-        return tink_train.OpRequest(
-            incarnation=life.incarnation,
-            lease=life.lease,
-            model_id=str(job.model_id),
-            op_no=op_no,
-            job_id=job.job_id,
-            op=op,
-            # The lane is serial: what came before this op has its terminal event.
-            acked=op_no - 1,
-            wait=HOLD_SECONDS,
-        )
-
-    async def _bring_up(self, life: Life, model_id: str, upto: int) -> None:
-        """Applies again what the server lacks of the model's operations up to `upto`."""
-        applied = life.applied.get(model_id, 0)
-        if applied >= upto:
-            return
-        applied, unusable = await self._snapshots.restore(life, model_id, applied)
-        context = self._context(life)
-        log.info("redo", model=model_id, first=applied + 1, last=upto)
-        for job in await self._journal.ops(model_id, applied, upto):
-            op_no = job.op_no
-            assert op_no is not None
-            if op_no <= life.applied.get(model_id, 0):
-                continue
-            mutates = job.state == "done" and job.op in MUTATING
-            try:
-                body = await request_of(self._journal, job) if mutates else b""
-            except BackendError as error:
-                raise _cannot_be_redone(job, str(error)) from error
-            try:
-                reply = await life.client.op(
-                    self._request(life, job, op_no, plans.again(job, body, context))
-                )
-            except Refused as error:
-                if error.refusal.error != "result_gone":
-                    raise
-                # It was applied while this life's view of the server was being taken.
-                life.applied[model_id] = error.refusal.applied or op_no
-                continue
-            if mutates and reply.failure is not None and job.op in ("create_model", "load_weights"):
-                # What comes after it would be applied to something else.
-                raise _cannot_be_redone(job, reply.failure.message)
-            life.applied[model_id] = op_no
-            if mutates:
-                await self._compare(job, reply)
-            crash.point("worker.redone")
-        await self._snapshots.give_up(unusable)
-
-    async def _compare(self, job: rows.Job, reply: tink_train.OpReply) -> None:
-        """A redo must give what the job gave. If it does not, the run goes on, and the journal says so."""
-        if reply.result is None:
-            detail = f"the redo failed: {reply.failure.message if reply.failure else reply.state}"
-        elif job.result_sha256 and hashlib.sha256(reply.result.body).hexdigest() != job.result_sha256:
-            detail = f"another result: loss {reply.result.loss}, journaled {job.loss_sum}"
-        elif job.op == "optim_step" and job.result != {"metrics": reply.result.metrics}:
-            detail = f"other metrics: {reply.result.metrics}, journaled {job.result}"
-        else:
-            return
-        log.error("diverged", job=job.job_id, detail=detail)
-        assert job.op_no is not None
-        await self._journal.append((rows.about(job), Diverged(op_no=job.op_no, detail=detail)))
-
-
-def _cannot_be_redone(job: rows.Job, reason: str) -> BackendError:
-    return BackendError(
-        f"the training server has lost the model {job.model_id}, and operation {job.op_no} cannot be "
-        f"applied again: {reason}; go on from a checkpoint, in a new model"
-    )

@@ -8,8 +8,7 @@ import structlog
 import trio
 
 from tink import crash
-from tink.actors.jobs import Jobs
-from tink.actors.settling import Settle, request_of
+from tink.actors.jobs import Jobs, Settle
 from tink.domain import rows, sampling
 from tink.domain.events import Entry, JobDone, JobFailed
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
@@ -78,7 +77,7 @@ class SamplerActor:
     async def _outcome(self, job: rows.Job) -> Entry:
         try:
             accepted = await self._journal.acceptance(job)
-            body = await request_of(self._journal, job)
+            body = await self._journal.request(job)
             adapter = await self._adapter(job)
             request = sampling.request_of(job, accepted, body, adapter)
             if self._scorer is None or not request.scores_prompt:

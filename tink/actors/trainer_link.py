@@ -19,7 +19,7 @@ from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
 from tink.errors import StartupError
 from tink.journal.journal import Journal
-from tink.limits import BEAT_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
+from tink.limits import BEAT_SECONDS, HOLD_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
 from tink.wire import tink_train
 from tink.world import World
 
@@ -49,6 +49,19 @@ class Life:
     @property
     def incarnation(self) -> str:
         return self.info.incarnation
+
+    def request(self, job: rows.Job, op_no: int, op: tink_train.Op) -> tink_train.OpRequest:
+        return tink_train.OpRequest(
+            incarnation=self.incarnation,
+            lease=self.lease,
+            model_id=str(job.model_id),
+            op_no=op_no,
+            job_id=job.job_id,
+            op=op,
+            # A model's lane is serial: what came before this op has its terminal event.
+            acked=op_no - 1,
+            wait=HOLD_SECONDS,
+        )
 
 
 class TrainerLink:

@@ -93,12 +93,12 @@ def _exporting(plan: Plan, model_id: str, op_no: int, context: Context) -> Plan:
     return Plan(msgspec.structs.replace(plan.op, export=export), plan.directory, export)
 
 
-def again(job: rows.Job, body: bytes, context: Context) -> tink_train.Op:
+def again(job: rows.Job, body: bytes, ledger: Ledger) -> tink_train.Op:
     """The operation of a job that has run before, for a trainer that has lost it: exactly what it was
     then, whatever has been renamed, deleted or configured since."""
     if job.state == "failed" or job.op not in requests.MUTATING:
         return tink_train.Skip()
-    model = context.ledger.table("models", rows.Model)[(_model_id(job),)]
+    model = ledger.table("models", rows.Model)[(_model_id(job),)]
     match job.op:
         case "forward_backward":
             return tink_train.ForwardBackward(body)
@@ -123,6 +123,17 @@ def again(job: rows.Job, body: bytes, context: Context) -> tink_train.Op:
         source=source,
         optimizer=optimizer,
     )
+
+
+def difference(job: rows.Job, reply: tink_train.OpReply) -> str | None:
+    """What a redo gave that the job did not give, if it did."""
+    if reply.result is None:
+        return f"the redo failed: {reply.failure.message if reply.failure else reply.state}"
+    if job.result_sha256 and hashlib.sha256(reply.result.body).hexdigest() != job.result_sha256:
+        return f"another result: loss {reply.result.loss}, journaled {job.loss_sum}"
+    if job.op == "optim_step" and job.result != {"metrics": reply.result.metrics}:
+        return f"other metrics: {reply.result.metrics}, journaled {job.result}"
+    return None
 
 
 def check_base_model(name: str, served: str, path: str | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 import trio
+import zstandard
 from sqlalchemy import Connection, Select, func, select
 from sqlalchemy.exc import IntegrityError
 
@@ -36,7 +37,7 @@ from tink.domain.events import (
     TrainerStarted,
 )
 from tink.domain.projection import Key, Ledger, Update, project
-from tink.errors import JournalUnavailable, StartupError
+from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal import revisions, schema, store
 from tink.journal.bodies import BodyStore
 from tink.journal.commits import GroupCommit
@@ -49,7 +50,7 @@ from tink.journal.database import (
 )
 from tink.journal.home import Home
 from tink.journal.revisions import Database
-from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
+from tink.limits import BATCH_BYTES, MAX_ZSTD_WINDOW, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
 
 log = structlog.get_logger()
@@ -165,6 +166,24 @@ class Journal:
             return found
 
         return await self.read(event)
+
+    async def request(self, job: rows.Job) -> bytes:
+        """The request of a job as its client sent it, decompressed. UserError if it was not a valid one,
+        BackendError if it is lost."""
+        accepted = await self.acceptance(job)
+        if accepted.invalid is not None:
+            raise UserError(accepted.invalid)
+        if accepted.request is not None:
+            return accepted.request.encode()
+        assert accepted.body_sha256 is not None, "a data op has a body"
+        try:
+            body = await self.bodies.get(accepted.body_sha256)
+        except LookupError as error:
+            raise BackendError(f"the request of {job.job_id} is lost: {error}") from error
+        if accepted.codec == "identity":
+            return body
+        # What it decompresses to was counted before it was accepted.
+        return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).decompressobj().decompress(body)
 
     async def ops(self, model_id: str, after: int, upto: int) -> list[rows.Job]:
         """A model's jobs with after < op_no <= upto, in order: what a redo applies again."""

@@ -19,8 +19,8 @@ import trio
 from tink import crash
 from tink.errors import TinkError
 from tink.limits import MAX_OP_WAIT
+from tink.trainer.books import CANCELLED, Book, Books, Outcome, failure_of
 from tink.trainer.engines.base import Engine
-from tink.trainer.ledger import CANCELLED, Book, Ledger, Outcome, failure_of
 from tink.trainer.progress import Work, working
 from tink.wire.tink_train import (
     CreateModel,
@@ -48,14 +48,14 @@ log = structlog.get_logger("tink.trainer")
 
 
 class Lanes:
-    """Performs what the ledger allows. All methods raise Refused as the protocol's table says."""
+    """Performs what the books allow. All methods raise Refused as the protocol's table says."""
 
     def __init__(
-        self, world: World, engine: Engine, ledger: Ledger, slots: int, nursery: trio.Nursery
+        self, world: World, engine: Engine, books: Books, slots: int, nursery: trio.Nursery
     ) -> None:
         self._world = world
         self._engine = engine
-        self._ledger = ledger
+        self._books = books
         self._nursery = nursery
         self._slots = trio.CapacityLimiter(slots)
         self._finishing = False
@@ -68,37 +68,37 @@ class Lanes:
     async def submit(self, request: OpRequest) -> OpReply:
         """Waits at most `request.wait` seconds; cancelling the wait leaves the operation alone."""
         model_id, op_no = request.model_id, request.op_no
-        self._ledger.admit(request.incarnation, request.lease)
-        self._ledger.ack(model_id, min(request.acked, op_no - 1))
-        verdict = self._ledger.decide(request)
+        self._books.admit(request.incarnation, request.lease)
+        self._books.ack(model_id, min(request.acked, op_no - 1))
+        verdict = self._books.decide(request)
         if verdict == "accept":
-            self._ledger.accept(request)
+            self._books.accept(request)
             self._ended[model_id, op_no] = trio.Event()
             if model_id not in self._moving:
                 self._moving.add(model_id)
                 self._nursery.start_soon(self._move, model_id)
         await self._wait(model_id, op_no, request.wait)
-        return self._ledger.reply(model_id, op_no, replayed=verdict == "replay")
+        return self._books.reply(model_id, op_no, replayed=verdict == "replay")
 
     async def poll(self, model_id: str, op_no: int, wait: float) -> OpReply:
         await self._wait(model_id, op_no, wait)
-        return self._ledger.reply(model_id, op_no)
+        return self._books.reply(model_id, op_no)
 
     def cancel(self, model_id: str, op_no: int) -> OpReply:
-        self._ledger.cancel(model_id, op_no)
-        return self._ledger.reply(model_id, op_no)
+        self._books.cancel(model_id, op_no)
+        return self._books.reply(model_id, op_no)
 
     def state(self) -> State:
-        return self._ledger.state()
+        return self._books.state()
 
     def running(self) -> list[Running]:
         return [work.running() for work in self._work.values()]
 
     async def snapshot(self, request: SnapshotRequest) -> SnapshotReply:
         """Between two operations of the model. A TinkError has published nothing."""
-        self._ledger.admit(request.incarnation, request.lease)
+        self._books.admit(request.incarnation, request.lease)
         async with self._turn(request.model_id):
-            book = self._ledger.book(request.model_id)
+            book = self._books.book(request.model_id)
             with self._working(request.model_id, book.applied, "snapshot"):
                 files = await self._world.run_sync(
                     self._engine.snapshot,
@@ -113,11 +113,11 @@ class Lanes:
     async def restore(self, request: RestoreRequest) -> RestoreReply:
         """A TinkError, as when the snapshot is damaged, has changed nothing."""
         model_id = request.model_id
-        self._ledger.admit(request.incarnation, request.lease)
+        self._books.admit(request.incarnation, request.lease)
         async with self._turn(model_id):
             encoded = await self._world.run_sync(self._engine.read_book, request.path)
             book = msgspec.msgpack.decode(encoded, type=Book)
-            with self._ledger.restoring(model_id, book), self._working(model_id, book.applied, "restore"):
+            with self._books.restoring(model_id, book), self._working(model_id, book.applied, "restore"):
                 await self._world.run_sync(self._engine.restore, model_id, request.path)
         log.info("restored", model=model_id, applied=book.applied, path=request.path)
         return RestoreReply(book.applied)
@@ -154,19 +154,19 @@ class Lanes:
             del self._work[model_id]
 
     async def _move(self, model_id: str) -> None:
-        while request := self._ledger.head(model_id):
+        while request := self._books.head(model_id):
             async with self._turn(model_id):
                 if self._finishing:
                     return
                 outcome = await self._perform(request)
                 crash.point("trainer.applied")
-                self._ledger.finish(model_id, outcome)
+                self._books.finish(model_id, outcome)
                 crash.point("trainer.kept")
             self._ended.pop((model_id, request.op_no)).set()
         self._moving.remove(model_id)
 
     async def _perform(self, request: OpRequest) -> Outcome:
-        if not self._ledger.start(request.model_id):
+        if not self._books.start(request.model_id):
             return Outcome(request.job_id, "failed", failure=CANCELLED)
         result = failure = None
         with self._working(request.model_id, request.op_no, request.job_id) as work:

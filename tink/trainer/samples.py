@@ -22,8 +22,8 @@ from tink.limits import (
     SAMPLE_SLOTS,
     TRAINER_QUEUE,
 )
+from tink.trainer.books import Refused, failure_of
 from tink.trainer.engines.base import Engine
-from tink.trainer.ledger import Refused, failure_of
 from tink.trainer.progress import Work, working
 from tink.wire.tink_train import Running, SampleReply, SampleRequest
 from tink.world import World

@@ -22,9 +22,9 @@ from starlette.routing import Route
 
 from tink.errors import MalformedRequest, TinkError, TooLarge, Unauthorized
 from tink.limits import MAX_TRAINING_BODY
+from tink.trainer.books import Books, Refused
 from tink.trainer.engines.base import Engine, Facts
 from tink.trainer.lanes import Lanes
-from tink.trainer.ledger import Ledger, Refused
 from tink.trainer.samples import Samples
 from tink.wire.tink_train import (
     MEDIA_TYPE,
@@ -65,7 +65,7 @@ class Trainer:
 
     def __init__(self, world: World, slots: int, nursery: trio.Nursery) -> None:
         self.incarnation = world.new_id()
-        self.ledger = Ledger(self.incarnation)
+        self.books = Books(self.incarnation)
         self.called_at = world.monotonic()
         self._world = world
         self._slots = slots
@@ -83,8 +83,8 @@ class Trainer:
             return
         self._serving = Serving(
             engine.facts,
-            Lanes(self._world, engine, self.ledger, self._slots, self._nursery),
-            Samples(self._world, engine, self.ledger.refused, self._nursery),
+            Lanes(self._world, engine, self.books, self._slots, self._nursery),
+            Samples(self._world, engine, self.books.refused, self._nursery),
         )
         log.info("ready", base_model=engine.facts.base_model, incarnation=self.incarnation)
 
@@ -111,9 +111,9 @@ class Trainer:
     def serving(self) -> Serving:
         """Raises Refused while there is nothing to serve."""
         if self._broken is not None:
-            raise self.ledger.refused(503, "broken", self._broken)
+            raise self.books.refused(503, "broken", self._broken)
         if self._serving is None:
-            raise self.ledger.refused(503, "loading", "the model is being loaded", retryable=True)
+            raise self.books.refused(503, "loading", "the model is being loaded", retryable=True)
         return self._serving
 
     @property
@@ -182,12 +182,12 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
 
     async def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, TinkError)
-        answer = trainer.ledger.refused(error.status, _name(error), str(error))
+        answer = trainer.books.refused(error.status, _name(error), str(error))
         return _answer(answer.refusal, answer.status)
 
     async def crashed(request: Request, error: Exception) -> Response:
         log.error("unexpected error", path=request.url.path, exc_info=error)
-        return _answer(trainer.ledger.refused(500, "failed", repr(error)).refusal, 500)
+        return _answer(trainer.books.refused(500, "failed", repr(error)).refusal, 500)
 
     return Starlette(
         routes=[

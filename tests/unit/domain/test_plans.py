@@ -257,9 +257,8 @@ def test_a_redo_is_the_same_operation_or_none_whatever_has_happened_since(op: st
         ]
     ):
         ledger.apply(project(Record(99 + number, 2.0, 2, _who(f"later-{number}"), event)))
-    served = msgspec.structs.replace(SERVED, base_model="org/renamed", base_path=None, max_rank=1)
     job = _job(op, seq, state=state, op_no=7, directory=first.directory)
-    again = plans.again(job, body, Context(ledger, served, 99.0, exports=True))
+    again = plans.again(job, body, ledger)
     if state == "failed" or op not in requests.MUTATING:
         assert again == tink_train.Skip()
     else:

@@ -10,10 +10,10 @@ import trio
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from tests.unit.journal.journal_kit import InlineWorld, new_home, opened
-from tink.domain.events import JobAccepted, JobDone, Subject
+from tink.domain.events import Entry, JobAccepted, JobDone, Subject
 from tink.errors import JournalUnavailable
 from tink.journal.bodies import BodyStore, Stored
-from tink.journal.journal import Entry, Journal
+from tink.journal.journal import Journal
 
 
 async def test_what_was_put_is_read_back_after_a_restart(autojump_clock: MockClock, tmp_path: Path) -> None:

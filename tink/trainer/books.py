@@ -109,7 +109,7 @@ class Account:
         return bool(self.open) and self.open[0].request.op_no != self.applied + 1
 
 
-class Ledger:
+class Books:
     def __init__(self, incarnation: str) -> None:
         self.incarnation = incarnation
         self.lease = 0

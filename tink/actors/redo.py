@@ -1,0 +1,72 @@
+"""A training server that has lost a model's operations gets them again, from a snapshot or from the start,
+in order and exactly as they were; and what they give is compared with what they gave."""
+
+from __future__ import annotations
+
+import structlog
+
+from tink import crash
+from tink.actors.snapshots import Snapshots
+from tink.actors.trainer_link import Life
+from tink.backends.trainer import Refused
+from tink.domain import plans, rows
+from tink.domain.events import Diverged
+from tink.domain.requests import MUTATING
+from tink.errors import BackendError
+from tink.journal.journal import Journal
+
+log = structlog.get_logger()
+
+
+class Redo:
+    def __init__(self, journal: Journal, snapshots: Snapshots) -> None:
+        self._journal, self._snapshots = journal, snapshots
+
+    async def bring_up(self, life: Life, model_id: str, upto: int) -> None:
+        """Applies again what the server lacks of the model's operations up to `upto`. Raises BackendError
+        if that cannot be done, TrainerGone or Refused if the server does not go on. Cancelled, what was
+        applied stays applied."""
+        applied = life.applied.get(model_id, 0)
+        if applied >= upto:
+            return
+        applied, unusable = await self._snapshots.restore(life, model_id, applied)
+        log.info("redo", model=model_id, first=applied + 1, last=upto)
+        for job in await self._journal.ops(model_id, applied, upto):
+            assert job.op_no is not None
+            if job.op_no > life.applied.get(model_id, 0):
+                await self._apply(life, job, job.op_no)
+        await self._snapshots.give_up(unusable)
+
+    async def _apply(self, life: Life, job: rows.Job, op_no: int) -> None:
+        model_id = str(job.model_id)
+        mutates = job.state == "done" and job.op in MUTATING
+        try:
+            body = await self._journal.request(job) if mutates else b""
+        except BackendError as error:
+            raise _cannot_be_redone(job, str(error)) from error
+        op = plans.again(job, body, self._journal.ledger)
+        try:
+            reply = await life.client.op(life.request(job, op_no, op))
+        except Refused as error:
+            if error.refusal.error != "result_gone":
+                raise
+            # It was applied while this life's view of the server was being taken.
+            life.applied[model_id] = error.refusal.applied or op_no
+            return
+        if mutates and reply.failure is not None and job.op in ("create_model", "load_weights"):
+            # What comes after it would be applied to something else.
+            raise _cannot_be_redone(job, reply.failure.message)
+        life.applied[model_id] = op_no
+        # If it differs the run goes on, and the journal says so.
+        detail = plans.difference(job, reply) if mutates else None
+        if detail is not None:
+            log.error("diverged", job=job.job_id, detail=detail)
+            await self._journal.append((rows.about(job), Diverged(op_no=op_no, detail=detail)))
+        crash.point("worker.redone")
+
+
+def _cannot_be_redone(job: rows.Job, reason: str) -> BackendError:
+    return BackendError(
+        f"the training server has lost the model {job.model_id}, and operation {job.op_no} cannot be "
+        f"applied again: {reason}; go on from a checkpoint, in a new model"
+    )
