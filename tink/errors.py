@@ -1,4 +1,4 @@
-"""Every error that Tink raises on purpose.
+"""Every error that reaches a client or a person.
 
 Each class says what causes it and what to do. `status` is its HTTP status when it is answered at
 once; `category` is what the SDK is told when the error is the durable result of an accepted job
@@ -12,7 +12,8 @@ once; `category` is what the SDK is told when the error is the durable result of
     │   ├── TooLarge             over a limit of tink/limits.py
     │   └── SessionFinished      a heartbeat for a session that its client has closed
     ├── Overloaded           a bounded queue is full; try again
-    ├── BackendError         the trainer or a sampling server failed
+    ├── BackendError         the trainer or a sampling server failed; tink/backends has those that its
+    │                        callers tell apart (TrainerGone, ReplicaGone, Refused, ...)
     ├── JournalUnavailable   the journal could not commit; the process stops
     └── StartupError         the configuration or the home cannot be used
 """

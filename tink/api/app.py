@@ -7,7 +7,6 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from tink import limits
 from tink.api import front, tinker
 from tink.api.access_log import AccessLog
 from tink.api.auth import Auth
@@ -23,11 +22,10 @@ def create_app(
     artifacts: Path,
     secret: bytes,
     world: World,
-    hold: float = limits.POLL_HOLD,
 ) -> Starlette:
     """`ask` answers a message of tink.domain.messages, or raises a TinkError. `secret` signs download
-    URLs. `hold` is how long a poll waits for its result before it is told to ask again."""
-    service = Service(ask, auth, world, Downloads(artifacts, secret, world), hold)
+    URLs."""
+    service = Service(ask, auth, world, Downloads(artifacts, secret, world))
     app = Starlette(
         routes=[
             *routes(service, front.TABLE, public=True),

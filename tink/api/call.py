@@ -49,7 +49,6 @@ class Service(NamedTuple):
     auth: Auth
     world: World
     downloads: Downloads
-    hold: float
 
 
 class Page(NamedTuple):

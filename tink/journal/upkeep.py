@@ -48,13 +48,11 @@ def adapter_directories(connection: Connection, adapters: Collection[str]) -> li
     return found
 
 
-def placements(connection: Connection, replica: str | None = None) -> list[tuple[rows.Adapter, str]]:
-    """The adapter versions that this server has, or any, as far as is known; and which has it."""
+def placements(connection: Connection) -> list[tuple[rows.Adapter, str]]:
+    """The adapter versions that servers have, as far as is known; and which has it."""
     table, adapters = schema.adapter_placements, schema.adapters
     query = select(adapters, table.c.replica).join(table, table.c.adapter_id == adapters.c.adapter_id)
     query = query.where(table.c.state == "loaded").order_by(adapters.c.adapter_id, table.c.replica)
-    if replica is not None:
-        query = query.where(table.c.replica == replica)
     found = []
     for row in connection.execute(query).mappings():
         columns = dict(row)

@@ -14,6 +14,7 @@ from tink.api.refusals import JSON, RETRY_AFTER
 from tink.domain import messages
 from tink.domain.requests import Request
 from tink.errors import TinkError
+from tink.limits import POLL_HOLD
 
 
 class Future(Request, frozen=True):
@@ -53,7 +54,7 @@ async def _watched(call: Call, question: messages.AwaitOutcome) -> messages.Outc
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(watch)
-        with trio.move_on_after(call.service.hold):
+        with trio.move_on_after(POLL_HOLD):
             try:
                 outcome = await call.ask(question)
             except TinkError as error:
