@@ -209,6 +209,7 @@ class SimulatedTrainer:
         # Where it says that its base model is.
         self.base_path: str | None = None
         self.incarnation = ""
+        self.version = "1"
         self.engine: HashEngine | None = None
         self.supervisor: trio.Nursery | None = None
         self._connections: set[trio.CancelScope] = set()
@@ -315,7 +316,7 @@ class HashEngine:
     def facts(self) -> Facts:
         return Facts(
             "hash",
-            {},
+            {"torch": self._trainer.version},
             "sim/model",
             self._trainer.base_path,
             "0",

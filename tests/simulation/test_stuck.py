@@ -16,7 +16,7 @@ from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.doubles import Network, SimulatedWorld
-from tests.simulation.scenario import batch, json, step
+from tests.simulation.scenario import batch, events, json, step
 from tink.domain import messages
 from tink.limits import SEQ_GAP_SECONDS, WRONG_ANSWERS
 from tink.wire import tink_train
@@ -221,6 +221,23 @@ async def test_work_that_hangs_is_told_of_then_ended_and_redone(
         assert [line["event"] for line in lines].count("no progress") == 1
         assert [line["event"] for line in lines].count("trainer is replaced") == 1
         cluster.check_journal()
+
+
+async def test_a_trainer_of_other_versions_than_before_is_told_of_and_journaled(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with Cluster.running(tmp_path) as cluster:
+        model = await _model(cluster)
+        await _train(cluster, model, 1, 2)
+        cluster.trainer.kill()
+        cluster.trainer.version = "2"
+        with capture_logs() as lines:
+            await cluster.start_trainer()
+            await _train(cluster, model, 3, 4)
+        told = [line for line in lines if line["event"] == "trainer has other versions than before"]
+        assert [line["torch"] for line in told] == ["1 -> 2"]
+        versions = [event["versions"] for event in events(cluster, "trainer_started")]
+        assert versions == [{"torch": "1"}, {"torch": "2"}]
 
 
 async def test_a_sample_that_hangs_is_run_again(

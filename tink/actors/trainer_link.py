@@ -248,9 +248,11 @@ class TrainerLink:
             arch=info.arch,
             max_context=info.max_context,
             base_path=info.base_path,
+            versions=info.versions,
         )
         again = started == self._served and self._arrived_once and self._told is None
         if started != self._served:
+            self._warn_of_versions(info)
             await self._journal.append((Subject(replica="trainer"), started))
             self._served = started
         if not again:
@@ -284,6 +286,19 @@ class TrainerLink:
         if wrong is not None:
             self._condemn(incarnation, f"it is ahead of the journal: {wrong}")
             raise TrainerGone(f"the trainer at {client.url} is ahead of the journal")
+
+    def _warn_of_versions(self, info: tink_train.Info) -> None:
+        """What a redo gives may differ in its last bits from what was journaled; where it does, that is
+        journaled too."""
+        before = self._served
+        if before is None or not before.versions or before.versions == info.versions:
+            return
+        now, then = dict(info.versions), before.versions
+        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        log.warning(
+            "trainer has other versions than before",
+            **{name: f"{then.get(name)} -> {now.get(name)}" for name in changed},
+        )
 
     def _check_base(self, info: tink_train.Info) -> None:
         """A home's models live on one base: their redo on another one would be another run."""

@@ -36,7 +36,7 @@ class IncarnationStopped(Event, frozen=True, kw_only=True, tag="incarnation_stop
 
 class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
     """Another training server than before answered: it holds no state, or that of another life, and
-    models are brought up to date in it as they are used."""
+    models are brought up to date in it as they are used. `versions`: of what its results depend on."""
 
     incarnation: str
     engine: str
@@ -45,6 +45,7 @@ class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
     arch: str = ""
     max_context: int = 0
     base_path: str | None = None
+    versions: dict[str, str] = {}
 
 
 # -- sessions ---------------------------------------------------------------------------------------
