@@ -40,16 +40,10 @@ def wanted(ledger: Ledger) -> list[rows.Adapter]:
 def needed(ledger: Ledger) -> set[str]:
     """The versions that may stay on a server which has them: the wanted ones, and those with a sampler of
     an open session; of a model that was unloaded only what was saved by name."""
-    sessions, models = ledger.table("sessions", rows.Session), ledger.table("models", rows.Model)
-    sampled = {
-        sampler.adapter_id
-        for sampler in ledger.table("samplers", rows.Sampler).values()
-        if sessions[(sampler.session_id,)].state == "open"
-    }
-    saved = retention.saved(ledger)
+    models, saved = ledger.table("models", rows.Model), retention.saved(ledger)
     found = {adapter.adapter_id for adapter in wanted(ledger)}
     for adapter in ledger.table("adapters", rows.Adapter).values():
         lasts = models[(adapter.model_id,)].state != "removed" or adapter.adapter_id in saved
-        if adapter.state == "live" and adapter.adapter_id in sampled and lasts:
+        if adapter.state == "live" and lasts and any(ledger.samplers_of(adapter.adapter_id)):
             found.add(adapter.adapter_id)
     return found

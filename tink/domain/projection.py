@@ -4,6 +4,7 @@ the events equals the tables by construction; that it does is checked, the end o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import singledispatch
 from typing import Any, TypeVar, cast
@@ -321,6 +322,8 @@ class Ledger:
         self.tables: dict[str, dict[Key, rows.Row]] = {name: {} for name in rows.TABLES}
         # (model, kind, name) -> the checkpoint that lives there, or lived there last.
         self._addresses: dict[Key, rows.Checkpoint] = {}
+        # By adapter version: a run makes one with each of its steps, and most of those are gone.
+        self._samplers: defaultdict[str, list[rows.Sampler]] = defaultdict(list)
 
     def table(self, name: str, kind: type[R]) -> dict[Key, R]:
         """One table, typed: `ledger.table("jobs", rows.Job)`."""
@@ -331,12 +334,20 @@ class Ledger:
         found = self._addresses.get((model_id, kind, name))
         return found if found is not None and found.state == "live" else None
 
+    def samplers_of(self, adapter_id: str) -> Iterable[rows.Sampler]:
+        """Those of an adapter version, and of a session that is open."""
+        sessions = self.table("sessions", rows.Session)
+        samplers = self._samplers.get(adapter_id, ())
+        return (one for one in samplers if sessions[(one.session_id,)].state == "open")
+
     def put(self, table: str, row: rows.Row) -> None:
         self.tables[table][_key(table, row)] = row
         if isinstance(row, rows.Checkpoint):
             address = (row.model_id, row.kind, row.name)
             if row.state == "live" or address not in self._addresses:
                 self._addresses[address] = row
+        elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
+            self._samplers[row.adapter_id].append(row)
 
     def forget(self, table: str, key: Key) -> rows.Row | None:
         """Takes a row out, and returns it."""
@@ -345,6 +356,8 @@ class Ledger:
             address = (row.model_id, row.kind, row.name)
             if self._addresses.get(address) is row:
                 del self._addresses[address]
+        elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
+            self._samplers[row.adapter_id].remove(row)
         return row
 
     def apply(self, changes: Iterable[Change]) -> None:

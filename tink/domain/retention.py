@@ -132,15 +132,10 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
 
 def _unnamed(ledger: Ledger) -> Iterator[tuple[rows.Adapter, list[rows.Sampler]]]:
     """The live versions without a live checkpoint and an open job, with their samplers of open sessions."""
-    sessions = ledger.table("sessions", rows.Session)
-    samplers: defaultdict[str | None, list[rows.Sampler]] = defaultdict(list)
-    for sampler in ledger.table("samplers", rows.Sampler).values():
-        if sessions[(sampler.session_id,)].state == "open":
-            samplers[sampler.adapter_id].append(sampler)
     used = sampled(ledger) | saved(ledger)
     for adapter in ledger.table("adapters", rows.Adapter).values():
         if adapter.state == "live" and adapter.adapter_id not in used:
-            yield adapter, samplers[adapter.adapter_id]
+            yield adapter, list(ledger.samplers_of(adapter.adapter_id))
 
 
 def leaving(ledger: Ledger) -> bool:

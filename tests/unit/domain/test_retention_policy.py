@@ -306,6 +306,16 @@ def test_of_an_unloaded_model_stays_what_has_a_name_and_for_its_time_what_is_sam
     assert adapters.needed(ledger) == needed
 
 
+def test_what_a_server_may_keep_is_told_without_a_walk_through_all_samplers_ever_made() -> None:
+    class NotWalked(dict[Any, Any]):
+        def values(self) -> Any:
+            raise AssertionError
+
+    ledger = _ledger(_adapter(), _sampler())
+    ledger.tables["samplers"] = NotWalked(ledger.tables["samplers"])
+    assert adapters.needed(ledger) == {"a1"}
+
+
 def test_an_adapter_that_was_deleted_is_not_deleted_again() -> None:
     ledger = _ledger(_adapter(state="idle"), _sampler())
     assert list(retention.spare_adapters(ledger, NOW, {"sampler-0": OLD})) == []
