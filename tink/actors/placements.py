@@ -9,7 +9,7 @@ from typing import Literal
 
 from tink.domain import rows
 from tink.domain.events import AdapterExported, AdapterPlaced, Entry, Record, Subject
-from tink.journal import upkeep
+from tink.journal import queries
 from tink.journal.journal import Journal
 
 # The one that samples where there is no vLLM, from the artifact folder.
@@ -38,7 +38,7 @@ class Placements:
         """At the start: what was on servers that are not in use any more is on them no more; and what
         lives, the trainer can sample, if it is among them."""
         placements = cls()
-        for adapter, replica in await journal.read(upkeep.placements):
+        for adapter, replica in await journal.read(queries.placements):
             subject, _ = entry(adapter, replica, "loaded")
             placements._loaded[replica][adapter.adapter_id] = subject
         journal.observers.append(placements._observe)

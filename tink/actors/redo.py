@@ -3,6 +3,8 @@ in order and exactly as they were; and what they give is compared with what they
 
 from __future__ import annotations
 
+from functools import partial
+
 import structlog
 
 from tink import crash
@@ -13,6 +15,7 @@ from tink.domain import plans, rows
 from tink.domain.events import Diverged
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError
+from tink.journal import queries
 from tink.journal.journal import Journal
 
 log = structlog.get_logger()
@@ -31,7 +34,8 @@ class Redo:
             return
         applied, unusable = await self._snapshots.restore(life, model_id, applied)
         log.info("redo", model=model_id, first=applied + 1, last=upto)
-        for job in await self._journal.ops(model_id, applied, upto):
+        lacking = partial(queries.ops, model_id=model_id, after=applied, upto=upto)
+        for job in await self._journal.read(lacking):
             assert job.op_no is not None
             if job.op_no > life.applied.get(model_id, 0):
                 await self._apply(life, job, job.op_no)

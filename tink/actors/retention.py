@@ -21,7 +21,7 @@ from tink.domain import retention, rows
 from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Entry, Subject
 from tink.domain.retention import Cutoffs
 from tink.errors import JournalUnavailable
-from tink.journal import upkeep
+from tink.journal import queries
 from tink.journal.bodies import Stored
 from tink.journal.journal import Journal
 from tink.limits import EXPIRY_SECONDS, RETENTION_SECONDS
@@ -81,7 +81,7 @@ class Retention:
         ended, passed, left = 0, -math.inf, False
         while True:
             await self.expire_checkpoints()
-            last_end = await self._journal.read(upkeep.last_end)
+            last_end = await self._journal.read(queries.last_end)
             due = self._world.monotonic() - passed >= RETENTION_SECONDS
             if due or left or last_end != ended:
                 await self.delete_adapters()
@@ -105,7 +105,7 @@ class Retention:
                     break
                 digests = [body.sha256 for body in page]
                 jobs = await self._journal.read(
-                    partial(upkeep.jobs_naming, digests=digests, ended_since=cutoffs.used)
+                    partial(queries.jobs_naming, digests=digests, ended_since=cutoffs.used)
                 )
                 covers = retention.covered(self._journal.ledger)
                 needed = retention.bodies_needed(jobs, covers, cutoffs)
@@ -145,7 +145,7 @@ class Retention:
         ledger, before = self._journal.ledger, self._cutoffs().used
         quiet = retention.quiet_samplers(ledger, before, self._last_requests)
         made = {s: ledger.table("samplers", rows.Sampler)[(s,)].created_at for s in quiet}
-        asked = await self._journal.read(partial(upkeep.last_requests, samplers=quiet))
+        asked = await self._journal.read(partial(queries.last_requests, samplers=quiet))
         self._last_requests |= made | asked
         async with self._journal.naming:  # no sampler is made meanwhile
             entries: list[Entry] = []
@@ -173,16 +173,16 @@ class Retention:
         in_use = self._folder.used | (set() if self._servers is None else self._servers.directories)
         kept = retention.directories_kept(ledger)
         sampled = retention.sampled(ledger)
-        kept |= retention.loads_needed(await read(upkeep.loads), retention.covered(ledger))
+        kept |= retention.loads_needed(await read(queries.loads), retention.covered(ledger))
         # Of a version that was deleted just when its sampler was asked again.
-        kept.update(await read(partial(upkeep.adapter_directories, adapters=sampled)))
-        kept.update(await read(partial(upkeep.damaged_snapshots, since=self._cutoffs().used)))
+        kept.update(await read(partial(queries.adapter_directories, adapters=sampled)))
+        kept.update(await read(partial(queries.damaged_snapshots, since=self._cutoffs().used)))
         for directory in there:
             spare = directory not in kept and directory not in in_use
             if spare and await self._folder.remove(directory):
                 log.info("directory removed", directory=directory)
         # The last one that answered may live; one that has not answered yet has written nothing.
-        trainers = await read(upkeep.trainers)
+        trainers = await read(queries.trainers)
         await self._folder.clear(set(trainers) - set(trainers[-1:]))
         return in_use.isdisjoint(set(there) - kept)
 

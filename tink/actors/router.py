@@ -27,7 +27,7 @@ from tink.domain.lane import Lane
 from tink.domain.requests import DATA_OPS
 from tink.domain.routing import NO_SAMPLING, NO_TRAINING
 from tink.errors import NotFound, Overloaded, TinkError, UserError
-from tink.journal import upkeep
+from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import MAILBOX, MAX_COMMAND_BODY, MAX_OPEN_JOBS, SEQ_GAP_SECONDS
 from tink.world import World
@@ -215,7 +215,7 @@ class Router:
 
     async def _unload_once(self, ask: messages.UnloadModel, model: rows.Model) -> messages.Promise:
         if model.state == "removed":
-            known = await self._journal.read(partial(upkeep.unloading, model_id=ask.model_id))
+            known = await self._journal.read(partial(queries.unloading, model_id=ask.model_id))
             return messages.Promise(known, model_id=ask.model_id)
         jobs = self._journal.ledger.table("jobs", rows.Job).values()
         same = [j.job_id for j in jobs if j.model_id == ask.model_id and j.op == "unload_model"]

@@ -8,6 +8,8 @@ up once the model is up to date without it, and not before: it may be the whole 
 
 from __future__ import annotations
 
+from functools import partial
+
 import structlog
 import trio
 
@@ -18,6 +20,7 @@ from tink.backends.trainer import Refused, TrainerGone
 from tink.domain import ids, rows
 from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
 from tink.errors import BackendError
+from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import SNAPSHOTS_KEPT
 from tink.wire.tink_train import RestoreRequest, SnapshotRequest
@@ -40,7 +43,8 @@ class Snapshots:
         model_id = str(job.model_id)
         if model_id not in self._redo_ms:
             newest = next(iter(self._live(model_id)), None)
-            self._redo_ms[model_id] = await self._journal.redo_ms(model_id, newest.op_no if newest else 0)
+            behind = partial(queries.redo_ms, model_id=model_id, after=newest.op_no if newest else 0)
+            self._redo_ms[model_id] = await self._journal.read(behind)
         else:
             self._redo_ms[model_id] += job.run_ms or 0.0
         limit = self._limit_ms if job.op == "optim_step" else 2 * self._limit_ms

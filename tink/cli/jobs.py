@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from tink.cli import printing, queries
-from tink.cli.homes import find_home, open_journal
+from tink.cli import printing
+from tink.cli.homes import find_home
 from tink.domain import rows
 from tink.domain.events import Record
 from tink.domain.requests import OpName
 from tink.errors import NotFound
+from tink.journal import queries
+from tink.journal.reader import open_journal
 from tink.journal.store import event_row
 from tink.world import World
 

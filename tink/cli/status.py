@@ -8,13 +8,14 @@ from pathlib import Path
 import msgspec
 
 import tink
-from tink.cli import printing, queries
-from tink.cli.homes import find_home, open_journal
+from tink.cli import printing
+from tink.cli.homes import find_home
 from tink.cli.jobs import JobLine, job_line, print_jobs
 from tink.cli.probes import TrainerStatus, WorkerStatus, probe
 from tink.domain import rows
 from tink.domain.events import Diverged
-from tink.journal import store
+from tink.journal import queries, store
+from tink.journal.reader import open_journal
 from tink.world import World
 
 HELP = "what runs, the queue, models, sessions, last jobs"

@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
 import trio
 import zstandard
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from tink import crash
@@ -38,7 +39,7 @@ from tink.domain.events import (
 )
 from tink.domain.projection import Key, Ledger, Update, project
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
-from tink.journal import revisions, schema, store
+from tink.journal import queries, revisions, store
 from tink.journal.bodies import BodyStore
 from tink.journal.commits import GroupCommit
 from tink.journal.database import (
@@ -140,8 +141,7 @@ class Journal:
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot
-        query = select(schema.jobs).where(schema.jobs.c.job_id == job_id)
-        return next(iter(await self._read(query, rows.Job)), None)
+        return await self.read(partial(queries.job, job_id=job_id))
 
     async def adapter(self, adapter_id: str) -> rows.Adapter:
         """An adapter version. LookupError if there is none."""
@@ -149,10 +149,10 @@ class Journal:
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot
-        query = select(schema.adapters).where(schema.adapters.c.adapter_id == adapter_id)
-        for found in await self._read(query, rows.Adapter):
-            return found
-        raise LookupError(f"there is no adapter {adapter_id}")
+        found = await self.read(partial(queries.adapter, adapter_id=adapter_id))
+        if found is None:
+            raise LookupError(f"there is no adapter {adapter_id}")
+        return found
 
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         """The event that accepted a job: it holds the request of a command."""
@@ -185,23 +185,6 @@ class Journal:
         # What it decompresses to was counted before it was accepted.
         return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).decompressobj().decompress(body)
 
-    async def ops(self, model_id: str, after: int, upto: int) -> list[rows.Job]:
-        """A model's jobs with after < op_no <= upto, in order: what a redo applies again."""
-        table = schema.jobs
-        query = select(table).where(
-            table.c.model_id == model_id, table.c.op_no > after, table.c.op_no <= upto
-        )
-        return await self._read(query.order_by(table.c.op_no), rows.Job)
-
-    async def redo_ms(self, model_id: str, after: int) -> float:
-        """How long the model's operations behind op_no `after` ran."""
-        table = schema.jobs
-
-        total = select(func.coalesce(func.sum(table.c.run_ms), 0.0)).where(
-            table.c.model_id == model_id, table.c.op_no > after
-        )
-        return await self.read(lambda connection: float(connection.execute(total).scalar_one()))
-
     async def read(self, query: Callable[[Connection], T]) -> T:
         """What `query`, which runs in a thread, finds: everything that is committed now."""
 
@@ -210,9 +193,6 @@ class Journal:
                 return query(connection)
 
         return await self._world.run_sync(read, limiter=self._readers)
-
-    async def _read(self, query: Select[Any], kind: type[R]) -> list[R]:
-        return await self.read(lambda connection: list(store.read_rows(connection, query, kind)))
 
     # -- on the writer's thread ---------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import pytest
 import trio
 from cli_home import BEGAN, MADE, RESULT, TRAINED, StillWorld, files
 
-from tink.cli import checks
 from tink.domain.events import BodiesPruned, Subject
+from tink.journal import checks
 from tink.journal.home import Home
 from tink.journal.journal import Journal
 

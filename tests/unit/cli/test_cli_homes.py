@@ -9,10 +9,9 @@ import pytest
 from cli_home import TRAINED
 from sqlalchemy import select
 
-from tink.cli import queries
-from tink.cli.homes import open_journal
-from tink.journal import schema
+from tink.journal import queries, schema
 from tink.journal.database import writer_engine
+from tink.journal.reader import open_journal
 
 READERS = [("status",), ("jobs",), ("jobs", "show", TRAINED), ("db", "check"), ("db", "upgrade")]
 

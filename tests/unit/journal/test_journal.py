@@ -32,7 +32,7 @@ from tink.domain.events import (
 )
 from tink.domain.projection import Ledger
 from tink.errors import JournalUnavailable, StartupError, tink_error
-from tink.journal import database, store, upkeep
+from tink.journal import database, queries, store
 from tink.journal.bodies import Stored
 from tink.journal.database import reader_engine, writer_engine
 from tink.journal.home import Home
@@ -158,9 +158,9 @@ async def test_every_call_of_the_journal_is_a_checkpoint(autojump_clock: MockClo
         with assert_checkpoints():
             assert await journal.job("nobody's") is None
         with assert_checkpoints():
-            assert await journal.ops("m", 0, 9) == []
+            assert await journal.read(partial(queries.ops, model_id="m", after=0, upto=9)) == []
         with assert_checkpoints():
-            assert await journal.read(upkeep.loads) == []
+            assert await journal.read(queries.loads) == []
 
 
 async def test_an_ended_job_leaves_the_ledger_and_is_found_again(
@@ -438,7 +438,7 @@ async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path
 
         event.listen(journal._reader, "before_cursor_execute", note)
         await journal.job("j")
-        await journal.ops("m", 3, 7)
+        await journal.read(partial(queries.ops, model_id="m", after=3, upto=7))
         with journal._reader.connect() as connection:
             store.read_present(connection)
             begun = len(sent)
@@ -483,12 +483,12 @@ async def test_the_questions_of_retention_use_their_indexes(
 
         for engine in (journal._reader, journal.bodies._reader):
             event.listen(engine, "before_cursor_execute", explain)
-        await journal.read(partial(upkeep.jobs_naming, digests=["a", "b"], ended_since=1.0))
-        await journal.read(upkeep.loads)
-        await journal.read(partial(upkeep.last_requests, samplers=["s"]))
-        await journal.read(upkeep.trainers)
-        await journal.read(upkeep.last_end)
-        await journal.read(partial(upkeep.damaged_snapshots, since=1.0))
+        await journal.read(partial(queries.jobs_naming, digests=["a", "b"], ended_since=1.0))
+        await journal.read(queries.loads)
+        await journal.read(partial(queries.last_requests, samplers=["s"]))
+        await journal.read(queries.trainers)
+        await journal.read(queries.last_end)
+        await journal.read(partial(queries.damaged_snapshots, since=1.0))
         await journal.bodies.oldest(1.0, Stored("a", 1, 0.5))
     naming, loads, requests, trainers, ended, damaged, oldest = plans
     assert "ix_jobs_body_sha256" in naming

@@ -9,11 +9,10 @@ from typing import Literal
 import msgspec
 from sqlalchemy import Connection, select
 
-from tink.cli import queries
-from tink.cli.homes import open_snapshot
 from tink.errors import StartupError
-from tink.journal import migrations, revisions, schema, store
+from tink.journal import migrations, queries, revisions, schema, store
 from tink.journal.home import Home
+from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Database
 
 # Of each check; a damaged journal has as many as it has rows.

@@ -1,16 +1,21 @@
-"""Every question that the commands put to the journal, by name. Answers are the rows of tink/domain."""
+"""Every question that is put to the journal by whoever is not its writer, by name. They block: the worker
+asks them from threads (Journal.read), commands on a connection of their own (reader.py). Answers are rows
+of tink/domain."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, bindparam, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, and_, bindparam, func, or_, select
 
 from tink.domain import retention, rows
-from tink.domain.events import Record
+from tink.domain.events import Record, TrainerStarted
+from tink.domain.retention import Load
 from tink.errors import StartupError
 from tink.journal import schema, store
+from tink.limits import SQL_KEYS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -18,6 +23,9 @@ R = TypeVar("R", bound=rows.Row)
 _IS_OPEN = schema.jobs.c.state.in_(
     bindparam("open", sorted(rows.OPEN), expanding=True, literal_execute=True)
 )
+
+
+# -- what people ask ------------------------------------------------------------------------------
 
 
 def last_incarnation(connection: Connection) -> rows.Incarnation | None:
@@ -100,6 +108,11 @@ def job(connection: Connection, job_id: str) -> rows.Job | None:
     return next(iter(_rows(connection, query, rows.Job)), None)
 
 
+def adapter(connection: Connection, adapter_id: str) -> rows.Adapter | None:
+    query = select(schema.adapters).where(schema.adapters.c.adapter_id == adapter_id)
+    return next(iter(_rows(connection, query, rows.Adapter)), None)
+
+
 def events_of(connection: Connection, job_id: str) -> list[Record]:
     """In order. StartupError if one is damaged."""
     table = schema.events
@@ -153,6 +166,106 @@ def sizes(connection: Connection) -> Sizes:
     )
 
 
+# -- what the worker asks beside its ledger ---------------------------------------------------------
+
+
+def ops(connection: Connection, model_id: str, after: int, upto: int) -> list[rows.Job]:
+    """A model's jobs with after < op_no <= upto, in order: what a redo applies again."""
+    table = schema.jobs
+    query = select(table).where(table.c.model_id == model_id, table.c.op_no > after, table.c.op_no <= upto)
+    return _rows(connection, query.order_by(table.c.op_no), rows.Job)
+
+
+def redo_ms(connection: Connection, model_id: str, after: int) -> float:
+    """How long the model's operations behind op_no `after` ran."""
+    table = schema.jobs
+    query = select(func.coalesce(func.sum(table.c.run_ms), 0.0))
+    query = query.where(table.c.model_id == model_id, table.c.op_no > after)
+    return float(connection.execute(query).scalar_one())
+
+
+def jobs_naming(connection: Connection, digests: Collection[str], ended_since: float) -> list[rows.Job]:
+    """The jobs that have one of these bodies as their request, or as their result if they have ended since
+    then: the same result may belong to thousands."""
+    table = schema.jobs
+    result = and_(table.c.result_sha256.in_(digests), table.c.finished_at >= ended_since)
+    query = select(table).where(or_(table.c.body_sha256.in_(digests), result))
+    return _rows(connection, query, rows.Job)
+
+
+def loads(connection: Connection) -> list[Load]:
+    """Every saved state that was ever loaded into a model."""
+    table = schema.jobs
+    query = select(table.c.model_id, table.c.op_no, table.c.directory)
+    return [Load(*row) for row in connection.execute(query.where(schema.LOADS, table.c.state == "done"))]
+
+
+def last_requests(connection: Connection, samplers: list[str]) -> dict[str, float]:
+    """When each of these samplers had its last request; without those that never had one."""
+    table = schema.jobs
+    found: dict[str, float] = {}
+    for some in _batched(samplers):
+        asked = table.c.sampler_id.in_(some)
+        query = select(table.c.sampler_id, func.max(table.c.submitted_at)).where(asked)
+        found |= {row[0]: row[1] for row in connection.execute(query.group_by(table.c.sampler_id))}
+    return found
+
+
+def adapter_directories(connection: Connection, adapters: Collection[str]) -> list[str]:
+    table = schema.adapters
+    found: list[str] = []
+    for some in _batched(sorted(adapters)):
+        found += connection.execute(select(table.c.directory).where(table.c.adapter_id.in_(some))).scalars()
+    return found
+
+
+def placements(connection: Connection) -> list[tuple[rows.Adapter, str]]:
+    """The adapter versions that servers have, as far as is known; and which has it."""
+    table, adapters = schema.adapter_placements, schema.adapters
+    query = select(adapters, table.c.replica).join(table, table.c.adapter_id == adapters.c.adapter_id)
+    query = query.where(table.c.state == "loaded").order_by(adapters.c.adapter_id, table.c.replica)
+    found = []
+    for row in connection.execute(query).mappings():
+        columns = dict(row)
+        place = columns.pop("replica")
+        found.append((rows.Adapter(**columns), place))
+    return found
+
+
+def damaged_snapshots(connection: Connection, since: float) -> list[str]:
+    """The directories of snapshots that were found to be damaged since then."""
+    table = schema.snapshots
+    query = select(table.c.directory).where(schema.DAMAGED, table.c.dropped_at >= since)
+    return list(connection.execute(query).scalars())
+
+
+def last_end(connection: Connection) -> int:
+    """The number of the last event that ended a checkpoint or a model; 0 if none did."""
+    table = schema.events
+    kinds = ("checkpoint_deleted", "model_removed")
+    query = select(func.max(table.c.seq)).where(table.c.kind.in_(kinds))
+    return int(connection.execute(query).scalar() or 0)
+
+
+def unloading(connection: Connection, model_id: str) -> str:
+    """The job that has unloaded a model."""
+    table = schema.jobs
+    query = select(table.c.job_id).where(table.c.model_id == model_id, table.c.op == "unload_model")
+    done = query.where(table.c.state == "done").order_by(table.c.seq_id.desc()).limit(1)
+    return str(connection.execute(done).scalar_one())
+
+
+def trainers(connection: Connection) -> list[str]:
+    """The incarnations of the training servers that have answered, the last one last."""
+    table = schema.events
+    query = select(table.c.seq).where(table.c.kind == "trainer_started").order_by(table.c.seq)
+    found = [store.event_of(connection, seq).event for seq in connection.execute(query).scalars().all()]
+    return [event.incarnation for event in found if isinstance(event, TrainerStarted)]
+
+
+# -- the inside -------------------------------------------------------------------------------------
+
+
 def _samplers_of(model_id: str) -> Select[Any]:
     samplers, adapters = schema.samplers, schema.adapters
     return (
@@ -164,3 +277,9 @@ def _samplers_of(model_id: str) -> Select[Any]:
 
 def _rows(connection: Connection, query: Select[Any], kind: type[R]) -> list[R]:
     return list(store.read_rows(connection, query, kind))
+
+
+def _batched(keys: list[str]) -> Iterator[list[str]]:
+    """As many of them at a time as one question may have."""
+    for start in range(0, len(keys), SQL_KEYS):
+        yield keys[start : start + SQL_KEYS]

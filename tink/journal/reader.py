@@ -1,0 +1,51 @@
+"""A home's databases as a command reads them: read-only, at one moment, without a lock. Nothing here makes
+a folder or a file, and the worker's writer is never waited for nor held up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from tink.errors import StartupError
+from tink.journal import revisions
+from tink.journal.database import reader_engine
+from tink.journal.home import Home
+
+
+@contextlib.contextmanager
+def open_snapshot(path: Path) -> Iterator[Connection]:
+    """A connection on which every read sees the same moment. StartupError, in one line, for a file that
+    cannot be read; what SQLAlchemy and msgspec raise in the body becomes that too."""
+    engine = reader_engine(path)
+    try:
+        with engine.connect() as connection:
+            # The driver opens no transaction for reads; without one, each would see another moment.
+            connection.exec_driver_sql("BEGIN")
+            yield connection
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise StartupError(f"{path} cannot be read: {cause}") from error
+    except msgspec.MsgspecError as error:
+        raise StartupError(
+            f"{path} holds what this Tink does not understand ({error}): 'tink db check' tells more"
+        ) from error
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def open_journal(home: Home) -> Iterator[Connection]:
+    """The journal of a home, whose schema is the one that this Tink knows. StartupError if not."""
+    with open_snapshot(home.journal) as connection:
+        current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
+        if current != head:
+            raise StartupError(
+                f"{home.journal} has schema revision {current or 'none'}, this Tink reads {head}: "
+                "run 'tink db upgrade', or the Tink that wrote it"
+            )
+        yield connection
