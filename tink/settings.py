@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -151,32 +151,49 @@ class Settings:
     @classmethod
     def load(cls, environment: Mapping[str, str], **arguments: Any) -> Settings:
         """From the environment; `arguments` that are not None win. Raises StartupError with one line for
-        each unknown TINK_ name and each bad value."""
+        each unknown TINK_ name and each value that cannot work."""
+        reading = cls.read(environment, **arguments)
+        if reading.problems:
+            raise StartupError("\n".join(reading.problems))
+        return reading.settings
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], **arguments: Any) -> Reading:
+        """The same, with what is wrong, and without an error."""
         known = {name for f in fields(cls) for name in f.metadata["names"]}
-        wrong = [
+        problems = [
             f"{name}: there is no such setting" + _closest(name, known)
             for name in sorted(environment)
             if name.startswith("TINK_") and name not in known and name not in OTHERS
         ]
         values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
         for f in fields(cls):
             name = next((n for n in f.metadata["names"] if environment.get(n, "") != ""), None)
-            if name is not None:
+            if arguments.get(f.name) is not None:
+                values[f.name], sources[f.name] = arguments[f.name], f"--{f.name}"
+            elif name is not None:
                 try:
-                    values[f.name] = _PARSERS[str(f.type)](environment[name])
+                    values[f.name], sources[f.name] = _PARSERS[str(f.type)](environment[name]), name
                 except ValueError as error:
                     shown = "" if f.metadata["secret"] else f" {environment[name]!r}"
-                    wrong.append(f"{name}:{shown} {error}")
-        if wrong:
-            raise StartupError("\n".join(wrong))
-        values.update({name: value for name, value in arguments.items() if value is not None})
-        settings = cls(**values)
-        return settings.resolved()
+                    problems.append(f"{name}:{shown} {error}")
+        settings = cls(**values)._with_absolute_paths()
+        return Reading(settings, sources, [*problems, *settings._problems()])
 
-    def resolved(self) -> Settings:
-        """With absolute paths, and checked: raises StartupError for values that cannot work."""
+    def _with_absolute_paths(self) -> Settings:
+        hf_model = self.hf_model
+        if hf_model.startswith(("/", ".", "~")) or (Path(hf_model).is_dir() and hf_model):
+            hf_model = str(Path(hf_model).expanduser().absolute())
+        paths: dict[str, Any] = {"home": self.home.expanduser().absolute(), "hf_model": hf_model}
+        if self.artifacts is not None:
+            paths["artifacts"] = self.artifacts.expanduser().absolute()
+        return replace(self, **paths)
+
+    def _problems(self) -> Iterator[str]:
+        """Values that cannot work, a line each."""
         if not 0 <= self.port < 65536:
-            raise StartupError(f"TINK_PORT: {self.port} is not a port (0 to 65535)")
+            yield f"TINK_PORT: {self.port} is not a port (0 to 65535)"
         least = {
             "MAX_WORKERS": (self.max_workers, 1),
             "TINK_MAX_ATTEMPTS": (self.max_attempts, 1),
@@ -191,27 +208,32 @@ class Settings:
         }
         for name, (value, bound) in least.items():
             if not value >= bound:
-                raise StartupError(f"{name}: {value} must be at least {bound}")
+                yield f"{name}: {value} must be at least {bound}"
         if not 0 < self.vllm_gpu_memory_util <= 1:
-            raise StartupError(
-                f"VLLM_GPU_MEMORY_UTIL: {self.vllm_gpu_memory_util} is not above 0 and up to 1"
-            )
+            yield f"VLLM_GPU_MEMORY_UTIL: {self.vllm_gpu_memory_util} is not above 0 and up to 1"
         if not 0 < self.lora_alpha < float("inf"):
-            raise StartupError(f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0")
+            yield f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0"
         if self.log_level not in {"debug", "info", "warning", "error"}:
-            raise StartupError(f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error")
-        hf_model = self.hf_model
-        if hf_model.startswith(("/", ".", "~")) or (Path(hf_model).is_dir() and hf_model):
-            hf_model = str(Path(hf_model).expanduser().absolute())
-            if not Path(hf_model).is_dir():
-                raise StartupError(f"TINK_HF_MODEL: there is no directory {hf_model}")
-        _ = self.tenants, self.vllm_urls
+            yield f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error"
+        if self.hf_model.startswith("/") and not Path(self.hf_model).is_dir():
+            yield f"TINK_HF_MODEL: there is no directory {self.hf_model}"
+        looks: list[Callable[[], object]] = [lambda: self.tenants, lambda: self.vllm_urls]
         if self.crash_at:
-            crash.parse(self.crash_at)
-        paths: dict[str, Any] = {"home": self.home.expanduser().absolute(), "hf_model": hf_model}
-        if self.artifacts is not None:
-            paths["artifacts"] = self.artifacts.expanduser().absolute()
-        return Settings(**{f.name: getattr(self, f.name) for f in fields(self)} | paths)
+            looks.append(lambda: crash.parse(self.crash_at))
+        for look in looks:
+            try:
+                look()
+            except StartupError as error:
+                yield str(error)
+
+
+class Reading(NamedTuple):
+    """`settings`: with defaults where a value could not be read. `sources`: by field, the variable or
+    option that set it. `problems`: a line each."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+    problems: list[str]
 
 
 def _is_origin(url: str) -> bool:

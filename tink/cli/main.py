@@ -21,10 +21,10 @@ examples:
   tink db check          is the journal whole?
 
 'tink COMMAND --help' has the options, the exit status and more examples.
-Settings are environment variables; README.md lists them."""
+Settings are environment variables; 'tink config' prints them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-COMMANDS = ("serve", "status", "jobs", "db", "trainer", "vllm")
+COMMANDS = ("serve", "config", "status", "jobs", "db", "trainer", "vllm")
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

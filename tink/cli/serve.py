@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
@@ -53,18 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = Settings.load(os.environ, host=arguments.host, port=arguments.port, home=arguments.home)
-    if settings.beyond_loopback and not settings.tenants and not arguments.no_auth:
-        raise StartupError(
-            f"{settings.host} can be reached from other machines: set TINK_API_KEYS=KEY=TENANT,... "
-            "or pass --no-auth if you mean it"
-        )
-    if settings.use_megatron:
-        raise StartupError(
-            "this version trains on the embedded engine only: unset USE_MEGATRON (the Megatron backend is "
-            "not there yet)"
-        )
-    if "hf" in settings.routes:
-        engines.check()
+    if wrong := list(problems(settings, no_auth=arguments.no_auth)):
+        raise StartupError("\n".join(wrong))
     crash.arm(settings.crash_at)
     _raise_file_limit()
     home, world = Home(settings.home), World()
@@ -76,6 +67,25 @@ def run(arguments: argparse.Namespace) -> int:
 
         trio.run(serve, settings, home, world, listener)
     return 0
+
+
+def problems(settings: Settings, *, no_auth: bool) -> Iterator[str]:
+    """Why it cannot start with these settings here, a line each."""
+    if settings.beyond_loopback and not settings.tenants and not no_auth:
+        yield (
+            f"{settings.host} can be reached from other machines: set TINK_API_KEYS=KEY=TENANT,... "
+            "or pass --no-auth if you mean it"
+        )
+    if settings.use_megatron:
+        yield (
+            "this version trains on the embedded engine only: unset USE_MEGATRON (the Megatron backend is "
+            "not there yet)"
+        )
+    if "hf" in settings.routes:
+        try:
+            engines.check()
+        except StartupError as error:
+            yield str(error)
 
 
 def _raise_file_limit() -> None:

@@ -28,6 +28,7 @@ EVERY = dict(subcommands(parser()))
 def test_the_commands_are_these():
     assert set(EVERY) == {
         ("serve",),
+        ("config",),
         ("status",),
         ("jobs",),
         ("jobs", "show"),
