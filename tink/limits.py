@@ -38,6 +38,8 @@ STOPPING_SECONDS = 10.0
 STALL_SECONDS = 30.0
 # A body longer than this, or compressed, is unpacked in a thread: in the loop it would be felt.
 INLINE_BYTES = 256 * 1024
+# What is unpacked at a time, and counted.
+UNPACK_BYTES = 1024 * 1024
 # Before the 500 of a bug: clients ask again at once.
 BUG_PAUSE = 1.0
 MAX_PAGE = 1000
@@ -50,6 +52,8 @@ LONGEST_TTL = 10 * 365 * 24 * 3600
 
 # Connections that may wait to be accepted: a client opens hundreds at once.
 BACKLOG = 1024
+# An idle connection of a client, above the SDK's 45 s for one poll.
+KEEP_ALIVE_SECONDS = 75.0
 
 # -- promises ---------------------------------------------------------------------------------------
 
@@ -62,6 +66,8 @@ RECENT_JOBS = 4096
 # How long a model's lane waits for a seq_id that never came while later ones are there: a client that is
 # cut off sends again for five minutes.
 SEQ_GAP_SECONDS = 330.0
+# Meanwhile it is looked at so often: a worker that was itself stopped for an hour has missed one look.
+GAP_LOOKS = 10
 
 # -- queues -----------------------------------------------------------------------------------------
 
@@ -77,17 +83,32 @@ READ_CONNECTIONS = 4
 CHECKED_EVENTS = 5_000
 # Keys of one query: every build of SQLite takes so many parameters.
 SQL_KEYS = 400
+# Of each check of a journal: a damaged one has as many problems as it has rows.
+SHOWN_PROBLEMS = 100
+# Bodies that a check holds at once: each may be as large as a request.
+CHECKED_BODIES = 4
 
 # -- a database, or a disk, that is slow ----------------------------------------------------------
 
 # Another process has a lock on the database: so long a commit waits for it before the worker stops.
 LOCK_SECONDS = 60.0
+# And a read, which a worker's writer does not block.
+READ_LOCK_SECONDS = 5.0
 # A commit that takes longer is told of while it lasts.
 SLOW_COMMIT_SECONDS = 10.0
 
 # -- a trainer that does not answer, or answers wrongly ---------------------------------------------
 
 CONNECT_SECONDS = 5.0
+# A connection that has been idle for so long may have been closed by the other side.
+IDLE_CONNECTION_SECONDS = 30.0
+# The kernel asks a silent peer whether it is there after so long, then in such steps, so often: an answer
+# may take hours.
+TCP_IDLE_SECONDS = 60
+TCP_PROBE_SECONDS = 15
+TCP_PROBES = 4
+# A worker or trainer that has not told a command its state for so long is silent.
+PROBE_SECONDS = 3.0
 # Health is answered off the training thread: a look that takes longer is a silent process.
 HEALTH_SECONDS = 5.0
 # Between two looks at a healthy trainer; they also tell it that its worker lives.
@@ -110,6 +131,11 @@ MAX_ANSWER = 512 * 1024 * 1024
 # Between two calls that failed: the first pause, which doubles, and the longest.
 PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
+# Between two starts of an actor that crashed, at most; one that ran for so long starts again at once.
+LONGEST_ACTOR_PAUSE_SECONDS = 10.0
+CALM_SECONDS = 60.0
+# Calls of the worker to its trainer beside operations and samples: looks, and snapshots.
+TRAINER_OWN_SLOTS = 2
 # A trainer whose health is well and whose answers to one job are not, so often in a row, is replaced.
 WRONG_ANSWERS = 12
 # An operation without progress for so long is told of. (TINK_HANG_SECONDS ends it.)
@@ -137,6 +163,8 @@ NOT_FINITE_TRIES = 4
 MAX_REASON = 400
 # Samples that are out at one server. Each may be many sequences: vLLM queues what it cannot batch.
 REPLICA_SLOTS = 512
+# Calls beside the samples: a look at the server, loading and unloading.
+REPLICA_OWN_SLOTS = 4
 # Adapters registered at one server at once, but for those in use: a name costs it little, and each is
 # loaded again after a restart.
 ADAPTERS_REGISTERED = 1000
@@ -195,8 +223,20 @@ SAMPLE_ROWS = 64
 TRAINER_KEPT = 256
 # Removed models whose op numbers are still known, to answer a repeat.
 TRAINER_TOMBSTONES = 4096
-# How long a stopping trainer waits for the ops that run.
+# How long a stopping trainer waits for the ops that run, and then for the answers of what just ended.
 TRAINER_GRACE = 10.0
+TRAINER_LAST_SECONDS = 1.0
+# A worker keeps its connections; closing an idle one would race with its next call.
+TRAINER_KEEP_ALIVE_SECONDS = 3600.0
+# A trainer that no worker calls notices it in so many parts of the time: one that was itself stopped for an
+# hour has missed the calls of one of them.
+ORPHAN_LOOKS = 10
+# Trainers that were killed so soon, one after the other: another would be killed as well, and whoever
+# started their parent shall decide.
+SHORT_LIVES = 3
+SHORT_LIFE_SECONDS = 1.0
+# The SDK's body plus the envelope around it.
+MAX_TRAINER_BODY = MAX_TRAINING_BODY + 64 * 1024
 
 # -- metrics ----------------------------------------------------------------------------------------
 

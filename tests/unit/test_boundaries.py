@@ -167,6 +167,37 @@ def test_everything_but_the_engines_imports_without_torch() -> None:
     subprocess.run([sys.executable, "-c", BLOCKED, *modules], check=True)
 
 
+# -- limits -----------------------------------------------------------------------------------------
+
+# Numbers that are parts of a format or of arithmetic, or say how something is printed.
+NO_LIMITS = {
+    "MAX_INT", "MAX_PROTO_SEQ", "SEEDS", "NO_TOKEN", "NO_LOGPROB", "NEVER", "UNKNOWN_CONTEXT",
+    "MAX_TEMPERATURE", "PROBE", "PROBE_TOP", "PROBED", "SECRET_BYTES", "PIPE_COLUMNS", "LIST_COLUMNS",
+    "_UNITS", "SHOWN", "BUCKET", "BLOCK", "PRETRAIN_STEPS", "SEQUENCE", "SEQUENCES", "LEARNING_RATE",
+    "THREADS", "DYNAMIC_CONFIG",
+}  # fmt: skip
+
+
+def _has_number(node: ast.AST) -> bool:
+    return any(isinstance(n, ast.Constant) and type(n.value) in (int, float) for n in ast.walk(node))
+
+
+def test_every_limit_is_in_limits() -> None:
+    found = set()
+    for module in MODULES.keys() - {"tink.limits"}:
+        for node in _tree(module).body:
+            if isinstance(node, ast.Assign) and _has_number(node.value):
+                targets = [name for target in node.targets for name in ast.walk(target)]
+                names = {name.id for name in targets if isinstance(name, ast.Name) and name.id.isupper()}
+                found |= {f"{module}: {name}" for name in names - NO_LIMITS}
+        waits = re.compile(r"\b(sleep|move_on_after|fail_after)$")
+        for node in ast.walk(_tree(module)):
+            if isinstance(node, ast.Call) and waits.search(ast.unparse(node.func)):
+                given = [arg for arg in node.args if isinstance(arg, ast.Constant)]
+                found |= {f"{module}: {ast.unparse(node)}" for arg in given if _has_number(arg)}
+    assert found == set()
+
+
 # -- size and leftovers -----------------------------------------------------------------------------
 
 

@@ -29,7 +29,13 @@ from tink.domain.routing import NO_SAMPLING, NO_TRAINING
 from tink.errors import NotFound, Overloaded, TinkError, UserError
 from tink.journal import queries
 from tink.journal.journal import Journal
-from tink.limits import MAILBOX, MAX_COMMAND_BODY, MAX_OPEN_JOBS, SEQ_GAP_SECONDS
+from tink.limits import (
+    GAP_LOOKS,
+    MAILBOX,
+    MAX_COMMAND_BODY,
+    MAX_OPEN_JOBS,
+    SEQ_GAP_SECONDS,
+)
 from tink.world import World
 
 log = structlog.get_logger()
@@ -38,8 +44,6 @@ log = structlog.get_logger()
 Send = Callable[[str], None]
 Withdraw = Callable[[str], bool]
 Actor = Literal["train", "sample"]
-
-GAP_LOOKS = 10
 
 SKIPPED = "this sequence number was skipped: it had not come {seconds:.0f} s after later ones; submit again"
 
@@ -469,7 +473,6 @@ class Router:
         """Skips numbers that do not come while later ones wait."""
         lane = self._lane(model_id)
         while (gap := lane.gap()) is not None:
-            # In parts: a worker that was stopped for an hour has waited for one of them.
             for _ in range(GAP_LOOKS):
                 await trio.sleep(SEQ_GAP_SECONDS / GAP_LOOKS)
             on_its_way = any(job_id.startswith(f"{model_id}:") for job_id in self._accepting)

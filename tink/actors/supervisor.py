@@ -10,19 +10,15 @@ import structlog
 
 from tink.actors.backoff import Backoff
 from tink.errors import JournalUnavailable, StartupError
+from tink.limits import CALM_SECONDS, LONGEST_ACTOR_PAUSE_SECONDS
 from tink.world import World
-
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 10.0
-# An actor that ran this long before it crashed starts again at once.
-CALM_SECONDS = 60.0
 
 log = structlog.get_logger()
 
 
 async def supervise(name: str, run: Callable[[], Awaitable[None]], world: World) -> None:
     """Runs `run()` for ever. Raises what a restart cannot mend: JournalUnavailable, StartupError."""
-    backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+    backoff = Backoff(longest=LONGEST_ACTOR_PAUSE_SECONDS)
     while True:
         started = world.monotonic()
         try:

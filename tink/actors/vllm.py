@@ -43,6 +43,7 @@ from tink.journal.journal import Journal
 from tink.limits import (
     ADAPTERS_REGISTERED,
     REPLICA_BEAT_SECONDS,
+    REPLICA_OWN_SLOTS,
     REPLICA_PAUSED_SECONDS,
     REPLICA_SILENT_SECONDS,
     REPLICA_SLOTS,
@@ -59,9 +60,6 @@ log = structlog.get_logger()
 Exposure = Literal["free", "suspect", "alone"]
 # How many of each at once.
 EXPOSURES: dict[Exposure, int] = {"free": REPLICA_SLOTS, "suspect": SUSPECTS_TOGETHER, "alone": 1}
-
-# Calls beside the samples: a look at the server, loading and unloading.
-OWN_SLOTS = 4
 
 BASE_ONLY = "a trl vllm-serve before 1.11 serves the base model alone: use `vllm serve`, or a newer TRL"
 
@@ -217,7 +215,7 @@ class VLLMActor:
                 return await self._follow_old(old)
         async with (
             VllmClient.connect(
-                self.url, self._world, slots=REPLICA_SLOTS + OWN_SLOTS, token=self._token
+                self.url, self._world, slots=REPLICA_SLOTS + REPLICA_OWN_SLOTS, token=self._token
             ) as client,
             trio.open_nursery() as nursery,
         ):

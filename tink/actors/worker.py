@@ -20,7 +20,10 @@ from tink.actors.supervisor import supervise
 from tink.actors.trainer_link import Find, TrainerLink
 from tink.actors.trainer_samples import TrainerSamples
 from tink.journal.journal import Journal
-from tink.limits import SAMPLE_SLOTS
+from tink.limits import (
+    SAMPLE_SLOTS,
+    TRAINER_OWN_SLOTS,
+)
 from tink.metrics import Metrics
 from tink.settings import Settings
 from tink.world import World
@@ -33,12 +36,11 @@ async def open_worker(
     """Runs the actors while the body runs; what is open then is in the journal for the next worker."""
     routes = settings.routes
     training_slots = settings.max_workers if routes.training == "hf" else 1
-    # Long polls of every slot, and the link's own calls beside them.
     link = TrainerLink(
         find,
         journal,
         world,
-        slots=training_slots + SAMPLE_SLOTS + 2,
+        slots=training_slots + SAMPLE_SLOTS + TRAINER_OWN_SLOTS,
         hang_seconds=settings.hang_seconds,
     )
     folder = ArtifactFolder(settings.artifact_root, world)

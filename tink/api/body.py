@@ -15,8 +15,6 @@ from tink.errors import MalformedRequest, TooLarge
 
 Codec = Literal["identity", "zstd"]
 
-_STEP = 1024 * 1024
-
 
 class Body(NamedTuple):
     """What was sent, in its codec; only its first limits.PEEK_BYTES bytes when it was over the limit."""
@@ -98,7 +96,7 @@ def expand(body: Body, limit: int) -> bytes:
     total = 0
     try:
         reader = _decompressor().stream_reader(body.data)
-        while piece := reader.read(_STEP):
+        while piece := reader.read(limits.UNPACK_BYTES):
             total += len(piece)
             if total > limit:
                 raise TooLarge(f"the body decompresses to more than the limit of {limit} bytes; send less")

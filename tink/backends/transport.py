@@ -16,15 +16,15 @@ import httpcore
 import httpx
 import trio
 
-# A connection that has been idle this long may have been closed by the other side.
-KEEPALIVE_SECONDS = 30.0
-# The kernel asks a silent peer whether it is there, after a minute four times: an answer may take hours.
+from tink.limits import IDLE_CONNECTION_SECONDS, TCP_IDLE_SECONDS, TCP_PROBE_SECONDS, TCP_PROBES
+
+# The kernel asks a silent peer whether it is there.
 PROBED = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
 if hasattr(socket, "TCP_KEEPIDLE"):  # not on macOS: there it begins after two hours
     PROBED += [
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_IDLE_SECONDS),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, TCP_PROBE_SECONDS),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, TCP_PROBES),
     ]
 
 
@@ -85,7 +85,7 @@ class SlotTransport(httpx.AsyncBaseTransport):
                 return connection
             await _close(connection)
         return httpcore.AsyncHTTPConnection(
-            self._origin, keepalive_expiry=KEEPALIVE_SECONDS, socket_options=PROBED
+            self._origin, keepalive_expiry=IDLE_CONNECTION_SECONDS, socket_options=PROBED
         )
 
     async def give_back(

@@ -14,11 +14,9 @@ import trio
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.journal.home import Home, TrainerRecord, WorkerRecord
+from tink.limits import PROBE_SECONDS
 from tink.wire import tink_train
 from tink.world import World
-
-# A worker that has waited longer for its trainer is not serving.
-ANSWER_SECONDS = 3.0
 
 T = TypeVar("T")
 
@@ -57,7 +55,7 @@ class _Health(msgspec.Struct):
 
 
 def probe(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
-    """Takes ANSWER_SECONDS at most."""
+    """Takes PROBE_SECONDS at most."""
 
     async def both() -> None:
         async with trio.open_nursery() as nursery:
@@ -106,11 +104,11 @@ def _trainer(home: Home) -> TrainerStatus:
 async def _ask_worker(status: WorkerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(ANSWER_SECONDS), contextlib.suppress(httpx.HTTPError):
+    with trio.move_on_after(PROBE_SECONDS), contextlib.suppress(httpx.HTTPError):
         async with httpx.AsyncClient(
             base_url=status.url,
             transport=world.http_transport(status.url, 1),
-            timeout=ANSWER_SECONDS,
+            timeout=PROBE_SECONDS,
             trust_env=False,
         ) as client:
             answer = await client.get("/healthz")
@@ -123,7 +121,7 @@ async def _ask_worker(status: WorkerStatus, world: World) -> None:
 async def _ask_trainer(status: TrainerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(ANSWER_SECONDS), contextlib.suppress(TrainerGone):
+    with trio.move_on_after(PROBE_SECONDS), contextlib.suppress(TrainerGone):
         async with TrainerClient.connect(status.url, world, slots=1) as client:
             health = await client.health()
         status.state, status.detail = health.state, health.detail

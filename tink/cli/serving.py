@@ -22,7 +22,11 @@ from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.journal.home import Home, WorkerRecord
 from tink.journal.journal import Journal
-from tink.limits import BACKLOG, STOPPING_SECONDS
+from tink.limits import (
+    BACKLOG,
+    KEEP_ALIVE_SECONDS,
+    STOPPING_SECONDS,
+)
 from tink.logs import configure_logs, write_line
 from tink.settings import Settings
 from tink.world import World
@@ -69,8 +73,7 @@ async def _listen(
     config.bind = [f"fd://{listener.detach()}"]
     config.errorlog = None
     config.accesslog = None
-    # Above the SDK's 45 s for one poll.
-    config.keep_alive_timeout = 75.0
+    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
     config.graceful_timeout = STOPPING_SECONDS
     config.backlog = BACKLOG
     stop = trio.Event()

@@ -14,11 +14,7 @@ from tink.journal import migrations, queries, revisions, schema, store
 from tink.journal.home import Home
 from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Database
-
-# Of each check; a damaged journal has as many as it has rows.
-SHOWN_PROBLEMS = 100
-# Bodies held at once: each may be as large as a request.
-BODIES_AT_ONCE = 4
+from tink.limits import CHECKED_BODIES, SHOWN_PROBLEMS
 
 
 class Check(msgspec.Struct, kw_only=True):
@@ -114,7 +110,7 @@ def _bodies(connection: Connection, due: dict[str, str], quick: bool, home: Home
     total = 0
     missing = dict(due)
     columns = [table.c.sha256, table.c.size] if quick else [table.c.sha256, table.c.size, table.c.content]
-    bodies = connection.execution_options(yield_per=BODIES_AT_ONCE).execute(select(*columns))
+    bodies = connection.execution_options(yield_per=CHECKED_BODIES).execute(select(*columns))
     for count, (digest, size, *content) in enumerate(bodies, 1):
         total = count
         missing.pop(digest, None)

@@ -16,7 +16,11 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from tink.errors import JournalUnavailable, StartupError
-from tink.limits import LOCK_SECONDS, READ_CONNECTIONS
+from tink.limits import (
+    LOCK_SECONDS,
+    READ_CONNECTIONS,
+    READ_LOCK_SECONDS,
+)
 
 # pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
 _WRITER_PRAGMAS: dict[str, tuple[str, object]] = {
@@ -70,7 +74,7 @@ def reader_engine(path: Path) -> Engine:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
         connection.execute("PRAGMA query_only=1")
-        connection.execute("PRAGMA busy_timeout=5000")
+        connection.execute(f"PRAGMA busy_timeout={READ_LOCK_SECONDS * 1000:.0f}")
 
     return engine
 

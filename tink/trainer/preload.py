@@ -16,11 +16,8 @@ from types import FrameType
 import structlog
 
 from tink import crash
+from tink.limits import SHORT_LIFE_SECONDS, SHORT_LIVES
 from tink.world import World
-
-# So many that were killed so soon, one after the other: another would be killed as well, and whoever
-# started this process shall decide.
-SHORT_LIVES, SHORT_LIFE_SECONDS = 3, 1.0
 
 log = structlog.get_logger("tink.trainer")
 

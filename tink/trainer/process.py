@@ -34,7 +34,7 @@ import trio
 
 from tink import crash
 from tink.errors import StartupError
-from tink.limits import TRAINER_GRACE
+from tink.limits import ORPHAN_LOOKS, TRAINER_GRACE, TRAINER_KEEP_ALIVE_SECONDS, TRAINER_LAST_SECONDS
 from tink.logs import configure_logs, write_line
 from tink.trainer import engines
 from tink.trainer.artifacts import Artifacts
@@ -44,10 +44,6 @@ from tink.trainer.server import Trainer, application
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
-
-KEEP_ALIVE = 3600.0
-ORPHAN_LOOKS = 10
-
 
 # Of transformers, which imports a class when it is named.
 NAMED = ("AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationMixin", "PreTrainedModel")
@@ -157,10 +153,8 @@ def _config(listener: socket.socket) -> hypercorn.config.Config:
     # hypercorn owns the socket from here, and closes it first when it stops.
     config.bind = [f"fd://{listener.detach()}"]
     config.errorlog = None
-    # A worker keeps its connections; closing an idle one would race with its next call.
-    config.keep_alive_timeout = KEEP_ALIVE
-    # For the answers of what ended just now.
-    config.graceful_timeout = 1.0
+    config.keep_alive_timeout = TRAINER_KEEP_ALIVE_SECONDS
+    config.graceful_timeout = TRAINER_LAST_SECONDS
     return config
 
 
@@ -230,7 +224,6 @@ async def _await_sigterm(stop: trio.Event) -> None:
 
 async def _await_silence(trainer: Trainer, seconds: float, stop: trio.Event) -> None:
     """A worker that was killed leaves its child behind; the child notices by itself."""
-    # In parts: a trainer that was itself stopped for an hour has missed the calls of one of them.
     quiet = 0
     while quiet < ORPHAN_LOOKS:
         called_at = trainer.called_at

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tink.errors import MalformedRequest, TinkError, TooLarge, Unauthorized
-from tink.limits import MAX_TRAINING_BODY
+from tink.limits import MAX_TRAINER_BODY
 from tink.trainer.books import Books, Refused
 from tink.trainer.engines.base import Engine, Facts
 from tink.trainer.lanes import Lanes
@@ -46,9 +46,6 @@ log = structlog.get_logger("tink.trainer")
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
-
-# The SDK's body plus the envelope around it.
-MAX_BODY = MAX_TRAINING_BODY + 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -217,8 +214,8 @@ async def _read(request: Request, kind: type[T]) -> T:
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             body += chunk
-            if len(body) > MAX_BODY:
-                raise TooLarge(f"the body is over {MAX_BODY} bytes")
+            if len(body) > MAX_TRAINER_BODY:
+                raise TooLarge(f"the body is over {MAX_TRAINER_BODY} bytes")
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except msgspec.MsgspecError as error:

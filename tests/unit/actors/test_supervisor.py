@@ -12,8 +12,9 @@ import trio
 from trio.testing import MockClock
 
 from tests.unit.journal.journal_kit import InlineWorld
-from tink.actors.supervisor import CALM_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, supervise
+from tink.actors.supervisor import supervise
 from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
+from tink.limits import CALM_SECONDS, LONGEST_ACTOR_PAUSE_SECONDS, PAUSE_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +39,9 @@ async def test_a_crash_starts_it_again_with_back_off(
     with trio.move_on_after(100):
         await supervise("actor", run, InlineWorld())
     pauses = [after - before for before, after in itertools.pairwise(starts)]
-    assert pauses[0] == pytest.approx(FIRST_PAUSE)
-    assert pauses[1] == pytest.approx(2 * FIRST_PAUSE)
-    assert max(pauses) == pytest.approx(LONGEST_PAUSE)
+    assert pauses[0] == pytest.approx(PAUSE_SECONDS)
+    assert pauses[1] == pytest.approx(2 * PAUSE_SECONDS)
+    assert max(pauses) == pytest.approx(LONGEST_ACTOR_PAUSE_SECONDS)
     assert pauses == pytest.approx(sorted(pauses))
     assert [line["restart_in"] for line in quiet[:3]] == [0.1, 0.2, 0.4]
     assert len(starts) > 10
@@ -57,8 +58,8 @@ async def test_one_that_ran_long_starts_again_at_once(autojump_clock: MockClock)
 
     with trio.move_on_after(80):
         await supervise("actor", run, InlineWorld())
-    assert starts[5] - starts[4] == pytest.approx(CALM_SECONDS + 1 + FIRST_PAUSE)
-    assert starts[6] - starts[5] == pytest.approx(2 * FIRST_PAUSE)
+    assert starts[5] - starts[4] == pytest.approx(CALM_SECONDS + 1 + PAUSE_SECONDS)
+    assert starts[6] - starts[5] == pytest.approx(2 * PAUSE_SECONDS)
 
 
 async def test_one_that_returns_starts_again_too(autojump_clock: MockClock) -> None:

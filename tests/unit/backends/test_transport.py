@@ -255,7 +255,7 @@ async def test_an_idle_connection_that_the_server_closed_is_dropped_before_the_c
 
 
 async def test_a_connection_that_was_idle_for_long_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "KEEPALIVE_SECONDS", -1.0)
+    monkeypatch.setattr(transport, "IDLE_CONNECTION_SECONDS", -1.0)
     async with serving(answer_all) as (server, client):
         for _ in range(3):
             await client.get("/")

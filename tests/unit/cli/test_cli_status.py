@@ -114,7 +114,7 @@ def test_a_worker_that_keeps_its_asker_waiting_is_left_after_a_while(home, runs,
         await trio.sleep_forever()
 
     monkeypatch.setattr(StillWorld, "answer", wait)
-    monkeypatch.setattr(probes, "ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr(probes, "PROBE_SECONDS", 0.01)
     began = time.monotonic()
     code, document = tink_json("status", "--home", home.root)
     assert time.monotonic() - began < 3

@@ -379,7 +379,7 @@ async def test_a_malformed_body_is_refused(caller: Caller, content: bytes) -> No
 async def test_a_body_is_read_no_further_than_its_limit(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MAX_BODY", 100)
+    monkeypatch.setattr(server, "MAX_TRAINER_BODY", 100)
     status, refusal = await caller.op(1, ForwardBackward(b"x" * 200))
     assert (status, refusal.error) == (413, "too_large")
 
