@@ -522,4 +522,7 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Native threads of the SDK's abort the interpreter's end now and then.
+    os._exit(status)
