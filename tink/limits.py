@@ -223,6 +223,9 @@ SAMPLE_ROWS = 64
 TRAINER_KEPT = 256
 # Removed models whose op numbers are still known, to answer a repeat.
 TRAINER_TOMBSTONES = 4096
+# How long a process of a model that is in slices waits in a collective for the others before it takes them
+# for hung: a collective is small, but a rank may come late to it, after a file that only it has to read.
+COLLECTIVE_SECONDS = 300.0
 # How long a stopping trainer waits for the ops that run, and then for the answers of what just ended.
 TRAINER_GRACE = 10.0
 TRAINER_LAST_SECONDS = 1.0

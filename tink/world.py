@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -49,6 +50,10 @@ class World:
     ) -> T:
         """Runs a blocking function off the Trio thread. Uncancellable: it returns when `fn` has."""
         return await trio.to_thread.run_sync(fn, *args, abandon_on_cancel=False, limiter=limiter)
+
+    def lock(self) -> threading.Lock:
+        """For the threads of `run_sync`."""
+        return threading.Lock()
 
     def listen(self, host: str, port: int) -> socket.socket:
         """A listening TCP socket; port 0 takes a free one. Raises StartupError if it cannot be had."""

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import frozen
-from tink.trainer.engines.hf import HFEngine
+from tink.trainer.engines import huggingface
+from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import (
     CreateModel,
@@ -25,7 +25,7 @@ class Adapters:
     """Under `root`, trained a little on a model directory, so that each differs clearly from the base."""
 
     def __init__(self, model: Path, root: Path) -> None:
-        self._engine = HFEngine(frozen.load(model, "base"), Artifacts(root, "tests"))
+        self._engine = LoraEngine(huggingface.load(model, "base"), Artifacts(root, "tests"))
         self.root = root
 
     def make(self, name: str, *, rank: int = 8, seed: int = 0, unembed: bool = True) -> Path:

@@ -1,6 +1,7 @@
 """The training server as a process: options, listening, signals, the end.
 
     python -m tink.trainer [--port N] [--artifacts DIR] ...
+    torchrun --nproc-per-node N -m tink.trainer --engine megatron ...
 
 It listens before the model is loaded, so that its supervisor sees it at once. SIGTERM lets the ops
 that run finish (for TRAINER_GRACE seconds) and exits 0; SIGINT is ignored, because a Ctrl-C reaches
@@ -54,9 +55,11 @@ class Options:
     """`model` None: the built-in tiny one, made under `home`. `artifacts` None: `home`/artifacts.
     `orphan_seconds`: exit when no worker has called for so long; 0 is never. `token`: what callers
     must carry, needed to listen on anything but loopback. `preload`: serve in a child, and in another one
-    when that is killed. `crash_at`: TINK_CRASH_AT."""
+    when that is killed. `crash_at`: TINK_CRASH_AT. `rank` of `ranks`: RANK and WORLD_SIZE, as torchrun sets
+    them; the first rank serves."""
 
     home: Path
+    engine: str = "hf"
     host: str = "127.0.0.1"
     port: int = 0
     artifacts: Path | None = None
@@ -70,6 +73,8 @@ class Options:
     preload: bool = False
     token: str | None = None
     crash_at: str = ""
+    rank: int = 0
+    ranks: int = 1
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -83,21 +88,34 @@ class Ready(msgspec.Struct, frozen=True):
 def run(options: Options, world: World | None = None) -> int:
     """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
     crash.arm(options.crash_at)
-    engines.check()
+    engines.check(options.engine, options.ranks)
     _check(options)
     configure_logs("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     world = world or World()
+    if options.rank:
+        return _follow(options, world)
     serve = partial(_listen, options, world)
     if not options.preload:
         return serve()
-    _import_engine()
+    _import_engine(options.engine)
     return Preloaded(serve, world).serve()
 
 
 def _listen(options: Options, world: World) -> int:
     with world.listen(options.host, options.port) as listener:
         trio.run(_serve, options, listener, world)
+    return 0
+
+
+def _follow(options: Options, world: World) -> int:
+    """Any rank but the first. SIGTERM reaches all of them: the first one finishes what runs, for which it
+    needs the others, and they end when it has."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    engine = _load(options, world.new_id())
+    from tink.trainer.engines import lockstep
+
+    lockstep.follow(engine, lockstep.gather())
     return 0
 
 
@@ -109,6 +127,10 @@ def _check(options: Options) -> None:
         raise StartupError(f"--host {options.host} lets other machines in: set TINK_TRAINER_TOKEN first")
     if options.slots < 1 or options.threads < 1:
         raise StartupError("--slots and --threads must be 1 or more")
+    if options.preload and options.ranks > 1:
+        raise StartupError(
+            "--preload serves in another process when one is killed: torchrun has to start all"
+        )
 
 
 def _is_address(host: str) -> bool:
@@ -132,7 +154,7 @@ async def _serve(options: Options, listener: socket.socket, world: World) -> Non
             if options.ready_file is not None:
                 _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
             log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
-            nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation))
+            nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation, world))
             nursery.start_soon(_await_sigterm, stop)
             if options.orphan_seconds:
                 nursery.start_soon(_await_silence, trainer, options.orphan_seconds, stop)
@@ -171,20 +193,30 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def _import_engine() -> None:
+def _import_engine(engine: str) -> None:
     """What `_build` would import, but for the classes of the model itself."""
     transformers = import_module("transformers")
     for name in NAMED:
         getattr(transformers, name)
     import_module("tink.trainer.tiny")
-    import_module("tink.trainer.engines.hf")
+    import_module("tink.trainer.engines.lora_engine")
+    engines.preload(engine)
 
 
 @_uncollected()
-def _build(options: Options, incarnation: str) -> Engine:
+def _build(options: Options, incarnation: str, world: World) -> Engine:
     """In a thread: importing torch and reading the model takes seconds."""
+    engine = _load(options, incarnation)
+    if options.ranks == 1:
+        return engine
+    from tink.trainer.engines import lockstep
+
+    return lockstep.Leader(engine, lockstep.gather(), world.lock())
+
+
+def _load(options: Options, incarnation: str) -> Engine:
     from tink.trainer import tiny
-    from tink.trainer.engines import frozen, hf
+    from tink.trainer.engines.lora_engine import LoraEngine
 
     crash.point("trainer.loading")
     if options.model is None:
@@ -194,8 +226,8 @@ def _build(options: Options, incarnation: str) -> Engine:
     else:
         directory, name = _find(options.model), options.model
     artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
-    base = frozen.load(directory, options.model_name or name, options.dtype)
-    return hf.HFEngine(base, artifacts, options.threads)
+    base = engines.load(options.engine, directory, options.model_name or name, options.dtype, options.ranks)
+    return LoraEngine(base, artifacts, options.threads)
 
 
 def _find(model: str) -> Path:
@@ -236,7 +268,13 @@ async def _await_silence(trainer: Trainer, seconds: float, stop: trio.Event) -> 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     home = Path(os.environ.get("TINK_HOME") or Path.home() / ".tink")
     shown = "default: %(default)s"
-    parser.add_argument("--engine", choices=["hf"], default="hf", help=f"the engine ({shown})")
+    parser.add_argument(
+        "--engine",
+        choices=list(engines.KINDS),
+        default="hf",
+        help=f"what holds the base model: transformers, or megatron-core, which torchrun may start on "
+        f"several processes ({shown})",
+    )
     parser.add_argument("--home", type=Path, default=home, help=shown)
     parser.add_argument("--host", default="127.0.0.1", help=shown)
     parser.add_argument("--port", type=int, default=0, help="0 (default): any free one")
@@ -267,6 +305,8 @@ def options(arguments: argparse.Namespace) -> Options:
     environment: dict[str, Any] = {
         "token": os.environ.get("TINK_TRAINER_TOKEN") or None,
         "crash_at": os.environ.get("TINK_CRASH_AT", ""),
+        "rank": int(os.environ.get("RANK", 0)),
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
     }
     given = {
         field.name: getattr(arguments, field.name)

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tink import files
 from tink.errors import StartupError
 from tink.trainer.corpus import Docstring, docstrings
-from tink.trainer.engines import frozen
+from tink.trainer.engines.base_model import require_determinism
 
 NAME = "tink/qwen3-tiny"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -182,7 +182,7 @@ def _examples(tokenizer: Any, texts: list[Docstring]) -> Any:
 
 
 def _train(model: Any, rows: Any, steps: int, seed: int, progress: Progress | None) -> None:
-    frozen.require_determinism()
+    require_determinism()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # From logits near zero the first hundred steps are not spent on unlearning them.

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,9 +12,8 @@ from trainer_kit import SHAPE, TEXTS
 
 from tink.trainer import tiny
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import frozen as frozen_base
-from tink.trainer.engines.frozen import Frozen
-from tink.trainer.engines.hf import HFEngine
+from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.lora_engine import LoraEngine
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +25,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def frozen(model_dir: Path) -> Iterator[Frozen]:
+@pytest.fixture(scope="session", params=["huggingface", "megatron"])
+def kind(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The module that loads a base model: whatever tests an engine tests it on each of them."""
+    if request.param == "megatron" and find_spec("megatron") is None:
+        pytest.skip("megatron-core is not installed")
     threads = torch.get_num_threads()
-    yield frozen_base.load(model_dir, "test/tiny")
+    yield import_module(f"tink.trainer.engines.{request.param}")
     torch.set_num_threads(threads)
     torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture(scope="session")
+def base(kind: ModuleType, model_dir: Path) -> BaseModel:
+    return kind.load(model_dir, "test/tiny")
 
 
 @pytest.fixture
@@ -37,5 +47,5 @@ def artifacts(tmp_path: Path) -> Artifacts:
 
 
 @pytest.fixture
-def engine(frozen: Frozen, artifacts: Artifacts) -> HFEngine:
-    return HFEngine(frozen, artifacts)
+def engine(base: BaseModel, artifacts: Artifacts) -> LoraEngine:
+    return LoraEngine(base, artifacts)

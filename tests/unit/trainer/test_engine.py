@@ -1,4 +1,4 @@
-"""The HuggingFace engine against plain transformers, peft, autograd and torch.optim.AdamW."""
+"""The engine, on each base model, against plain transformers, peft, autograd and torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import numpy as np
@@ -22,9 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 from tink.errors import BackendError, UserError
 from tink.trainer import batch
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import frozen as frozen_base
-from tink.trainer.engines.frozen import Frozen
-from tink.trainer.engines.hf import HFEngine
+from tink.trainer.engines import base_model
+from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -44,7 +45,7 @@ pytestmark = [
 ]
 
 
-def export(engine: HFEngine, artifacts: Artifacts, model_id: str, path: str) -> Path:
+def export(engine: LoraEngine, artifacts: Artifacts, model_id: str, path: str) -> Path:
     engine.export_adapter(model_id, ExportAdapter(path), path)
     return artifacts.root / path
 
@@ -64,7 +65,7 @@ def plain_logprobs(model: torch.nn.Module, data: list) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("bits", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
 def test_training_is_what_peft_and_adamw_do(
-    engine: HFEngine, artifacts: Artifacts, model_dir: Path, bits: tuple[int, int, int]
+    engine: LoraEngine, artifacts: Artifacts, model_dir: Path, bits: tuple[int, int, int]
 ) -> None:
     attn, mlp, unembed = map(bool, bits)
     engine.create("m", CreateModel(4, 8.0, 7, attn, mlp, unembed))
@@ -110,7 +111,7 @@ def test_training_is_what_peft_and_adamw_do(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_export_gives_the_same_logits_in_peft(
-    tmp_path: Path, model_dir: Path, artifacts: Artifacts, tied: bool
+    tmp_path: Path, kind: ModuleType, model_dir: Path, artifacts: Artifacts, tied: bool
 ) -> None:
     if tied:
         directory = tmp_path / "tied"
@@ -121,7 +122,7 @@ def test_an_export_gives_the_same_logits_in_peft(
         for file in model_dir.glob("tokenizer*"):
             (directory / file.name).write_bytes(file.read_bytes())
         model_dir = directory
-    engine = HFEngine(frozen_base.load(model_dir, "test"), artifacts)
+    engine = LoraEngine(kind.load(model_dir, "test"), artifacts)
     engine.create("m", CREATE)
     train(engine, "m")
     data = supervised(99)
@@ -136,7 +137,7 @@ def test_an_export_gives_the_same_logits_in_peft(
         np.testing.assert_allclose(one, other.numpy(), atol=1e-5)
 
 
-def test_a_fresh_adapter_is_the_base_model(engine: HFEngine, model_dir: Path) -> None:
+def test_a_fresh_adapter_is_the_base_model(engine: LoraEngine, model_dir: Path) -> None:
     engine.create("m", CREATE)
     data = supervised()
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_a_fresh_adapter_is_the_base_model(engine: HFEngine, model_dir: Path) ->
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
 
 
-def test_chunks_accumulate_like_one_request(engine: HFEngine, artifacts: Artifacts) -> None:
+def test_chunks_accumulate_like_one_request(engine: LoraEngine, artifacts: Artifacts) -> None:
     data = supervised(lengths=(5, 9, 33, 12))
     for model_id, parts in (("one", [data]), ("two", [data[:1], data[1:]])):
         engine.create(model_id, CREATE)
@@ -164,7 +165,7 @@ def test_chunks_accumulate_like_one_request(engine: HFEngine, artifacts: Artifac
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
-def test_forward_touches_no_gradient(engine: HFEngine) -> None:
+def test_forward_touches_no_gradient(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     before = state(engine, "m", "a")
     engine.forward("m", Forward(body(supervised())))
@@ -172,14 +173,14 @@ def test_forward_touches_no_gradient(engine: HFEngine) -> None:
     assert "gradient.safetensors" not in before
 
 
-def test_a_step_without_a_gradient_still_counts(engine: HFEngine) -> None:
+def test_a_step_without_a_gradient_still_counts(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     assert engine.optim_step("m", STEP) == {"grad_norm": 0.0, "step": 1.0}
     assert engine.optim_step("m", STEP)["step"] == 2.0
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_many_targets_per_position(engine: HFEngine, k: int) -> None:
+def test_many_targets_per_position(engine: LoraEngine, k: int) -> None:
     """(N, K) is K single-target requests on the same text."""
     engine.create("m", CREATE)
     random = np.random.default_rng(0)
@@ -200,13 +201,13 @@ def test_many_targets_per_position(engine: HFEngine, k: int) -> None:
 
 
 def test_logits_in_pieces_are_the_logits_at_once(
-    engine: HFEngine, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+    engine: LoraEngine, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The piecewise head, with its second forward pass, changes neither losses nor gradients."""
     engine.create("whole", CREATE)
     engine.create("pieces", CREATE)
     whole = train(engine, "whole")
-    monkeypatch.setattr(frozen_base, "LOGIT_CELLS", 320 * 7)
+    monkeypatch.setattr(base_model, "LOGIT_CELLS", 320 * 7)
     for ours, theirs in zip(train(engine, "pieces"), whole, strict=True):
         for one, other in zip(logprobs(ours), logprobs(theirs), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
@@ -215,14 +216,14 @@ def test_logits_in_pieces_are_the_logits_at_once(
 # -- bits -----------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_brings_back_every_bit(frozen: Frozen, artifacts: Artifacts) -> None:
+def test_a_snapshot_brings_back_every_bit(base: BaseModel, artifacts: Artifacts) -> None:
     """Accumulated gradient, moments, step and weights; and what follows is the same to the last bit."""
-    first = HFEngine(frozen, artifacts)
+    first = LoraEngine(base, artifacts)
     first.create("m", CREATE)
     train(first, "m")
     first.forward_backward("m", ForwardBackward(body(supervised(77))))
     first.snapshot("m", "snap", b"the book", "o")
-    second = HFEngine(frozen, Artifacts(artifacts.root, "another"))
+    second = LoraEngine(base, Artifacts(artifacts.root, "another"))
     assert second.read_book("snap") == b"the book"
     second.restore("m", "snap")
     assert state(second, "m", "s2") == state(first, "m", "s1")
@@ -234,7 +235,7 @@ def test_a_snapshot_brings_back_every_bit(frozen: Frozen, artifacts: Artifacts) 
 
 
 def test_a_redo_gives_the_same_bits_in_another_process(
-    engine: HFEngine, model_dir: Path, artifacts: Artifacts
+    engine: LoraEngine, kind: ModuleType, model_dir: Path, artifacts: Artifacts
 ) -> None:
     engine.create("m", CREATE)
     answers = hashlib.sha256(b"".join(train(engine, "m"))).hexdigest()
@@ -244,9 +245,10 @@ import hashlib
 from pathlib import Path
 from trainer_kit import CREATE, state, train
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import frozen, hf
-base = frozen.load(Path({str(model_dir)!r}), "test/tiny")
-engine = hf.HFEngine(base, Artifacts(Path({str(artifacts.root)!r}), "b"))
+from tink.trainer.engines.lora_engine import LoraEngine
+from {kind.__name__} import load
+base = load(Path({str(model_dir)!r}), "test/tiny")
+engine = LoraEngine(base, Artifacts(Path({str(artifacts.root)!r}), "b"))
 engine.create("m", CREATE)
 print(hashlib.sha256(b"".join(train(engine, "m"))).hexdigest())
 print(state(engine, "m", "there"))
@@ -255,14 +257,14 @@ print(state(engine, "m", "there"))
     assert done.stdout.splitlines()[-2:] == [answers, str(state(engine, "m", "here"))]
 
 
-def test_models_trained_side_by_side_are_as_if_alone(frozen: Frozen, artifacts: Artifacts) -> None:
+def test_models_trained_side_by_side_are_as_if_alone(base: BaseModel, artifacts: Artifacts) -> None:
     """Different ranks and targets, in threads, with sampling between them."""
     creates = {
         "a": CREATE,
         "b": CreateModel(rank=2, alpha=4.0, seed=1, train_mlp=False),
         "c": CreateModel(rank=8, alpha=32.0, seed=2, train_unembed=False),
     }
-    alone, together = HFEngine(frozen, artifacts), HFEngine(frozen, Artifacts(artifacts.root, "w2"))
+    alone, together = LoraEngine(base, artifacts), LoraEngine(base, Artifacts(artifacts.root, "w2"))
     for engine in (alone, together):
         for model_id, create in creates.items():
             engine.create(model_id, create)
@@ -284,8 +286,8 @@ def test_models_trained_side_by_side_are_as_if_alone(frozen: Frozen, artifacts: 
         assert state(together, model_id, f"t/{model_id}") == state(alone, model_id, f"a/{model_id}")
 
 
-def test_the_same_seed_starts_the_same_whatever_else_exists(frozen: Frozen, artifacts: Artifacts) -> None:
-    first, second = HFEngine(frozen, artifacts), HFEngine(frozen, Artifacts(artifacts.root, "w2"))
+def test_the_same_seed_starts_the_same_whatever_else_exists(base: BaseModel, artifacts: Artifacts) -> None:
+    first, second = LoraEngine(base, artifacts), LoraEngine(base, Artifacts(artifacts.root, "w2"))
     second.create("other", CREATE)
     for engine in (first, second):
         engine.create("m", CREATE)
@@ -296,7 +298,7 @@ def test_the_same_seed_starts_the_same_whatever_else_exists(frozen: Frozen, arti
     assert a.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.2)
 
 
-def test_another_seed_starts_otherwise(engine: HFEngine) -> None:
+def test_another_seed_starts_otherwise(engine: LoraEngine) -> None:
     for seed in (7, 8, 7 + 2**32):
         engine.create(f"m{seed}", msgspec.structs.replace(CREATE, seed=seed))
     first, *others = (trained.adapter.values for trained in engine._models.values())
@@ -308,7 +310,7 @@ def test_another_seed_starts_otherwise(engine: HFEngine) -> None:
 # -- saved states ---------------------------------------------------------------------------------
 
 
-def test_a_saved_state_can_be_loaded(engine: HFEngine) -> None:
+def test_a_saved_state_can_be_loaded(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     train(engine, "m")
     reference = state(engine, "m", "reference")
@@ -323,7 +325,7 @@ def test_a_saved_state_can_be_loaded(engine: HFEngine) -> None:
     assert state(engine, "n", "n") == reference
 
 
-def test_weights_alone_start_a_new_optimizer(engine: HFEngine) -> None:
+def test_weights_alone_start_a_new_optimizer(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     train(engine, "m")
     engine.save_state("m", SaveState("saved"), "o")
@@ -331,7 +333,7 @@ def test_weights_alone_start_a_new_optimizer(engine: HFEngine) -> None:
     assert engine.optim_step("m", STEP)["step"] == 1.0
 
 
-def test_a_state_of_another_shape_is_refused(engine: HFEngine) -> None:
+def test_a_state_of_another_shape_is_refused(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     engine.create("n", CreateModel(8, 8.0, 7))
     engine.save_state("m", SaveState("saved"), "o")
@@ -343,7 +345,7 @@ def test_a_state_of_another_shape_is_refused(engine: HFEngine) -> None:
     assert state(engine, "n", "after") == before
 
 
-def test_a_damaged_state_is_never_loaded(engine: HFEngine, artifacts: Artifacts) -> None:
+def test_a_damaged_state_is_never_loaded(engine: LoraEngine, artifacts: Artifacts) -> None:
     engine.create("m", CREATE)
     engine.save_state("m", SaveState("saved"), "o")
     file = artifacts.root / "saved" / "weights.safetensors"
@@ -354,7 +356,7 @@ def test_a_damaged_state_is_never_loaded(engine: HFEngine, artifacts: Artifacts)
         engine.load_state("m", LoadState("saved", optimizer=False))
 
 
-def test_saving_twice_gives_the_same_files(engine: HFEngine) -> None:
+def test_saving_twice_gives_the_same_files(engine: LoraEngine) -> None:
     """What a redo after a crash does: the path is there already, and stays."""
     engine.create("m", CREATE)
     first = engine.save_state("m", SaveState("saved"), "m:2:j")
@@ -391,7 +393,7 @@ def test_saving_twice_gives_the_same_files(engine: HFEngine) -> None:
         (OptimStep(beta1=1.0), "beta1"),
     ],
 )
-def test_a_failed_operation_changes_nothing(engine: HFEngine, op: object, says: str) -> None:
+def test_a_failed_operation_changes_nothing(engine: LoraEngine, op: object, says: str) -> None:
     engine.create("m", CREATE)
     train(engine, "m")
     engine.forward_backward("m", ForwardBackward(body(supervised(50))))
@@ -402,7 +404,7 @@ def test_a_failed_operation_changes_nothing(engine: HFEngine, op: object, says: 
     assert state(engine, "m", "after") == before
 
 
-def test_a_model_that_diverged_says_so(engine: HFEngine) -> None:
+def test_a_model_that_diverged_says_so(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     with pytest.raises(UserError, match="not finite: lower"):
         engine.optim_step("m", OptimStep(learning_rate=1e30, weight_decay=1e30))
@@ -415,8 +417,8 @@ def test_a_model_that_diverged_says_so(engine: HFEngine) -> None:
         engine.sample(SampleRequest("s", [1, 2, 3], 1, adapter="x", max_tokens=3))
 
 
-def test_a_base_in_bfloat16_trains_too(model_dir: Path, artifacts: Artifacts) -> None:
-    engine = HFEngine(frozen_base.load(model_dir, "test", "bfloat16"), artifacts)
+def test_a_base_in_bfloat16_trains_too(kind: ModuleType, model_dir: Path, artifacts: Artifacts) -> None:
+    engine = LoraEngine(kind.load(model_dir, "test", "bfloat16"), artifacts)
     engine.create("m", CREATE)
     data = supervised()
     before = engine.forward("m", Forward(body(data))).metrics["loss:sum"]
@@ -440,25 +442,30 @@ def test_a_base_in_bfloat16_trains_too(model_dir: Path, artifacts: Artifacts) ->
         (CreateModel(4, 8.0, 1, source="../outside"), "relative path"),
     ],
 )
-def test_a_model_that_cannot_be_made(engine: HFEngine, create: CreateModel, says: str) -> None:
+def test_a_model_that_cannot_be_made(engine: LoraEngine, create: CreateModel, says: str) -> None:
     with pytest.raises(UserError, match=says):
         engine.create("m", create)
     with pytest.raises(UserError, match="does not exist"):
         engine.optim_step("m", STEP)
 
 
-def test_removed_is_gone(engine: HFEngine) -> None:
+def test_removed_is_gone(engine: LoraEngine) -> None:
     engine.create("m", CREATE)
     engine.remove("m")
     with pytest.raises(UserError):
         engine.remove("m")
 
 
-def test_the_base_is_never_touched(engine: HFEngine, frozen: Frozen, model_dir: Path) -> None:
+def test_the_base_is_never_touched(engine: LoraEngine, kind: ModuleType, model_dir: Path) -> None:
     engine.create("m", CREATE)
+    ids = torch.arange(20).unsqueeze(0)
+
+    def logits(base: BaseModel) -> torch.Tensor:
+        with torch.inference_mode():
+            return base.logits(base.hidden(ids))
+
+    before = logits(engine._base)
     train(engine, "m")
-    fresh = AutoModelForCausalLM.from_pretrained(model_dir)
-    ours = dict(frozen.trunk.named_parameters())
-    for name, value in fresh.base_model.named_parameters():
-        assert torch.equal(ours[name], value)
+    assert torch.equal(logits(engine._base), before)
+    assert torch.equal(logits(kind.load(model_dir, "again")), before)
     assert Tokenizer.from_file(str(model_dir / "tokenizer.json")).get_vocab_size() <= 320

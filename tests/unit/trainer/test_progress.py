@@ -9,7 +9,7 @@ import trio
 from trainer_kit import body, supervised
 
 from tink.trainer import progress
-from tink.trainer.engines import hf
+from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire.tink_train import CreateModel, ForwardBackward, SampleRequest
 
 
@@ -70,7 +70,7 @@ async def test_a_thread_beats_for_the_work_that_started_it_and_no_other(clock: C
 
 
 def test_the_engine_beats_with_each_micro_batch_and_each_token(
-    engine: hf.HFEngine, beats: list[float], monkeypatch: pytest.MonkeyPatch
+    engine: LoraEngine, beats: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.create("m", CreateModel(rank=4, alpha=8.0, seed=1))
     assert beats == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from trainer_kit import body, datum, floats, ints, logprobs, sampled, supervised
 from tink.errors import BackendError, UserError
 from tink.limits import MAX_NUM_SAMPLES
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import drawing
-from tink.trainer.engines import frozen as frozen_base
+from tink.trainer.engines import base_model, drawing
 from tink.trainer.engines import sampler as sampler_module
-from tink.trainer.engines.frozen import Frozen
-from tink.trainer.engines.hf import HFEngine
+from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import (
     CreateModel,
@@ -33,7 +33,7 @@ from tink.wire.tink_train import (
 PROMPT = [10, 20, 30, 40, 50, 60]
 
 
-def ask(engine: HFEngine, **fields: Any) -> pb.SampleResponse:
+def ask(engine: LoraEngine, **fields: Any) -> pb.SampleResponse:
     defaults = {"sample_id": "s", "prompt": PROMPT, "seed": 1, "max_tokens": 8, "ignore_eos": True}
     return sampled(engine.sample(SampleRequest(**defaults | fields)).body)
 
@@ -42,15 +42,15 @@ def tokens(response: pb.SampleResponse) -> list[list[int]]:
     return [ints(sequence.tokens) for sequence in response.sequences]
 
 
-def plain(engine: HFEngine, text: list[int], model_id: str | None = None) -> np.ndarray:
+def plain(engine: LoraEngine, text: list[int], model_id: str | None = None) -> np.ndarray:
     """log p of every token of the vocabulary after every prefix, by one forward pass: (N, V)."""
-    frozen = engine._frozen
+    base = engine._base
     with torch.inference_mode():
-        return frozen.logits(frozen.hidden(torch.tensor([text]))[0]).log_softmax(-1).numpy()
+        return base.logits(base.hidden(torch.tensor([text]))[0]).log_softmax(-1).numpy()
 
 
 @pytest.fixture
-def adapted(engine: HFEngine, artifacts: Artifacts) -> HFEngine:
+def adapted(engine: LoraEngine, artifacts: Artifacts) -> LoraEngine:
     """With a model `m`, trained a little, and exported as `adapter`."""
     engine.create("m", CreateModel(rank=4, alpha=32.0, seed=1))
     for seed in range(3):
@@ -66,7 +66,7 @@ def adapted(engine: HFEngine, artifacts: Artifacts) -> HFEngine:
 @pytest.mark.parametrize("adapter", [None, "adapter"])
 @pytest.mark.parametrize("draw", [{}, {"temperature": 0.3, "top_k": 5, "top_p": 0.9}, {"temperature": 0.0}])
 def test_sampled_logprobs_are_what_prompt_scoring_and_training_find(
-    adapted: HFEngine, adapter: str | None, draw: dict[str, float]
+    adapted: LoraEngine, adapter: str | None, draw: dict[str, float]
 ) -> None:
     """To 1e-4, whatever the draw was from."""
     response = ask(adapted, adapter=adapter, num_samples=5, **draw)
@@ -81,7 +81,7 @@ def test_sampled_logprobs_are_what_prompt_scoring_and_training_find(
             np.testing.assert_allclose(trained[len(PROMPT) - 1 :], scored, atol=1e-4)
 
 
-def test_prompt_logprobs_have_no_first(engine: HFEngine) -> None:
+def test_prompt_logprobs_have_no_first(engine: LoraEngine) -> None:
     found = floats(ask(engine, prompt_logprobs=True).prompt_logprobs)
     assert np.isnan(found[0])
     expected = plain(engine, PROMPT)[np.arange(5), PROMPT[1:]]
@@ -89,7 +89,7 @@ def test_prompt_logprobs_have_no_first(engine: HFEngine) -> None:
     assert not ask(engine).prompt_logprobs
 
 
-def test_only_the_last_n_are_scored_when_asked(engine: HFEngine) -> None:
+def test_only_the_last_n_are_scored_when_asked(engine: LoraEngine) -> None:
     whole = ask(engine, prompt_logprobs=True, topk_prompt_logprobs=2)
     last = ask(engine, prompt_logprobs=True, topk_prompt_logprobs=2, prompt_logprobs_last_n=2)
     found = floats(last.prompt_logprobs)
@@ -101,7 +101,7 @@ def test_only_the_last_n_are_scored_when_asked(engine: HFEngine) -> None:
     assert (top[4:] > -99999.0).all()
 
 
-def test_topk_of_the_prompt(engine: HFEngine) -> None:
+def test_topk_of_the_prompt(engine: LoraEngine) -> None:
     top = ask(engine, topk_prompt_logprobs=3).topk_prompt_logprobs
     assert (top.k, top.length) == (3, 6)
     ids, values = np.array(ints(top.token_ids)).reshape(6, 3), floats(top.logprobs).reshape(6, 3)
@@ -112,7 +112,7 @@ def test_topk_of_the_prompt(engine: HFEngine) -> None:
     np.testing.assert_allclose(values[1:], np.sort(expected)[:, :-4:-1], atol=1e-5)
 
 
-def test_topk_of_the_samples(engine: HFEngine) -> None:
+def test_topk_of_the_samples(engine: LoraEngine) -> None:
     response = ask(engine, topk_sample_logprobs=3, num_samples=2, temperature=0.0)
     for sequence in response.sequences:
         top = sequence.topk_sampled_logprobs
@@ -122,7 +122,7 @@ def test_topk_of_the_samples(engine: HFEngine) -> None:
         np.testing.assert_array_equal(floats(top.logprobs)[::3], floats(sequence.logprobs))
 
 
-def test_given_tokens_are_scored(engine: HFEngine) -> None:
+def test_given_tokens_are_scored(engine: LoraEngine) -> None:
     targets = [[5, -1], [6, 7], [-1, -1], [8, 9], [60, 60]]
     found = ask(engine, targets=targets).target_prompt_logprobs
     assert (list(found.shape), found.dtype) == ([5, 2], pb.DTYPE_FLOAT32)
@@ -134,7 +134,7 @@ def test_given_tokens_are_scored(engine: HFEngine) -> None:
             assert values[row, column] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_alternatives_are_drawn_at_every_position(engine: HFEngine) -> None:
+def test_alternatives_are_drawn_at_every_position(engine: LoraEngine) -> None:
     found = ask(engine, prompt_alt_tokens_k=64).prompt_alt_tokens
     assert list(found.tokens.shape) == list(found.logprobs.shape) == [5, 64]
     assert found.tokens.dtype == pb.DTYPE_INT64
@@ -147,7 +147,9 @@ def test_alternatives_are_drawn_at_every_position(engine: HFEngine) -> None:
     assert (ids == plain(engine, PROMPT)[:5].argmax(-1, keepdims=True)).all()
 
 
-def test_scores_in_pieces_are_the_scores_at_once(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_in_pieces_are_the_scores_at_once(
+    engine: LoraEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields = {
         "prompt_logprobs": True,
         "topk_prompt_logprobs": 2,
@@ -155,7 +157,7 @@ def test_scores_in_pieces_are_the_scores_at_once(engine: HFEngine, monkeypatch: 
         "targets": [[1]] * 5,
     }
     whole = ask(engine, **fields)
-    monkeypatch.setattr(frozen_base, "LOGIT_CELLS", 320 * 2)
+    monkeypatch.setattr(base_model, "LOGIT_CELLS", 320 * 2)
     pieces = ask(engine, **fields)
     assert pieces.prompt_alt_tokens.tokens == whole.prompt_alt_tokens.tokens
     assert pieces.topk_prompt_logprobs.token_ids == whole.topk_prompt_logprobs.token_ids
@@ -165,18 +167,18 @@ def test_scores_in_pieces_are_the_scores_at_once(engine: HFEngine, monkeypatch: 
 # -- drawing --------------------------------------------------------------------------------------
 
 
-def test_the_same_request_gives_the_same_bytes(adapted: HFEngine) -> None:
+def test_the_same_request_gives_the_same_bytes(adapted: LoraEngine) -> None:
     fields = {"adapter": "adapter", "num_samples": 4, "prompt_logprobs": True, "prompt_alt_tokens_k": 2}
     assert ask(adapted, **fields) == ask(adapted, **fields)
 
 
-def test_samples_differ_by_seed_and_by_number(engine: HFEngine) -> None:
+def test_samples_differ_by_seed_and_by_number(engine: LoraEngine) -> None:
     first, second = tokens(ask(engine, num_samples=4)), tokens(ask(engine, num_samples=4, seed=2))
     assert len({tuple(row) for row in first + second}) == 8
 
 
 def test_a_sample_does_not_hang_on_how_many_there_are(
-    engine: HFEngine, monkeypatch: pytest.MonkeyPatch
+    engine: LoraEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = tokens(ask(engine, num_samples=5))
     assert tokens(ask(engine, num_samples=2)) == many[:2]
@@ -184,7 +186,7 @@ def test_a_sample_does_not_hang_on_how_many_there_are(
     assert tokens(ask(engine, num_samples=5)) == many, "in waves"
 
 
-def test_temperature_zero_is_greedy(engine: HFEngine) -> None:
+def test_temperature_zero_is_greedy(engine: LoraEngine) -> None:
     (found,) = tokens(ask(engine, temperature=0.0, max_tokens=5))
     text = list(PROMPT)
     for token in found:
@@ -192,7 +194,7 @@ def test_temperature_zero_is_greedy(engine: HFEngine) -> None:
         text.append(token)
 
 
-def test_top_k_one_is_greedy(engine: HFEngine) -> None:
+def test_top_k_one_is_greedy(engine: LoraEngine) -> None:
     assert tokens(ask(engine, top_k=1)) == tokens(ask(engine, temperature=0.0))
     assert tokens(ask(engine, top_p=1e-9)) == tokens(ask(engine, temperature=0.0))
 
@@ -235,7 +237,7 @@ def test_draws_follow_the_distribution() -> None:
 # -- stops ----------------------------------------------------------------------------------------
 
 
-def test_the_stop_token_is_part_of_the_answer(engine: HFEngine) -> None:
+def test_the_stop_token_is_part_of_the_answer(engine: LoraEngine) -> None:
     (free,) = tokens(ask(engine, max_tokens=20))
     stop = free[6]
     at = free.index(stop)
@@ -245,30 +247,32 @@ def test_the_stop_token_is_part_of_the_answer(engine: HFEngine) -> None:
     assert response.sequences[0].stop_reason == pb.STOP_REASON_STOP
 
 
-def test_a_stop_string_is_searched_in_the_text(engine: HFEngine, frozen: Frozen) -> None:
+def test_a_stop_string_is_searched_in_the_text(engine: LoraEngine, base: BaseModel) -> None:
     (free,) = tokens(ask(engine, max_tokens=30))
-    text = frozen.tokenizer.decode(free)
+    text = base.tokenizer.decode(free)
     # Two neighbours that begin and end within tokens.
     stop = next(text[i : i + 3] for i in range(4, len(text) - 3) if "\ufffd" not in text[i : i + 3])
     response = ask(engine, max_tokens=30, stop_strings=["never in it", stop])
     (found,) = tokens(response)
     assert found == free[: len(found)]
-    assert stop in frozen.tokenizer.decode(found)
-    assert stop not in frozen.tokenizer.decode(found[:-1])
+    assert stop in base.tokenizer.decode(found)
+    assert stop not in base.tokenizer.decode(found[:-1])
     assert response.sequences[0].stop_reason == pb.STOP_REASON_STOP
 
 
-def likely_eos(frozen: Frozen, engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
+def likely_eos(
+    base: BaseModel, engine: LoraEngine, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, list[int]]:
     """Declares the fourth token of a free run the end of sequence."""
     (free,) = tokens(ask(engine, max_tokens=20))
-    monkeypatch.setattr(engine, "_frozen", Frozen(**vars(frozen) | {"eos": frozenset([free[3]])}))
+    monkeypatch.setattr(engine, "_base", replace(base, eos=frozenset([free[3]])))
     return free.index(free[3]), free
 
 
 def test_the_models_end_of_sequence_stops_unless_ignored(
-    engine: HFEngine, frozen: Frozen, monkeypatch: pytest.MonkeyPatch
+    engine: LoraEngine, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at, free = likely_eos(frozen, engine, monkeypatch)
+    at, free = likely_eos(base, engine, monkeypatch)
     assert tokens(ask(engine, max_tokens=20, ignore_eos=False)) == [free[: at + 1]]
     assert tokens(ask(engine, max_tokens=20, ignore_eos=True)) == [free]
     # Beside an explicit stop it stays a stop.
@@ -276,7 +280,7 @@ def test_the_models_end_of_sequence_stops_unless_ignored(
     assert tokens(response) == [free[: at + 1]]
 
 
-def test_rows_that_stop_leave_the_others_as_they_were(engine: HFEngine) -> None:
+def test_rows_that_stop_leave_the_others_as_they_were(engine: LoraEngine) -> None:
     free = tokens(ask(engine, num_samples=6, max_tokens=20))
     stop = free[2][4]
     for row, found in zip(
@@ -285,7 +289,7 @@ def test_rows_that_stop_leave_the_others_as_they_were(engine: HFEngine) -> None:
         assert found == (row[: row.index(stop) + 1] if stop in row else row)
 
 
-def test_the_end_of_the_context_is_a_length_stop(engine: HFEngine) -> None:
+def test_the_end_of_the_context_is_a_length_stop(engine: LoraEngine) -> None:
     for limit in (None, 10_000):
         response = ask(engine, max_tokens=limit)
         assert len(tokens(response)[0]) == 96 - len(PROMPT)
@@ -294,7 +298,7 @@ def test_the_end_of_the_context_is_a_length_stop(engine: HFEngine) -> None:
     assert tokens(ask(engine, max_tokens=0)) == [[]]
 
 
-def test_counts_are_reported(engine: HFEngine) -> None:
+def test_counts_are_reported(engine: LoraEngine) -> None:
     found = engine.sample(SampleRequest("s", PROMPT, 1, num_samples=3, max_tokens=4, ignore_eos=True))
     assert (found.tokens_in, found.tokens_out) == (6, 12)
 
@@ -333,25 +337,27 @@ def test_counts_are_reported(engine: HFEngine) -> None:
         ({"adapter": "missing"}, "not in the artifact folder"),
     ],
 )
-def test_an_impossible_request_names_its_field(engine: HFEngine, fields: dict[str, Any], says: str) -> None:
+def test_an_impossible_request_names_its_field(
+    engine: LoraEngine, fields: dict[str, Any], says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         ask(engine, **fields)
 
 
-def test_an_adapter_whose_files_changed_is_refused(adapted: HFEngine, artifacts: Artifacts) -> None:
+def test_an_adapter_whose_files_changed_is_refused(adapted: LoraEngine, artifacts: Artifacts) -> None:
     file: Path = artifacts.root / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(BackendError, match="damaged"):
         ask(adapted, adapter="adapter")
 
 
-def test_an_adapter_stays_what_it_was_when_loaded(adapted: HFEngine, artifacts: Artifacts) -> None:
+def test_an_adapter_stays_what_it_was_when_loaded(adapted: LoraEngine, artifacts: Artifacts) -> None:
     before = ask(adapted, adapter="adapter")
     (artifacts.root / "adapter" / "manifest.json").unlink()
     assert ask(adapted, adapter="adapter") == before
 
 
-def test_the_adapter_cache_is_bounded(adapted: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_cache_is_bounded(adapted: LoraEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from tink.trainer.engines import states
 
     monkeypatch.setattr(states, "ADAPTER_CACHE", 2)
@@ -361,7 +367,7 @@ def test_the_adapter_cache_is_bounded(adapted: HFEngine, monkeypatch: pytest.Mon
     assert list(adapted._states._exported) == ["v2", "v3"]
 
 
-def test_the_sdk_reads_the_answer(engine: HFEngine) -> None:
+def test_the_sdk_reads_the_answer(engine: LoraEngine) -> None:
     from tinker.proto.response_conv import deserialize_sample_response
 
     request = SampleRequest(

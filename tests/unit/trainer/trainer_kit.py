@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tink.trainer.corpus import Docstring
-from tink.trainer.engines.hf import HFEngine
+from tink.trainer.engines.lora_engine import LoraEngine
 from tink.trainer.tiny import Shape
 from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import CreateModel, ForwardBackward, OptimStep
@@ -133,7 +133,7 @@ CREATE = CreateModel(rank=4, alpha=8.0, seed=7)
 STEP = OptimStep(learning_rate=0.01, eps=1e-4, weight_decay=0.1, grad_clip_norm=5.0)
 
 
-def train(engine: HFEngine, model_id: str, steps: int = 2, seed: int = 0) -> list[bytes]:
+def train(engine: LoraEngine, model_id: str, steps: int = 2, seed: int = 0) -> list[bytes]:
     """Two accumulated batches before each step; the encoded answers."""
     answers = []
     for step in range(steps):
@@ -144,7 +144,7 @@ def train(engine: HFEngine, model_id: str, steps: int = 2, seed: int = 0) -> lis
     return answers
 
 
-def state(engine: HFEngine, model_id: str, path: str) -> dict[str, str]:
+def state(engine: LoraEngine, model_id: str, path: str) -> dict[str, str]:
     """Everything of a model, as hashes."""
     files = engine.snapshot(model_id, path, b"", path)
     return {file.name: file.sha256 for file in files}

@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tink.errors import StartupError
 
-# Of the extra `hf`, by the name that is imported.
-NEEDED = ("torch", "transformers", "safetensors", "tokenizers")
+if TYPE_CHECKING:
+    from tink.trainer.engines.base_model import BaseModel
 
 
-def check() -> None:
-    """Raises StartupError if what the engine needs is not installed."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
+@dataclass(frozen=True)
+class Kind:
+    """`module` of this package loads the base model; `needed` are the packages of the extra, by the names
+    that are imported. `parallel`: it can be in slices on several processes."""
+
+    module: str
+    needed: Sequence[str]
+    parallel: bool = False
+
+
+_SHARED = ("torch", "transformers", "safetensors", "tokenizers")
+# By the names that --engine and the extras have.
+KINDS = {
+    "hf": Kind("huggingface", _SHARED),
+    "megatron": Kind("megatron", (*_SHARED, "megatron"), parallel=True),
+}
+
+
+def check(engine: str, ranks: int = 1) -> None:
+    """Raises StartupError if the engine cannot run here, or not on so many processes."""
+    kind = KINDS[engine]
+    missing = [name for name in kind.needed if find_spec(name) is None]
     if missing:
         raise StartupError(
-            f"the engine 'hf' needs {', '.join(missing)}, not installed here: pip install 'tink[hf]'"
+            f"the engine {engine!r} needs {', '.join(missing)}, not installed here: pip install "
+            f"'tink[{engine}]'"
         )
+    if ranks > 1 and not kind.parallel:
+        raise StartupError(f"the engine {engine!r} is one process: start it without torchrun")
+
+
+def preload(engine: str) -> None:
+    """Imports what `load` would import."""
+    _module(engine)
+
+
+def load(engine: str, directory: Path, name: str, dtype: str, ranks: int = 1) -> BaseModel:
+    """The base model in a directory, or this process's part of it. StartupError if it cannot be loaded."""
+    parallel = {"ranks": ranks} if KINDS[engine].parallel else {}
+    base: BaseModel = _module(engine).load(directory, name, dtype, **parallel)
+    return base
+
+
+def _module(engine: str) -> Any:
+    return import_module(f"{__name__}.{KINDS[engine].module}")

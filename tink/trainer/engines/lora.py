@@ -1,8 +1,8 @@
 """LoRA adapters beside frozen linear layers.
 
-Nothing in the base model is replaced: a hook on each target layer adds, for the adapter that is in
-use in the calling context, `alpha / rank * B (A x)`. Which one that is, a ContextVar says, so that
-threads that train or sample different adapters never see each other's.
+Nothing in the base model is replaced: a hook of the base model's on each target layer adds, for the adapter
+that is in use in the calling context, `alpha / rank * B (A x)`. Which one that is, a ContextVar says, so
+that threads that train or sample different adapters never see each other's.
 
 All of an adapter's numbers lie in one flat float32 vector, in the order of the model's layers, A
 before B; A and B are views of it. The optimizer's moments and the accumulated gradient are vectors of
@@ -12,11 +12,11 @@ the same layout, and their arithmetic is a handful of operations whatever the nu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -26,10 +26,13 @@ from tink.trainer.engines import drawing
 from tink.wire.tink_train import ModelInfo
 
 Tensor = Any
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ATTENTION = frozenset(("q_proj", "k_proj", "v_proj", "o_proj"))
 MLP = frozenset(("gate_proj", "up_proj", "down_proj"))
 UNEMBED = frozenset(("lm_head",))
+LEAVES = ATTENTION | MLP | UNEMBED
 
 # Layer name -> (out_features, in_features), in the model's order.
 Sites = Mapping[str, tuple[int, int]]
@@ -123,17 +126,6 @@ def check(info: ModelInfo, sites: Sites) -> None:
         raise UserError("nothing to train: set train_attn, train_mlp or train_unembed")
 
 
-def install(model: Any) -> dict[str, tuple[int, int]]:
-    """Puts the hooks on every layer that an adapter may have, and says which those are."""
-    sites = {}
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, torch.nn.Linear) and leaf in ATTENTION | MLP | UNEMBED:
-            sites[name] = (module.out_features, module.in_features)
-            module.register_forward_hook(partial(_add, name))
-    return sites
-
-
 @contextmanager
 def using(adapter: Adapter | None) -> Iterator[None]:
     """Within it, calls of the base model are calls of the base model with this adapter."""
@@ -144,12 +136,18 @@ def using(adapter: Adapter | None) -> Iterator[None]:
         _in_use.reset(token)
 
 
-def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+def in_use() -> Adapter | None:
+    return _in_use.get()
+
+
+def bound(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with the adapter that is in use now whenever it is called: the backward pass may call
+    it again, and in another thread."""
     adapter = _in_use.get()
-    pair = adapter.pair(name) if adapter is not None else None
-    if adapter is None or pair is None:
-        return None
-    a, b = pair
-    x = args[0]
-    delta = (x.to(a.dtype) @ a.T) @ b.T
-    return output + (delta * adapter.scale).to(output.dtype)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with using(adapter):
+            return function(*args, **kwargs)
+
+    return call

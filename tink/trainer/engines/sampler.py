@@ -20,7 +20,7 @@ from tink.errors import UserError
 from tink.limits import MAX_NUM_SAMPLES, MAX_STOPS, MAX_TOPK, MAX_TOPK_CELLS, SAMPLE_ROWS
 from tink.trainer.engines import drawing, lora, scores
 from tink.trainer.engines.base import Sampled
-from tink.trainer.engines.frozen import Frozen
+from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.stops import Stops
 from tink.trainer.progress import beat
 from tink.wire import tinker_pb2 as pb
@@ -37,22 +37,22 @@ class Continuation:
     stopped: bool = False
 
 
-def sample(frozen: Frozen, adapter: lora.Adapter | None, request: SampleRequest) -> Sampled:
+def sample(base: BaseModel, adapter: lora.Adapter | None, request: SampleRequest) -> Sampled:
     """UserError when the request cannot be served by this model."""
-    check(request, frozen)
+    check(request, base)
     with torch.inference_mode():
-        cache = frozen.new_cache()
+        cache = base.new_cache()
         with lora.using(adapter):
-            hidden = frozen.hidden(torch.tensor([request.prompt]), cache)[0]
+            hidden = base.hidden(torch.tensor([request.prompt]), cache)[0]
         response = pb.SampleResponse()
         if scores.wanted(request):
-            scores.fill(response, request, frozen, adapter, hidden)
+            scores.fill(response, request, base, adapter, hidden)
         sequences: list[Continuation] = []
         for first in range(0, request.num_samples, SAMPLE_ROWS):
             rows = range(first, min(first + SAMPLE_ROWS, request.num_samples))
             last = rows.stop == request.num_samples
             own = cache if last else copy.deepcopy(cache)
-            sequences += _generate(frozen, adapter, request, rows, hidden[-1:], own)
+            sequences += _generate(base, adapter, request, rows, hidden[-1:], own)
     response.sequences.extend(_message(sequence, request) for sequence in sequences)
     return Sampled(
         body=response.SerializeToString(deterministic=True),
@@ -62,7 +62,7 @@ def sample(frozen: Frozen, adapter: lora.Adapter | None, request: SampleRequest)
 
 
 def _generate(
-    frozen: Frozen,
+    base: BaseModel,
     adapter: lora.Adapter | None,
     request: SampleRequest,
     rows: range,
@@ -70,17 +70,17 @@ def _generate(
     cache: Any,
 ) -> list[Continuation]:
     """Samples `rows` of the request, from the last hidden state (1, H) of its prompt."""
-    eos = frozenset() if request.ignore_eos else frozen.eos
-    stops = Stops(eos.union(request.stop_tokens), request.stop_strings, frozen.tokenizer)
+    eos = frozenset() if request.ignore_eos else base.eos
+    stops = Stops(eos.union(request.stop_tokens), request.stop_strings, base.tokenizer)
     streams = drawing.Streams(request.seed, rows)
     sequences = [Continuation() for _ in rows]
     alive = list(range(len(rows)))
-    limit = _room(request, frozen)
+    limit = _room(request, base)
     if not limit:
         return sequences
     cache.batch_repeat_interleave(len(rows))
     with lora.using(adapter):
-        logits = frozen.logits(hidden).expand(len(rows), -1)
+        logits = base.logits(hidden).expand(len(rows), -1)
         for step in range(limit):
             beat()
             logprobs = logits.log_softmax(-1)
@@ -111,14 +111,14 @@ def _generate(
                 cache.batch_select_indices(index)
                 chosen = chosen[index]
                 alive = [alive[place] for place in going]
-            logits = frozen.logits(frozen.hidden(chosen.unsqueeze(-1), cache)[:, -1])
+            logits = base.logits(base.hidden(chosen.unsqueeze(-1), cache)[:, -1])
     return sequences
 
 
-def _room(request: SampleRequest, frozen: Frozen) -> int:
+def _room(request: SampleRequest, base: BaseModel) -> int:
     """How many tokens may be generated. A prompt that fills the context still gets one, since that one
     is never fed back: compute_logprobs asks for it."""
-    left = max(frozen.context - len(request.prompt), 1)
+    left = max(base.context - len(request.prompt), 1)
     return left if request.max_tokens is None else min(request.max_tokens, left)
 
 
@@ -134,19 +134,19 @@ def _message(sequence: Continuation, request: SampleRequest) -> pb.SampledSequen
     return message
 
 
-def check(request: SampleRequest, frozen: Frozen) -> None:
+def check(request: SampleRequest, base: BaseModel) -> None:
     """UserError for what this model cannot do; the field is named."""
     length = len(request.prompt)
-    if not 1 <= length <= frozen.context:
-        raise UserError(f"the prompt has {length} tokens; it must have 1 to {frozen.context}")
-    _check_ids("the prompt", request.prompt, frozen)
-    _check_ids("stop", request.stop_tokens, frozen)
+    if not 1 <= length <= base.context:
+        raise UserError(f"the prompt has {length} tokens; it must have 1 to {base.context}")
+    _check_ids("the prompt", request.prompt, base)
+    _check_ids("stop", request.stop_tokens, base)
     _check_range("num_samples", request.num_samples, 1, MAX_NUM_SAMPLES)
     _check_range("max_tokens", request.max_tokens or 0, 0, None)
     _check_range("top_k", request.top_k, -1, None)
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-        _check_range(name, getattr(request, name), 0, min(MAX_TOPK, frozen.vocab_size))
-    cells = request.num_samples * _room(request, frozen) * request.topk_sample_logprobs
+        _check_range(name, getattr(request, name), 0, min(MAX_TOPK, base.vocab_size))
+    cells = request.num_samples * _room(request, base) * request.topk_sample_logprobs
     if cells > MAX_TOPK_CELLS:
         raise UserError(
             f"topk_sample_logprobs of {cells} tokens do not fit an answer: ask for {MAX_TOPK_CELLS} at most"
@@ -165,21 +165,21 @@ def check(request: SampleRequest, frozen: Frozen) -> None:
             raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
         _check_range("prompt_logprobs_last_n", last, 1, length - 1)
     if request.targets is not None:
-        _check_targets(request.targets, length, frozen)
+        _check_targets(request.targets, length, base)
 
 
-def _check_targets(targets: list[list[int]], length: int, frozen: Frozen) -> None:
+def _check_targets(targets: list[list[int]], length: int, base: BaseModel) -> None:
     if len(targets) != length - 1 or len({len(row) for row in targets}) > 1:
         raise UserError(
             f"target_prompt_logprobs must have len(prompt) - 1 = {length - 1} rows of one length"
         )
-    _check_ids("target_prompt_logprobs", [i for row in targets for i in row if i != -1], frozen)
+    _check_ids("target_prompt_logprobs", [i for row in targets for i in row if i != -1], base)
 
 
-def _check_ids(name: str, ids: list[int], frozen: Frozen) -> None:
+def _check_ids(name: str, ids: list[int], base: BaseModel) -> None:
     for token in ids:
-        if not 0 <= token < frozen.vocab_size:
-            raise UserError(f"{name} has token id {token}; the vocabulary is 0 to {frozen.vocab_size - 1}")
+        if not 0 <= token < base.vocab_size:
+            raise UserError(f"{name} has token id {token}; the vocabulary is 0 to {base.vocab_size - 1}")
 
 
 def _check_range(name: str, value: int, low: int, high: int | None) -> None:

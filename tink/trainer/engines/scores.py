@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tink.trainer.engines import drawing, lora
-from tink.trainer.engines.frozen import Frozen
+from tink.trainer.engines.base_model import BaseModel
 from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import SampleRequest
 
@@ -33,7 +33,7 @@ def wanted(request: SampleRequest) -> bool:
 def fill(
     response: pb.SampleResponse,
     request: SampleRequest,
-    frozen: Frozen,
+    base: BaseModel,
     adapter: lora.Adapter | None,
     hidden: Tensor,
 ) -> None:
@@ -52,12 +52,12 @@ def fill(
     uniform = torch.rand(drawn.shape, generator=random, dtype=torch.float64)
     tokens = torch.tensor(request.prompt)
 
-    for start in range(0, length - 1, frozen.rows):
+    for start in range(0, length - 1, base.rows):
         # Row r of these logits scores position r + 1.
-        rows = slice(start, min(start + frozen.rows, length - 1))
+        rows = slice(start, min(start + base.rows, length - 1))
         scored = slice(rows.start + 1, rows.stop + 1)
         with lora.using(adapter):
-            logits = frozen.logits(hidden[rows])
+            logits = base.logits(hidden[rows])
         logprobs = logits.log_softmax(-1)
         own[scored] = logprobs.gather(-1, tokens[scored].unsqueeze(-1)).squeeze(-1)
         if top_ids.numel():

@@ -1,4 +1,4 @@
-"""The HuggingFace engine: many LoRAs on one frozen transformers model, in this process.
+"""The engine: many LoRAs on one frozen base model.
 
 A model (in the protocol's sense) is an adapter, its Adam moments and the gradient it has accumulated.
 All three are replaced, never changed in place, and only at the end of an operation: one that fails has
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from tink import crash
 from tink.errors import NotFound, UserError
@@ -24,7 +23,7 @@ from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import adamw, lora, sampler
 from tink.trainer.engines.adamw import Moments
 from tink.trainer.engines.base import Facts, Sampled
-from tink.trainer.engines.frozen import Frozen
+from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.lora import Adapter
 from tink.trainer.engines.states import States, Trained
 from tink.trainer.progress import beat
@@ -45,29 +44,29 @@ from tink.wire.tink_train import (
 Tensor = Any
 
 
-class HFEngine:
+class LoraEngine:
     """`threads` is part of what a bit-exact redo must find unchanged, so it is in the facts."""
 
-    def __init__(self, frozen: Frozen, artifacts: Artifacts, threads: int = 1) -> None:
+    def __init__(self, base: BaseModel, artifacts: Artifacts, threads: int = 1) -> None:
         torch.set_num_threads(threads)
-        self._frozen = frozen
-        self._states = States(artifacts, frozen.name, frozen.digest, frozen.sites)
+        self._base = base
+        self._states = States(artifacts, base.name, base.digest, base.sites)
         self._models: dict[str, Trained] = {}
         self.facts = Facts(
-            engine="hf",
+            engine=base.engine,
             versions={
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
+                **base.versions,
                 "threads": str(threads),
             },
-            base_model=frozen.name,
-            base_path=str(frozen.path),
-            base_digest=frozen.digest,
-            arch=(frozen.config.architectures or [frozen.config.model_type])[0],
-            parameters=frozen.parameters,
-            vocab_size=frozen.vocab_size,
-            max_context=frozen.context,
+            base_model=base.name,
+            base_path=str(base.path),
+            base_digest=base.digest,
+            arch=base.arch,
+            parameters=base.parameters,
+            vocab_size=base.vocab_size,
+            max_context=base.context,
             max_rank=MAX_RANK,
             losses=list(losses.LOSSES),
             capabilities=["train", "sample", "unembed"],
@@ -87,8 +86,8 @@ class HFEngine:
                 train_mlp=op.train_mlp,
                 train_unembed=op.train_unembed,
             )
-            lora.check(info, self._frozen.sites)
-            adapter = lora.fresh(info, self._frozen.sites)
+            lora.check(info, self._base.sites)
+            adapter = lora.fresh(info, self._base.sites)
             trained = Trained(adapter, Moments.zero(adapter.values))
         else:
             trained = self._states.load(op.source, optimizer=op.optimizer)
@@ -128,7 +127,7 @@ class HFEngine:
         now = self._model(model_id).adapter.info
         loaded = self._states.load(op.path, optimizer=op.optimizer)
         saved = loaded.adapter.info
-        if lora.targets(saved, self._frozen.sites) != lora.targets(now, self._frozen.sites) or (
+        if lora.targets(saved, self._base.sites) != lora.targets(now, self._base.sites) or (
             saved.rank != now.rank
         ):
             raise UserError(
@@ -159,7 +158,7 @@ class HFEngine:
 
     def sample(self, request: SampleRequest) -> Sampled:
         adapter = None if request.adapter is None else self._states.exported(request.adapter)
-        return sampler.sample(self._frozen, adapter, request)
+        return sampler.sample(self._base, adapter, request)
 
     # -- the inside ---------------------------------------------------------------------------------
 
@@ -170,7 +169,7 @@ class HFEngine:
         return trained
 
     def _decode(self, body: bytes) -> batches.Batch:
-        return batches.decode(body, self._frozen.vocab_size, self._frozen.context)
+        return batches.decode(body, self._base.vocab_size, self._base.context)
 
     def _run(self, adapter: Adapter, batch: batches.Batch, backward: bool = False) -> _Run:
         """Loss and log-probabilities of the batch and, if `backward`, the gradient of the loss."""
@@ -190,6 +189,8 @@ class HFEngine:
                     crash.point("trainer.forward")
                     gradient += adapter.gradient(each.sum())
                 beat()
+        if backward:
+            gradient = self._base.total(gradient)
         metrics = {"loss:sum": total, "tokens:sum": float(batch.tokens)}
         body = batches.encode(logprobs, metrics)
         result = OpResult(body=body, metrics=metrics, loss=total, tokens=batch.tokens)
@@ -198,14 +199,14 @@ class HFEngine:
     def _micro_batch(self, batch: batches.Batch, group: list[batches.Datum]) -> tuple[Tensor, list[Tensor]]:
         """The loss of each datum (D,), and its log-probabilities in the shape of its targets."""
         lengths = [datum.length for datum in group]
-        width = min(batches.width(max(lengths)), self._frozen.context)
+        width = min(batches.width(max(lengths)), self._base.context)
         ids = torch.zeros((len(group), width), dtype=torch.int64)
         for row, datum in zip(ids, group, strict=True):
             row[: datum.length] = datum.tokens
-        hidden = self._frozen.hidden(ids)
+        hidden = self._base.hidden(ids)
         packed = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
         targets = torch.cat([datum.targets.reshape(datum.length, -1) for datum in group])
-        scored = self._frozen.logprobs(packed, targets).split(lengths)
+        scored = self._base.logprobs(packed, targets).split(lengths)
         pieces = [piece.reshape(datum.targets.shape) for piece, datum in zip(scored, group, strict=True)]
         each = [
             batch.loss.function(piece, datum.inputs, batch.config)

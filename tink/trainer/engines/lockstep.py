@@ -1,0 +1,164 @@
+"""One engine on several processes, each of which has a slice of the base model: they do the same calls in
+the same order, since each layer needs all of them.
+
+The first rank is the server's, and leads: it tells the others (by torch's broadcast, pickled among the
+processes of one start) what it is about to do. After each call all compare how it ended, to the last bit of
+the result: a TinkError has changed nothing anywhere, and is raised here. Anything else that one of them
+raises ends its process, whose connections break, and so all of them: nobody waits in a collective for one
+who has left it, and no two go on with different weights. Whoever started them starts them again, and the
+worker restores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import msgspec
+import structlog
+import torch.distributed as dist
+
+from tink.errors import TinkError
+from tink.trainer.engines.base import Engine, Facts, Sampled
+from tink.trainer.progress import beat
+from tink.wire.tink_train import (
+    CreateModel,
+    ExportAdapter,
+    File,
+    Forward,
+    ForwardBackward,
+    LoadState,
+    ModelInfo,
+    OpResult,
+    OptimStep,
+    SampleRequest,
+    SaveState,
+)
+
+T = TypeVar("T")
+
+log = structlog.get_logger("tink.trainer")
+
+# How long a rank waits to be told what to do: as long as it takes.
+IDLE = timedelta(days=365)
+# Of those who wait for their turn, between two signs of life.
+BEAT_SECONDS = 1.0
+
+
+class Lock(Protocol):
+    def acquire(self, *, timeout: float) -> bool: ...
+
+    def release(self) -> None: ...
+
+
+def gather() -> Any:
+    """The group in which the ranks are told what to do. Every rank calls this once."""
+    return dist.new_group(backend="gloo", timeout=IDLE)
+
+
+class Leader:
+    """The first rank's engine and, through it, everybody's. One call at a time. What only reads a model is
+    done here alone: an adapter is whole on every rank, and files are written once."""
+
+    def __init__(self, engine: Engine, group: Any, lock: Lock) -> None:
+        self._engine, self._group, self._lock = engine, group, lock
+
+    @property
+    def facts(self) -> Facts:
+        return self._engine.facts
+
+    def create(self, model_id: str, op: CreateModel) -> ModelInfo:
+        return self._together(self._engine.create, model_id, op)
+
+    def forward(self, model_id: str, op: Forward) -> OpResult:
+        return self._together(self._engine.forward, model_id, op)
+
+    def forward_backward(self, model_id: str, op: ForwardBackward) -> OpResult:
+        return self._together(self._engine.forward_backward, model_id, op)
+
+    def optim_step(self, model_id: str, op: OptimStep) -> dict[str, float]:
+        return self._together(self._engine.optim_step, model_id, op)
+
+    def save_state(self, model_id: str, op: SaveState, origin: str) -> list[File]:
+        return self._engine.save_state(model_id, op, origin)
+
+    def load_state(self, model_id: str, op: LoadState) -> None:
+        self._together(self._engine.load_state, model_id, op)
+
+    def export_adapter(self, model_id: str, op: ExportAdapter, origin: str) -> list[File]:
+        return self._engine.export_adapter(model_id, op, origin)
+
+    def remove(self, model_id: str) -> None:
+        self._together(self._engine.remove, model_id)
+
+    def snapshot(self, model_id: str, path: str, book: bytes, origin: str) -> list[File]:
+        return self._engine.snapshot(model_id, path, book, origin)
+
+    def read_book(self, path: str) -> bytes:
+        return self._engine.read_book(path)
+
+    def restore(self, model_id: str, path: str) -> None:
+        self._together(self._engine.restore, model_id, path)
+
+    def sample(self, request: SampleRequest) -> Sampled:
+        return self._together(self._engine.sample, request)
+
+    def _together(self, method: Callable[..., T], *args: Any) -> T:
+        while not self._lock.acquire(timeout=BEAT_SECONDS):
+            beat()
+        try:
+            with _or_end():
+                dist.broadcast_object_list([(method.__name__, args)], src=0, group=self._group)
+            return _perform(method, args, self._group)
+        finally:
+            self._lock.release()
+
+
+def follow(engine: Engine, group: Any) -> None:
+    """Does what the leader does, until it is gone."""
+    while True:
+        told: list[Any] = [None]
+        try:
+            dist.broadcast_object_list(told, src=0, group=group)
+        except RuntimeError as error:  # gloo's, when a connection breaks
+            log.info("the first rank is gone", reason=str(error))
+            return
+        name, args = told[0]
+        with suppress(TinkError):  # the leader's to tell
+            _perform(getattr(engine, name), args, group)
+
+
+def _perform(method: Callable[..., T], args: tuple[Any, ...], group: Any) -> T:
+    failure: TinkError | None = None
+    with _or_end():
+        try:
+            result = method(*args)
+            mine = hashlib.sha256(msgspec.msgpack.encode(result)).hexdigest()
+        except TinkError as error:
+            failure = error
+            mine = repr(error)
+        ends: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ends, mine, group=group)
+    if len(set(ends)) > 1:
+        _end("the ranks disagree", method=method.__name__, ends=ends)
+    if failure is not None:
+        raise failure
+    return result
+
+
+class _or_end(AbstractContextManager[None]):  # noqa: N801 - reads as a statement
+    """Whatever is raised within it ends the process."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            _end("a rank has failed", exc_info=error)
+
+
+def _end(event: str, **fields: Any) -> NoReturn:
+    log.error(event, rank=dist.get_rank(), **fields)
+    # Not an orderly exit: other threads wait in collectives, and nothing here is worth keeping.
+    os._exit(1)
