@@ -1,14 +1,9 @@
-"""The base model as megatron-core's GPTModel, alone or in slices on several processes (tensor parallel).
-
-An adapter is whole on every rank, and its layers are those of transformers. The hooks take the slices that
-belong to the rank's part of Megatron's layers, so that gradients of all ranks add up to the whole one; what
-is made of it (steps, states, exports) does not know how many ranks there are.
-"""
+"""The base model as megatron-core's GPTModel, alone or in slices on several processes (tensor parallel)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tink.errors import StartupError
 from tink.limits import COLLECTIVE_SECONDS
-from tink.trainer.engines import base_model, lora, weights
+from tink.trainer.engines import base_model, sharded_lora, weights
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.parallel import Ranks
 
@@ -104,9 +99,7 @@ class _Attention(torch.nn.Module):  # type: ignore[misc]
     """Megatron's core attention, by torch's kernels, and on a cache of keys and values if there is one.
     Its own makes the whole matrix of scores, and a mask on a GPU."""
 
-    def __init__(
-        self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any
-    ) -> None:
+    def __init__(self, *, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self._layer, self._scale = layer_number - 1, softmax_scale
 
@@ -118,9 +111,8 @@ class _Attention(torch.nn.Module):  # type: ignore[misc]
             k, v = cache.update(k, v, self._layer)
         # A prompt goes into an empty cache, and then one token at a time behind it.
         assert q.shape[2] in (1, k.shape[2])
-        causal = q.shape[2] > 1
         out = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=self._scale, enable_gqa=True
+            q, k, v, is_causal=q.shape[2] > 1, scale=self._scale, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 
@@ -132,89 +124,6 @@ def _using_cache(cache: Any) -> Iterator[None]:
         yield
     finally:
         _cache.reset(token)
-
-
-# -- adapters -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """LoRA beside a layer whose output is in slices: its input is whole, and so is A x; of B it takes the
-    rows of this rank. `names` are the layers that it has fused, and `fuse` does that with their outputs."""
-
-    names: Sequence[str]
-    fuse: Callable[..., Tensor]
-    ranks: Ranks
-
-    def __call__(self, module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
-        adapter = lora.in_use()
-        # An adapter has all the layers that Megatron fuses, or none of them.
-        pairs = [pair for name in self.names if adapter is not None and (pair := adapter.pair(name))]
-        if adapter is None or not pairs:
-            return None
-        ranks = self.ranks
-        a = ranks.once(torch.cat([pair[0] for pair in pairs]))
-        # The gradient that every rank has a part of is summed here, where it is no wider than the rank.
-        inner = ranks.shared(args[0].to(a.dtype) @ a.T).split(adapter.info.rank, -1)
-        deltas = [x @ pair[1][ranks.slice(len(pair[1]))].T for x, pair in zip(inner, pairs, strict=True)]
-        whole, bias = output
-        return whole + (self.fuse(*deltas) * adapter.scale).to(whole.dtype), bias
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """LoRA beside a layer whose input is in slices: of A it takes the columns of this rank, and the sum of
-    A x over the ranks is whole, and so is the output."""
-
-    name: str
-    ranks: Ranks
-
-    def __call__(self, module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
-        adapter = lora.in_use()
-        pair = adapter.pair(self.name) if adapter is not None else None
-        if adapter is None or pair is None:
-            return None
-        a, b = pair
-        inner = self.ranks.summed(args[0].to(a.dtype) @ a[:, self.ranks.slice(a.shape[1])].T)
-        whole, bias = output
-        return whole + (inner @ self.ranks.once(b).T * adapter.scale).to(whole.dtype), bias
-
-
-def _install(model: Any, config: Any, ranks: Ranks) -> dict[str, tuple[int, int]]:
-    """Puts the hooks on every layer that an adapter may have, and says which those are, in the order that
-    they have in transformers."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_size = _head_size(config)
-    queries = config.num_attention_heads * head_size
-    keys = config.num_key_value_heads * head_size
-    groups = config.num_key_value_heads // ranks.size
-    sites: dict[str, tuple[int, int]] = {}
-
-    def interleave(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return weights.interleave(q, k, v, groups, dim=-1)
-
-    def join(*deltas: Tensor) -> Tensor:
-        return torch.cat(deltas, -1)
-
-    for number, layer in enumerate(model.decoder.layers):
-        attention, mlp = f"model.layers.{number}.self_attn", f"model.layers.{number}.mlp"
-        qkv = {
-            f"{attention}.{leaf}_proj": size
-            for leaf, size in zip("qkv", (queries, keys, keys), strict=True)
-        }
-        gates = {f"{mlp}.{leaf}_proj": inner for leaf in ("gate", "up")}
-        out, down = f"{attention}.o_proj", f"{mlp}.down_proj"
-        layer.self_attention.linear_qkv.register_forward_hook(_Columns(list(qkv), interleave, ranks))
-        layer.self_attention.linear_proj.register_forward_hook(_Rows(out, ranks))
-        layer.mlp.linear_fc1.register_forward_hook(_Columns(list(gates), join, ranks))
-        layer.mlp.linear_fc2.register_forward_hook(_Rows(down, ranks))
-        sites |= {name: (size, hidden) for name, size in qkv.items()}
-        sites[out] = (hidden, queries)
-        sites |= {name: (size, hidden) for name, size in gates.items()}
-        sites[down] = (hidden, inner)
-    model.output_layer.register_forward_hook(_Columns(["lm_head"], join, ranks))
-    sites["lm_head"] = (config.vocab_size, hidden)
-    return sites
 
 
 # -- loading ------------------------------------------------------------------------------------------
@@ -258,7 +167,7 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> 
         path=directory,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
-        sites=_install(model, config, ours),
+        sites=sharded_lora.install(model, config, _head_size(config), ours),
         eos=base_model.eos(generation.eos_token_id, config.eos_token_id),
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
@@ -329,7 +238,7 @@ def _build(config: Any, dtype: Any, files: weights.Weights, ranks: int) -> Any:
             apply_rope_fusion=False,
             persist_layer_norm=False,
         )
-        return GPTModel(
+        model = GPTModel(
             shape,
             spec,
             vocab_size=config.vocab_size,
@@ -338,6 +247,8 @@ def _build(config: Any, dtype: Any, files: weights.Weights, ranks: int) -> Any:
             # Angles are computed here, as transformers does it.
             position_embedding_type="none",
         )
+    # Norms come in float32 whatever is asked for.
+    return model.to(dtype)
 
 
 def _head_size(config: Any) -> int:

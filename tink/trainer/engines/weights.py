@@ -1,5 +1,5 @@
-"""The weights of a Hugging Face directory, tensor by tensor, as a megatron-core GPTModel has them. Each rank
-reads no more than its slices.
+"""The weights of a Hugging Face directory, tensor by tensor, as a megatron-core GPTModel has them. Each
+rank reads no more than its slices.
 
 Megatron fuses what transformers keeps apart: q, k and v lie in one matrix, group by group (the queries of
 one key-value head, its key, its value), and gate and up in another. Which layers have biases and norms of

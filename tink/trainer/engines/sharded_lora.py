@@ -1,0 +1,99 @@
+"""LoRA beside the layers of a megatron-core GPTModel, of which each rank has a slice.
+
+An adapter is whole on every rank, and its layers are those of transformers. The hooks take what belongs to
+the rank's part of Megatron's layers, so that the gradients of all ranks add up to the whole one; what is
+made of it (steps, states, exports) does not know how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tink.trainer.engines import lora
+from tink.trainer.engines.parallel import Ranks
+from tink.trainer.engines.weights import interleave
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """LoRA beside a layer whose output is in slices: its input is whole, and so is A x; of B it takes the
+    rows of this rank. `names` are the layers that it has fused, and `fuse` does that with their outputs."""
+
+    names: Sequence[str]
+    fuse: Callable[..., Tensor]
+    ranks: Ranks
+
+    def __call__(self, module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
+        adapter = lora.in_use()
+        # An adapter has all the layers that Megatron fuses, or none of them.
+        pairs = [pair for name in self.names if adapter is not None and (pair := adapter.pair(name))]
+        if adapter is None or not pairs:
+            return None
+        ranks = self.ranks
+        a = ranks.once(torch.cat([pair[0] for pair in pairs]))
+        # The gradient that every rank has a part of is summed here, where it is no wider than the rank.
+        inner = ranks.shared(args[0].to(a.dtype) @ a.T).split(adapter.info.rank, -1)
+        deltas = [x @ pair[1][ranks.slice(len(pair[1]))].T for x, pair in zip(inner, pairs, strict=True)]
+        whole, bias = output
+        return whole + (self.fuse(*deltas) * adapter.scale).to(whole.dtype), bias
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """LoRA beside a layer whose input is in slices: of A it takes the columns of this rank, and the sum of
+    A x over the ranks is whole, and so is the output."""
+
+    name: str
+    ranks: Ranks
+
+    def __call__(self, module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
+        adapter = lora.in_use()
+        pair = adapter.pair(self.name) if adapter is not None else None
+        if adapter is None or pair is None:
+            return None
+        a, b = pair
+        inner = self.ranks.summed(args[0].to(a.dtype) @ a[:, self.ranks.slice(a.shape[1])].T)
+        whole, bias = output
+        return whole + (inner @ self.ranks.once(b).T * adapter.scale).to(whole.dtype), bias
+
+
+def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, tuple[int, int]]:
+    """Puts the hooks on every layer that an adapter may have, and says which those are, in the order that
+    they have in transformers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * head_size
+    keys = config.num_key_value_heads * head_size
+    groups = config.num_key_value_heads // ranks.size
+    sites: dict[str, tuple[int, int]] = {}
+
+    def by_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return interleave(q, k, v, groups, dim=-1)
+
+    def join(*deltas: Tensor) -> Tensor:
+        return torch.cat(deltas, -1)
+
+    for number, layer in enumerate(model.decoder.layers):
+        attention, mlp = f"model.layers.{number}.self_attn", f"model.layers.{number}.mlp"
+        qkv = {
+            f"{attention}.{leaf}_proj": size
+            for leaf, size in zip("qkv", (queries, keys, keys), strict=True)
+        }
+        gates = {f"{mlp}.{leaf}_proj": inner for leaf in ("gate", "up")}
+        out, down = f"{attention}.o_proj", f"{mlp}.down_proj"
+        layer.self_attention.linear_qkv.register_forward_hook(_Columns(list(qkv), by_group, ranks))
+        layer.self_attention.linear_proj.register_forward_hook(_Rows(out, ranks))
+        layer.mlp.linear_fc1.register_forward_hook(_Columns(list(gates), join, ranks))
+        layer.mlp.linear_fc2.register_forward_hook(_Rows(down, ranks))
+        sites |= {name: (size, hidden) for name, size in qkv.items()}
+        sites[out] = (hidden, queries)
+        sites |= {name: (size, hidden) for name, size in gates.items()}
+        sites[down] = (hidden, inner)
+    model.output_layer.register_forward_hook(_Columns(["lm_head"], join, ranks))
+    sites["lm_head"] = (config.vocab_size, hidden)
+    return sites
