@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -113,9 +114,17 @@ class Leader:
         try:
             with _or_end():
                 dist.broadcast_object_list([(method.__name__, args)], src=0, group=self._group)
-            return _perform(method, args, self._group)
+                outcome = _perform(method, args)
+                digests: list[Any] = [None] * dist.get_world_size(self._group)
+                dist.gather_object(outcome.digest, digests, dst=0, group=self._group)
+            if len(set(digests)) > 1:
+                _end("the ranks disagree", method=method.__name__, digests=digests)
         finally:
             self._lock.release()
+        if outcome.failure is not None:
+            raise outcome.failure
+        result: T = outcome.result
+        return result
 
 
 def follow(engine: Engine, group: Any) -> None:
@@ -125,29 +134,29 @@ def follow(engine: Engine, group: Any) -> None:
         try:
             dist.broadcast_object_list(told, src=0, group=group)
         except RuntimeError as error:  # gloo's, when a connection breaks
-            log.info("the first rank is gone", reason=str(error))
+            log.info("the first rank is gone", reason=str(error).strip().partition("\n")[0])
             return
         name, args = told[0]
-        with suppress(TinkError):  # the leader's to tell
-            _perform(getattr(engine, name), args, group)
+        with _or_end():
+            # Whether this was what all others have found is the leader's to tell, and to end.
+            dist.gather_object(_perform(getattr(engine, name), args).digest, dst=0, group=group)
 
 
-def _perform(method: Callable[..., T], args: tuple[Any, ...], group: Any) -> T:
+@dataclass(frozen=True)
+class _Outcome:
+    """`digest`: of the result, or of what the user is told instead of one."""
+
+    digest: str
+    result: Any = None
     failure: TinkError | None = None
-    with _or_end():
-        try:
-            result = method(*args)
-            mine = hashlib.sha256(msgspec.msgpack.encode(result)).hexdigest()
-        except TinkError as error:
-            failure = error
-            mine = repr(error)
-        ends: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(ends, mine, group=group)
-    if len(set(ends)) > 1:
-        _end("the ranks disagree", method=method.__name__, ends=ends)
-    if failure is not None:
-        raise failure
-    return result
+
+
+def _perform(method: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
+    try:
+        result = method(*args)
+    except TinkError as error:
+        return _Outcome(repr(error), failure=error)
+    return _Outcome(hashlib.sha256(msgspec.msgpack.encode(result)).hexdigest(), result)
 
 
 class _or_end(AbstractContextManager[None]):  # noqa: N801 - reads as a statement

@@ -1,0 +1,109 @@
+"""One engine on two processes, as torchrun would start them: `lead` runs a function of the engine on both
+and hands its result back. Run as a script it is one of those processes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tink.logs import configure_logs
+from tink.trainer.artifacts import Artifacts
+
+HERE = Path(__file__).parent
+
+
+class Group(NamedTuple):
+    """The processes, the first rank first, and where the result will be."""
+
+    processes: list[subprocess.Popen[str]]
+    result: Path
+
+    def wait(self) -> list[int]:
+        """Exit statuses, when all have ended."""
+        return [process.wait(120) for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+def start(
+    function: Callable[..., Any], model: Path, folder: Path, spoil: Callable[..., None] | None = None
+) -> Group:
+    """Two of them. The leader calls `function(engine, artifacts)`; the other one follows, and its engine is
+    first given to `spoil`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    result = folder / "result.pickle"
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        names = [_name(function), _name(spoil) if spoil else ""]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(HERE / "ranks.py"), *names, str(model), str(folder), str(result)],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return Group(processes, result)
+
+
+def lead(function: Callable[..., Any], model: Path, folder: Path) -> Any:
+    group = start(function, model, folder)
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in group.processes]
+        assert group.wait() == [0, 0], "\n".join(errors)
+        return pickle.loads(group.result.read_bytes())
+    finally:
+        group.kill()
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _find(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), function)
+    return found
+
+
+def main(function: str, spoil: str, model: str, folder: str, result: str) -> None:
+    from tink.trainer.engines import lockstep, megatron
+    from tink.trainer.engines.lora_engine import LoraEngine
+
+    configure_logs("info")
+    rank = int(os.environ["RANK"])
+    artifacts = Artifacts(Path(folder) / "artifacts", f"rank{rank}")
+    engine = LoraEngine(megatron.load(Path(model), "test/tiny", ranks=2), artifacts)
+    group = lockstep.gather()
+    if rank:
+        if spoil:
+            _find(spoil)(engine)
+        lockstep.follow(engine, group)
+        return
+    found = _find(function)(lockstep.Leader(engine, group, threading.Lock()), artifacts)
+    Path(result).write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
