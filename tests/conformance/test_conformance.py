@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -90,18 +91,31 @@ async def test_a_small_difference_is_a_warning_unless_none_is_tolerated() -> Non
         assert "bitwise: no, max difference" in str(found)
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
 @pytest.mark.slow
-def test_the_training_server_passes_every_check(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "starter"),
+    [("hf", []), ("megatron", []), ("megatron", TORCHRUN)],
+    ids=["hf", "megatron", "megatron-on-two"],
+)
+def test_the_training_server_passes_every_check(tmp_path: Path, engine: str, starter: list[str]) -> None:
     """As anyone would run it: on a real server, killed and started again by a command."""
+    if engine == "megatron" and find_spec("megatron") is None:
+        pytest.skip("megatron-core is not installed")
     pid, ready, log = tmp_path / "pid", tmp_path / "ready.json", tmp_path / "log"
-    start = [sys.executable, "-m", "tink.trainer", "--home", str(tmp_path / "home")]
-    start += ["--artifacts", str(tmp_path / "artifacts"), "--ready-file", str(ready), "--port"]
+    start = [sys.executable, "-m", *starter, "tink.trainer", "--engine", engine]
+    start += ["--home", str(tmp_path / "home"), "--artifacts", str(tmp_path / "artifacts")]
+    start += ["--ready-file", str(ready), "--port"]
 
     def command(port: int) -> str:
         line = shlex.join([*start, str(port)])
         return f"{line} >>{log} 2>&1 </dev/null & echo $! >{pid}"
 
-    environment = {**os.environ, "TINK_TRAINER_TOKEN": "secret"}
+    # The server itself; whatever started it ends by itself then, and with it all other processes.
+    kill = rf"kill -9 $(sed 's/.*\"pid\":\([0-9]*\).*/\1/' {ready}); while kill -0 $(cat {pid}); do sleep 0.1; done"
+    environment = {**os.environ, "TINK_TRAINER_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
     try:
         subprocess.run(command(0), shell=True, cwd=ROOT, env=environment, check=True)
         deadline = time.monotonic() + 60
@@ -114,7 +128,7 @@ def test_the_training_server_passes_every_check(tmp_path: Path) -> None:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "tests.conformance", url, "--json", "--strict"),
-                *("--restart", f"kill -9 $(cat {pid}); {command(port)}"),
+                *("--restart", f"{kill}; {command(port)}"),
             ],
             cwd=ROOT,
             env=environment,
@@ -127,4 +141,4 @@ def test_the_training_server_passes_every_check(tmp_path: Path) -> None:
         assert (done.returncode, report["failed"], len(report["checks"])) == (0, 0, len(CHECKS))
         assert not [one for one in report["checks"] if "--" in one["detail"]]
     finally:
-        subprocess.run(f"kill -9 $(cat {pid})", shell=True, check=False)
+        subprocess.run(kill, shell=True, check=False)
