@@ -114,7 +114,8 @@ def test_the_training_server_passes_every_check(tmp_path: Path, engine: str, sta
         return f"{line} >>{log} 2>&1 </dev/null & echo $! >{pid}"
 
     # The server itself; whatever started it ends by itself then, and with it all other processes.
-    kill = rf"kill -9 $(sed 's/.*\"pid\":\([0-9]*\).*/\1/' {ready}); while kill -0 $(cat {pid}); do sleep 0.1; done"
+    server = rf"$(sed 's/.*\"pid\":\([0-9]*\).*/\1/' {ready})"
+    kill = f"kill -9 {server}; while kill -0 $(cat {pid}); do sleep 0.1; done"
     environment = {**os.environ, "TINK_TRAINER_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
     try:
         subprocess.run(command(0), shell=True, cwd=ROOT, env=environment, check=True)

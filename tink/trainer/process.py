@@ -46,8 +46,6 @@ from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
 
-# Of transformers, which imports a class when it is named.
-NAMED = ("AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationMixin", "PreTrainedModel")
 
 
 @dataclass(frozen=True)
@@ -195,9 +193,6 @@ def _uncollected() -> Iterator[None]:
 @_uncollected()
 def _import_engine(engine: str) -> None:
     """What `_build` would import, but for the classes of the model itself."""
-    transformers = import_module("transformers")
-    for name in NAMED:
-        getattr(transformers, name)
     import_module("tink.trainer.tiny")
     import_module("tink.trainer.engines.lora_engine")
     engines.preload(engine)

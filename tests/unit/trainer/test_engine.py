@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 from tink.errors import BackendError, UserError
 from tink.trainer import batch
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import base_model
+from tink.trainer.engines import base_model, lora
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire.tink_train import (
@@ -33,6 +33,7 @@ from tink.wire.tink_train import (
     Forward,
     ForwardBackward,
     LoadState,
+    ModelInfo,
     OptimStep,
     SampleRequest,
     SaveState,
@@ -211,6 +212,22 @@ def test_logits_in_pieces_are_the_logits_at_once(
     for ours, theirs in zip(train(engine, "pieces"), whole, strict=True):
         for one, other in zip(logprobs(ours), logprobs(theirs), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_backward_pass_has_the_adapter_of_the_forward_pass(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is called without one, as by a thread of torch's own."""
+    monkeypatch.setattr(base_model, "LOGIT_CELLS", 320 * 7)
+    adapter = lora.fresh(ModelInfo(4, 8.0, 7, True, True, True), base.sites)
+    ids = torch.arange(20).unsqueeze(0)
+    gradients = []
+    for outside in (False, True):
+        with lora.using(adapter):
+            logprobs = base.logprobs(base.hidden(ids)[0], ids.T)
+            within = None if outside else adapter.gradient(logprobs.sum())
+        gradients.append(adapter.gradient(logprobs.sum()) if within is None else within)
+    assert torch.equal(*gradients)
 
 
 # -- bits -----------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ from tink.wire.tink_train import (
     encode,
 )
 
+ENGINES = ["hf", "megatron"] if find_spec("megatron") else ["hf"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 ROOT = Path(process.__file__).parents[2]
 
 
 @contextmanager
-def started(tmp_path: Path, *arguments: str) -> Iterator[Child]:
-    command = [sys.executable, "-m", "tink.trainer", "--home", str(tmp_path)]
+def started(tmp_path: Path, *arguments: str, starter: Sequence[str] = ()) -> Iterator[Child]:
+    command = [sys.executable, "-m", *starter, "tink.trainer", "--home", str(tmp_path)]
     ready_file = tmp_path / "ready.json"
     with subprocess.Popen(
         [*command, "--ready-file", str(ready_file), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -75,9 +78,10 @@ class Child:
 
 
 @pytest.mark.slow
-def test_a_run_over_http(tmp_path: Path, model_dir: Path) -> None:
-    arguments = ["--model", str(model_dir), "--model-name", "test/tiny", "--artifacts", str(tmp_path / "a")]
-    with started(tmp_path, *arguments) as child:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_over_http(tmp_path: Path, model_dir: Path, engine: str) -> None:
+    arguments = ["--engine", engine, "--model", str(model_dir), "--model-name", "test/tiny"]
+    with started(tmp_path, *arguments, "--artifacts", str(tmp_path / "a")) as child:
         ready = child.ready
         assert ready["pid"] == child.process.pid
         with httpx.Client(base_url=f"http://127.0.0.1:{ready['port']}", timeout=60) as http:
@@ -86,7 +90,7 @@ def test_a_run_over_http(tmp_path: Path, model_dir: Path) -> None:
             child.wait_for("event=ready")
             assert http.get("/v1/health").json()["state"] == "ready"
             info = http.get("/v1/info").json()
-            assert (info["engine"], info["base_model"], info["vocab_size"]) == ("hf", "test/tiny", 320)
+            assert (info["engine"], info["base_model"], info["vocab_size"]) == (engine, "test/tiny", 320)
             assert info["base_path"] == str(model_dir)
 
             def op(op_no: int, op: Op) -> OpReply:
@@ -115,8 +119,51 @@ def test_a_run_over_http(tmp_path: Path, model_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_preloaded_server_that_is_killed_is_followed_by_another(tmp_path: Path, model_dir: Path) -> None:
-    with started(tmp_path, "--preload", "--model", str(model_dir)) as child:
+@pytest.mark.skipif("megatron" not in ENGINES, reason="megatron-core is not installed")
+def test_torchrun_starts_one_server_and_sigterm_ends_all_of_it(tmp_path: Path) -> None:
+    with started(tmp_path, "--engine", "megatron", starter=TORCHRUN) as child:
+        child.wait_for("event=ready")
+        with httpx.Client(base_url=f"http://127.0.0.1:{child.ready['port']}", timeout=60) as http:
+            info = http.get("/v1/info").json()
+            assert (info["engine"], info["versions"]["tensor_parallel"]) == ("megatron", "2")
+            create = OpRequest(child.ready["incarnation"], 1, "m", 1, "j", CreateModel(4, 8.0, 1))
+            assert http.post("/v1/ops", content=encode(create)).is_success
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("told to stop")
+        child.wait_for("event=stopped")
+        child.wait_for("the first rank is gone")
+        child.process.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"engine": "hf"}, "the engine 'hf' is one process: start it without torchrun"),
+        ({"engine": "megatron", "preload": True}, "--preload"),
+    ],
+)
+def test_what_cannot_be_several_processes_says_so(
+    tmp_path: Path, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.engines, "find_spec", lambda name: name)
+    with pytest.raises(StartupError, match=says):
+        process.run(Options(home=tmp_path, rank=0, ranks=2, **options))
+
+
+def test_an_engine_that_is_not_installed_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.engines, "find_spec", lambda name: None if name == "megatron" else name)
+    with pytest.raises(StartupError, match=r"needs megatron, not installed here: .*tink\[megatron\]"):
+        process.run(Options(home=tmp_path, engine="megatron"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_preloaded_server_that_is_killed_is_followed_by_another(
+    tmp_path: Path, model_dir: Path, engine: str
+) -> None:
+    with started(tmp_path, "--engine", engine, "--preload", "--model", str(model_dir)) as child:
         child.wait_for("event=ready")
         first = child.ready
         os.kill(first["pid"], signal.SIGKILL)

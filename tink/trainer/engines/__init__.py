@@ -47,8 +47,8 @@ def check(engine: str, ranks: int = 1) -> None:
 
 
 def preload(engine: str) -> None:
-    """Imports what `load` would import."""
-    _module(engine)
+    """Imports what `load` would, but for the classes of the model itself."""
+    _module(engine).preload()
 
 
 def load(engine: str, directory: Path, name: str, dtype: str, ranks: int = 1) -> BaseModel:

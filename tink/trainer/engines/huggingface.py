@@ -17,6 +17,9 @@ from tink.trainer.engines.base_model import BaseModel
 
 Tensor = Any
 
+# Of transformers, which imports a class when it is named.
+NAMED = ("AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationMixin", "PreTrainedModel")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(BaseModel):
@@ -41,6 +44,12 @@ class HuggingFace(BaseModel):
 
     def new_cache(self) -> Any:
         return transformers.DynamicCache(config=self.config)
+
+
+def preload() -> None:
+    """Imports what `load` would, but for the classes of the model itself."""
+    for name in NAMED:
+        getattr(transformers, name)
 
 
 def load(directory: Path, name: str, dtype: str = "float32") -> HuggingFace:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 log = structlog.get_logger("tink.trainer")
 
-# How long a rank waits to be told what to do: as long as it takes.
+# How long a rank waits to be told what to do: as long as it takes. For how it ended, as for any collective.
 IDLE = timedelta(days=365)
 # Of those who wait for their turn, between two signs of life.
 BEAT_SECONDS = 1.0
@@ -112,11 +112,11 @@ class Leader:
         while not self._lock.acquire(timeout=BEAT_SECONDS):
             beat()
         try:
-            with _or_end():
+            with _to_the_end():
                 dist.broadcast_object_list([(method.__name__, args)], src=0, group=self._group)
                 outcome = _perform(method, args)
-                digests: list[Any] = [None] * dist.get_world_size(self._group)
-                dist.gather_object(outcome.digest, digests, dst=0, group=self._group)
+                digests: list[Any] = [None] * dist.get_world_size()
+                dist.gather_object(outcome.digest, digests)
             if len(set(digests)) > 1:
                 _end("the ranks disagree", method=method.__name__, digests=digests)
         finally:
@@ -137,9 +137,9 @@ def follow(engine: Engine, group: Any) -> None:
             log.info("the first rank is gone", reason=str(error).strip().partition("\n")[0])
             return
         name, args = told[0]
-        with _or_end():
+        with _to_the_end():
             # Whether this was what all others have found is the leader's to tell, and to end.
-            dist.gather_object(_perform(getattr(engine, name), args).digest, dst=0, group=group)
+            dist.gather_object(_perform(getattr(engine, name), args).digest)
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,13 @@ def _perform(method: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
     return _Outcome(hashlib.sha256(msgspec.msgpack.encode(result)).hexdigest(), result)
 
 
-class _or_end(AbstractContextManager[None]):  # noqa: N801 - reads as a statement
+@contextmanager
+def _to_the_end() -> Iterator[None]:
     """Whatever is raised within it ends the process."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            _end("a rank has failed", exc_info=error)
+    try:
+        yield
+    except BaseException as error:
+        _end("a rank has failed", exc_info=error)
 
 
 def _end(event: str, **fields: Any) -> NoReturn:

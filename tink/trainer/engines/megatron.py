@@ -39,6 +39,9 @@ KNOWN = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
+# Of transformers, which imports a class when it is named.
+NAMED = ("AutoConfig", "AutoTokenizer", "DynamicCache", "GenerationConfig")
+
 _cache: ContextVar[Any] = ContextVar("cache", default=None)
 
 
@@ -139,6 +142,12 @@ def join(ranks: int = 1) -> Ranks:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     return Ranks.of(parallel_state.get_tensor_model_parallel_group())
+
+
+def preload() -> None:
+    """Imports what `load` would."""
+    for name in NAMED:
+        getattr(transformers, name)
 
 
 def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> Megatron:

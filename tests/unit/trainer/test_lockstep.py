@@ -1,0 +1,161 @@
+"""What the leader of several ranks does, alone in a group of one. With others: test_megatron.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from structlog.testing import capture_logs
+
+from tink.errors import UserError
+from tink.trainer import progress
+from tink.trainer.engines import lockstep
+from tink.wire.tink_train import OptimStep
+
+megatron = pytest.importorskip("tink.trainer.engines.megatron", exc_type=ModuleNotFoundError)
+
+STEP = OptimStep()
+
+
+class Engine:
+    """Its step does what it is told to; the rest is nobody's."""
+
+    def __init__(self) -> None:
+        self.does: Any = lambda: {"step": 1.0}
+
+    def optim_step(self, model_id: str, op: OptimStep) -> dict[str, float]:
+        assert (model_id, op) == ("m", STEP)
+        return self.does()
+
+    def snapshot(self, model_id: str, path: str, book: bytes, origin: str) -> list[Any]:
+        return [model_id, path, book, origin]
+
+
+class Ended(BaseException):
+    pass
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The exit statuses with which the process would have ended."""
+    statuses: list[int] = []
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        raise Ended
+
+    monkeypatch.setattr(lockstep.os, "_exit", end)
+    return statuses
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the others are told."""
+    found: list[Any] = []
+    honest = dist.broadcast_object_list
+
+    def broadcast(objects: list[Any], **options: Any) -> None:
+        found.extend(objects)
+        honest(objects, **options)
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    return found
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def lock() -> threading.Lock:
+    return threading.Lock()
+
+
+@pytest.fixture
+def leader(engine: Engine, lock: threading.Lock) -> lockstep.Leader:
+    megatron.join()
+    return lockstep.Leader(engine, lockstep.gather(), lock)
+
+
+def test_the_others_are_told_what_is_done(leader: lockstep.Leader, told: list[Any]) -> None:
+    assert leader.optim_step("m", STEP) == {"step": 1.0}
+    assert told == [("optim_step", ("m", STEP))]
+
+
+def test_what_is_written_is_written_once(leader: lockstep.Leader, told: list[Any]) -> None:
+    assert leader.snapshot("m", "path", b"book", "origin") == ["m", "path", b"book", "origin"]
+    assert told == []
+
+
+def test_what_the_user_did_wrong_is_raised_and_ends_nothing(
+    leader: lockstep.Leader, engine: Engine, lock: threading.Lock
+) -> None:
+    def fail() -> None:
+        raise UserError("no such step")
+
+    engine.does = fail
+    with pytest.raises(UserError, match="no such step"):
+        leader.optim_step("m", STEP)
+    assert not lock.locked()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("connection closed"), MemoryError()])
+def test_anything_else_ends_the_process(
+    leader: lockstep.Leader, engine: Engine, ended: list[int], error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    engine.does = fail
+    with capture_logs() as logs, pytest.raises(Ended):
+        leader.optim_step("m", STEP)
+    assert ended == [1]
+    assert [(line["event"], line["exc_info"]) for line in logs] == [("a rank has failed", error)]
+
+
+def test_who_disagrees_with_the_others_ends_the_process(
+    leader: lockstep.Leader, ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(mine: str, ends: list[str]) -> None:
+        ends[:] = [mine, "another"]
+
+    monkeypatch.setattr(dist, "gather_object", gather)
+    with capture_logs() as logs, pytest.raises(Ended):
+        leader.optim_step("m", STEP)
+    assert ended == [1]
+    assert [(line["event"], line["method"]) for line in logs] == [("the ranks disagree", "optim_step")]
+
+
+def test_one_call_at_a_time_and_who_waits_is_alive(
+    leader: lockstep.Leader, lock: threading.Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "BEAT_SECONDS", 0.001)
+    beaten = threading.Event()
+
+    class Waiting(progress.Work):
+        def beat(self) -> None:
+            beaten.set()
+
+    def call() -> None:
+        with progress.working(Waiting(Clock(), "m", 1, "j")):
+            found.append(leader.optim_step("m", STEP))
+
+    found: list[Any] = []
+    thread = threading.Thread(target=call)
+    with lock:
+        thread.start()
+        assert beaten.wait(20)
+        assert found == []
+    thread.join(20)
+    assert found == [{"step": 1.0}]
