@@ -19,6 +19,7 @@ beyond loopback.
 examples:
   tink trainer --port 8500
   tink trainer --model Qwen/Qwen3-0.6B --dtype bfloat16 --threads 4
+  torchrun --nproc-per-node 2 -m tink.trainer --engine megatron
 
 exit status: 0 after SIGTERM; 2 if it cannot start"""
 
