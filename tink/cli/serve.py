@@ -83,7 +83,7 @@ def problems(settings: Settings, *, no_auth: bool) -> Iterator[str]:
         )
     if "hf" in settings.routes:
         try:
-            engines.check()
+            engines.check("hf")
         except StartupError as error:
             yield str(error)
 

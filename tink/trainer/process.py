@@ -47,7 +47,6 @@ from tink.world import World
 log = structlog.get_logger("tink.trainer")
 
 
-
 @dataclass(frozen=True)
 class Options:
     """`model` None: the built-in tiny one, made under `home`. `artifacts` None: `home`/artifacts.

@@ -140,7 +140,7 @@ def test_who_disagrees_with_the_others_ends_the_process(
 def test_one_call_at_a_time_and_who_waits_is_alive(
     leader: lockstep.Leader, lock: threading.Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(lockstep, "TURN_BEAT_SECONDS", 0.001)
     beaten = threading.Event()
 
     class Waiting(progress.Work):

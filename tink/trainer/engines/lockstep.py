@@ -24,6 +24,7 @@ import structlog
 import torch.distributed as dist
 
 from tink.errors import TinkError
+from tink.limits import IDLE_SECONDS, TURN_BEAT_SECONDS
 from tink.trainer.engines.base import Engine, Facts, Sampled
 from tink.trainer.progress import beat
 from tink.wire.tink_train import (
@@ -44,11 +45,6 @@ T = TypeVar("T")
 
 log = structlog.get_logger("tink.trainer")
 
-# How long a rank waits to be told what to do: as long as it takes. For how it ended, as for any collective.
-IDLE = timedelta(days=365)
-# Of those who wait for their turn, between two signs of life.
-BEAT_SECONDS = 1.0
-
 
 class Lock(Protocol):
     def acquire(self, *, timeout: float) -> bool: ...
@@ -58,7 +54,7 @@ class Lock(Protocol):
 
 def gather() -> Any:
     """The group in which the ranks are told what to do. Every rank calls this once."""
-    return dist.new_group(backend="gloo", timeout=IDLE)
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=IDLE_SECONDS))
 
 
 class Leader:
@@ -109,7 +105,7 @@ class Leader:
         return self._together(self._engine.sample, request)
 
     def _together(self, method: Callable[..., T], *args: Any) -> T:
-        while not self._lock.acquire(timeout=BEAT_SECONDS):
+        while not self._lock.acquire(timeout=TURN_BEAT_SECONDS):
             beat()
         try:
             with _to_the_end():
