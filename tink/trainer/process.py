@@ -106,13 +106,15 @@ def _listen(options: Options, world: World) -> int:
 
 
 def _follow(options: Options, world: World) -> int:
-    """Any rank but the first. SIGTERM reaches all of them: the first one finishes what runs, for which it
-    needs the others, and they end when it has."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    engine = _load(options, world.new_id())
+    """Any rank but the first."""
     from tink.trainer.engines import lockstep
 
-    lockstep.follow(engine, lockstep.gather())
+    engine = _load(options, world.new_id())
+    group = lockstep.gather()
+    # It reaches all of them. The first one finishes what runs, for which it needs the others; they end when
+    # it has.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lockstep.follow(engine, group)
     return 0
 
 
@@ -200,12 +202,13 @@ def _import_engine(engine: str) -> None:
 @_uncollected()
 def _build(options: Options, incarnation: str, world: World) -> Engine:
     """In a thread: importing torch and reading the model takes seconds."""
-    engine = _load(options, incarnation)
     if options.ranks == 1:
-        return engine
+        return _load(options, incarnation)
     from tink.trainer.engines import lockstep
 
-    return lockstep.Leader(engine, lockstep.gather(), world.lock())
+    # The others wait for this one, or have failed as well: who started them shall know.
+    with lockstep.to_the_end():
+        return lockstep.Leader(_load(options, incarnation), lockstep.gather(), world.lock())
 
 
 def _load(options: Options, incarnation: str) -> Engine:

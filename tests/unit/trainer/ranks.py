@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 from tink.logs import configure_logs
 from tink.trainer.artifacts import Artifacts
 
-HERE = Path(__file__).parent
-
 
 class Group(NamedTuple):
     """The processes, the first rank first, and where the result will be."""
@@ -37,10 +35,14 @@ class Group(NamedTuple):
 
 
 def start(
-    function: Callable[..., Any], model: Path, folder: Path, spoil: Callable[..., None] | None = None
+    function: Callable[..., Any],
+    model: Path,
+    folder: Path,
+    spoil: Callable[..., None] | None = None,
+    patience: float = 300.0,
 ) -> Group:
     """Two of them. The leader calls `function(engine, artifacts)`; the other one follows, and its engine is
-    first given to `spoil`."""
+    first given to `spoil`. Each waits for the other for so many seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -58,7 +60,7 @@ def start(
         names = [_name(function), _name(spoil) if spoil else ""]
         processes.append(
             subprocess.Popen(
-                [sys.executable, str(HERE / "ranks.py"), *names, str(model), str(folder), str(result)],
+                [sys.executable, __file__, *names, *map(str, (model, folder, result, patience))],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -87,12 +89,13 @@ def _find(name: str) -> Callable[..., Any]:
     return found
 
 
-def main(function: str, spoil: str, model: str, folder: str, result: str) -> None:
+def main(function: str, spoil: str, model: str, folder: str, result: str, patience: str) -> None:
     from tink.trainer.engines import lockstep, megatron
     from tink.trainer.engines.lora_engine import LoraEngine
 
     configure_logs("info")
     rank = int(os.environ["RANK"])
+    megatron.COLLECTIVE_SECONDS = float(patience)
     artifacts = Artifacts(Path(folder) / "artifacts", f"rank{rank}")
     engine = LoraEngine(megatron.load(Path(model), "test/tiny", ranks=2), artifacts)
     group = lockstep.gather()

@@ -410,6 +410,21 @@ def dies(engine: Any) -> None:
     engine.optim_step = lambda model_id, op: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hangs(engine: Any) -> None:
+    engine.optim_step = lambda model_id, op: os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_not_waited_for_for_ever(models: dict[str, Path], tmp_path: Path) -> None:
+    group = start(two_steps, models["qwen3"], tmp_path, hangs, patience=20.0)
+    try:
+        _, errors = group.processes[0].communicate(timeout=120)
+        assert "a rank has failed" in errors
+        assert group.processes[0].returncode == 1
+    finally:
+        group.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "statuses", "says"),

@@ -135,6 +135,31 @@ def test_torchrun_starts_one_server_and_sigterm_ends_all_of_it(tmp_path: Path) -
         child.process.wait(30)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("megatron" not in ENGINES, reason="megatron-core is not installed")
+def test_torchrun_starts_all_of_them_anew_when_one_is_killed(tmp_path: Path) -> None:
+    starter = [*TORCHRUN[:-1], "--max-restarts=1", "-m"]
+    with started(tmp_path, "--engine", "megatron", starter=starter) as child:
+        child.wait_for("event=ready")
+        os.kill(child.ready["pid"], signal.SIGKILL)
+        child.wait_for("the first rank is gone")
+        child.wait_for("event=ready")
+        again = json.loads((tmp_path / "ready.json").read_bytes())
+        assert again["incarnation"] != child.ready["incarnation"]
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("event=stopped")
+        child.process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("megatron" not in ENGINES, reason="megatron-core is not installed")
+def test_a_model_that_cannot_be_divided_ends_all_of_them(tmp_path: Path, model_dir: Path) -> None:
+    """Rather than serve nothing: torchrun's supervisor shall know."""
+    with started(tmp_path, "--engine", "megatron", "--model", str(model_dir), starter=TORCHRUN) as child:
+        child.wait_for("num_key_value_heads 1 cannot be divided among 2 processes")
+        assert child.process.wait(30) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -108,7 +108,7 @@ class Leader:
         while not self._lock.acquire(timeout=TURN_BEAT_SECONDS):
             beat()
         try:
-            with _to_the_end():
+            with to_the_end():
                 dist.broadcast_object_list([(method.__name__, args)], src=0, group=self._group)
                 outcome = _perform(method, args)
                 digests: list[Any] = [None] * dist.get_world_size()
@@ -133,7 +133,7 @@ def follow(engine: Engine, group: Any) -> None:
             log.info("the first rank is gone", reason=str(error).strip().partition("\n")[0])
             return
         name, args = told[0]
-        with _to_the_end():
+        with to_the_end():
             # Whether this was what all others have found is the leader's to tell, and to end.
             dist.gather_object(_perform(getattr(engine, name), args).digest)
 
@@ -156,7 +156,7 @@ def _perform(method: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
 
 
 @contextmanager
-def _to_the_end() -> Iterator[None]:
+def to_the_end() -> Iterator[None]:
     """Whatever is raised within it ends the process."""
     try:
         yield
@@ -165,6 +165,6 @@ def _to_the_end() -> Iterator[None]:
 
 
 def _end(event: str, **fields: Any) -> NoReturn:
-    log.error(event, rank=dist.get_rank(), **fields)
+    log.error(event, rank=dist.get_rank() if dist.is_initialized() else None, **fields)
     # Not an orderly exit: other threads wait in collectives, and nothing here is worth keeping.
     os._exit(1)

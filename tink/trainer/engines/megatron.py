@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,10 +137,13 @@ def join(ranks: int = 1) -> Ranks:
     """Meets the other processes of this model, which torchrun has told where; or is alone. Once in a
     process: the model is in slices on all of them."""
     if not dist.is_initialized():
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        store, rank, size = dist.HashStore(), 0, 1
         if ranks > 1:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_SECONDS))
-        else:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun starts all of them anew with the same store, which has the addresses of the dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     return Ranks.of(parallel_state.get_tensor_model_parallel_group())
 
