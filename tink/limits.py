@@ -227,7 +227,7 @@ TRAINER_TOMBSTONES = 4096
 # for hung: a collective is small, but a rank may come late to it, after a file that only it has to read.
 COLLECTIVE_SECONDS = 300.0
 # How long it waits to be told what to do: as long as it takes.
-IDLE_SECONDS = 365 * 24 * 3600.0
+RANK_IDLE_SECONDS = 365 * 24 * 3600.0
 # Of an operation that waits for another one's end on such a model, between two signs of life.
 TURN_BEAT_SECONDS = 1.0
 # How long a stopping trainer waits for the ops that run, and then for the answers of what just ended.

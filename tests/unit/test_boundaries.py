@@ -198,6 +198,14 @@ def test_every_limit_is_in_limits() -> None:
     assert found == set()
 
 
+def test_no_limit_is_set_twice() -> None:
+    """The second of one name would silently be the first one's too."""
+    names = [node.targets[0] for node in _tree("tink.limits").body if isinstance(node, ast.Assign)]
+    found = [ast.unparse(name) for name in names]
+    assert len(found) > 50
+    assert len(found) == len(set(found))
+
+
 # -- size and leftovers -----------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ import structlog
 import torch.distributed as dist
 
 from tink.errors import TinkError
-from tink.limits import IDLE_SECONDS, TURN_BEAT_SECONDS
+from tink.limits import RANK_IDLE_SECONDS, TURN_BEAT_SECONDS
 from tink.trainer.engines.base import Engine, Facts, Sampled
 from tink.trainer.progress import beat
 from tink.wire.tink_train import (
@@ -54,7 +54,7 @@ class Lock(Protocol):
 
 def gather() -> Any:
     """The group in which the ranks are told what to do. Every rank calls this once."""
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=IDLE_SECONDS))
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=RANK_IDLE_SECONDS))
 
 
 class Leader:

@@ -145,7 +145,9 @@ def join(ranks: int = 1) -> Ranks:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
-    return Ranks.of(parallel_state.get_tensor_model_parallel_group())
+    ours = Ranks.of(parallel_state.get_tensor_model_parallel_group())
+    assert ours.size == ranks
+    return ours
 
 
 def preload() -> None:
