@@ -5,6 +5,7 @@ on however many processes. An adapter in use (lora.using) takes part in `hidden`
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class BaseModel(ABC):
 
     name: str
     path: Path
+    device: Any
     digest: str
     arch: str
     sites: lora.Sites
@@ -82,10 +84,19 @@ class BaseModel(ABC):
         )
 
 
+def device() -> Any:
+    """Where a model is put: on the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def require_determinism() -> None:
     """For this process: an operation without a deterministic kernel raises. What
     torch.use_deterministic_algorithms does, without its import of the compiler (seconds)."""
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_deterministic_debug_mode("error")
+    # Nothing here reads memory that was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def unloadable(directory: Path, error: Exception) -> StartupError:

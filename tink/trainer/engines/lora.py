@@ -41,9 +41,11 @@ _in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
 
 
 class Adapter:
-    """A and B for every target layer. `values` is the flat vector; leaving it out gives zeros."""
+    """A and B for every target layer. `values` is the flat vector; leaving it out gives zeros on `device`."""
 
-    def __init__(self, info: ModelInfo, sites: Sites, values: Tensor | None = None) -> None:
+    def __init__(
+        self, info: ModelInfo, sites: Sites, values: Tensor | None = None, device: Any = "cpu"
+    ) -> None:
         self.info = info
         self.scale = info.alpha / info.rank
         self._sites = sites
@@ -53,7 +55,7 @@ class Adapter:
             self.shapes[f"{name}.lora_A"] = (info.rank, in_features)
             self.shapes[f"{name}.lora_B"] = (out_features, info.rank)
         size = sum(rows * columns for rows, columns in self.shapes.values())
-        self.values = torch.zeros(size) if values is None else values
+        self.values = torch.zeros(size, device=device) if values is None else values
         assert self.values.shape == (size,)
         self._parts = self.split(self.values)
         for part in self._parts.values():
@@ -78,7 +80,7 @@ class Adapter:
         }
         if wrong:
             raise BackendError(f"the tensors do not fit the model: {', '.join(sorted(wrong)[:3])}")
-        return torch.cat([parts[name].float().reshape(-1) for name in self.shapes])
+        return torch.cat([parts[name].float().reshape(-1) for name in self.shapes]).to(self.values.device)
 
     def with_values(self, values: Tensor) -> Adapter:
         return Adapter(self.info, self._sites, values)
@@ -92,10 +94,10 @@ class Adapter:
         return self._pairs.get(name)
 
 
-def fresh(info: ModelInfo, sites: Sites) -> Adapter:
+def fresh(info: ModelInfo, sites: Sites, device: Any = "cpu") -> Adapter:
     """B = 0, and A uniform in ±1/sqrt(in_features) from a generator that the seed and the layer's name
     start: the same numbers in every engine, whatever the order in which they are drawn."""
-    adapter = Adapter(info, sites)
+    adapter = Adapter(info, sites, device=device)
     for name, part in adapter.split(adapter.values).items():
         layer, _, kind = name.rpartition(".")
         if kind == "lora_A":

@@ -68,7 +68,7 @@ class Megatron(BaseModel):
 
     def _rotary(self, start: int, length: int) -> Tensor:
         """Angles of so many positions, as Megatron's attention takes them: (S, 1, 1, head size)."""
-        positions = torch.arange(start, start + length, dtype=torch.float32)
+        positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)
         return torch.outer(positions, self.frequencies).repeat(1, 2)[:, None, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -171,15 +171,17 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> 
         model = _build(config, getattr(torch, dtype), files, ranks)
         weights.fill(model, files, config, ours)
         count = files.count
-    model.eval().requires_grad_(False)
+    device = base_model.device()
+    model.to(device).eval().requires_grad_(False)
     generation = _generation(directory)
     return Megatron(
         model=model,
-        frequencies=_frequencies(config),
+        frequencies=_frequencies(config).to(device),
         ranks=ours,
         tokenizer=tokenizer,
         name=name,
         path=directory,
+        device=device,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
         sites=sharded_lora.install(model, config, _head_size(config), ours),

@@ -43,7 +43,7 @@ def sample(base: BaseModel, adapter: lora.Adapter | None, request: SampleRequest
     with torch.inference_mode():
         cache = base.new_cache()
         with lora.using(adapter):
-            hidden = base.hidden(torch.tensor([request.prompt]), cache)[0]
+            hidden = base.hidden(torch.tensor([request.prompt], device=base.device), cache)[0]
         response = pb.SampleResponse()
         if scores.wanted(request):
             scores.fill(response, request, base, adapter, hidden)
@@ -87,7 +87,9 @@ def _generate(
             if not torch.isfinite(logprobs.amax(-1)).all():
                 raise UserError("the model's logits are not finite: its training has diverged")
             uniform = streams.next()[alive]
-            chosen = drawing.choose(logits, uniform, request.temperature, request.top_k, request.top_p)
+            # Sums along a row are not deterministic on a GPU.
+            drawn = drawing.choose(logits.cpu(), uniform, request.temperature, request.top_k, request.top_p)
+            chosen = drawn.to(logits.device)
             own = logprobs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             top = None
             if request.topk_sample_logprobs:
@@ -107,7 +109,7 @@ def _generate(
             if not going or step == limit - 1:
                 break
             if len(going) < len(alive):
-                index = torch.tensor(going)
+                index = torch.tensor(going, device=base.device)
                 cache.batch_select_indices(index)
                 chosen = chosen[index]
                 alive = [alive[place] for place in going]

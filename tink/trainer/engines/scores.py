@@ -50,7 +50,7 @@ def fill(
     drawn_values = torch.zeros(drawn.shape)
     random = drawing.generator(request.seed, "prompt")
     uniform = torch.rand(drawn.shape, generator=random, dtype=torch.float64)
-    tokens = torch.tensor(request.prompt)
+    tokens = torch.tensor(request.prompt, device=base.device)
 
     for start in range(0, length - 1, base.rows):
         # Row r of these logits scores position r + 1.
@@ -63,13 +63,15 @@ def fill(
         if top_ids.numel():
             top_values[scored], top_ids[scored] = topk(logprobs, request.topk_prompt_logprobs)
         if given.numel():
-            ids = given[rows]
+            ids = given[rows].to(base.device)
             found = logprobs.gather(-1, ids.clamp(min=0))
             given_values[rows] = found.masked_fill(ids < 0, 0.0)
         for column in range(drawn.shape[1]):
-            choice = drawing.choose(logits, uniform[rows, column], request.temperature)
+            choice = drawing.choose(logits.cpu(), uniform[rows, column], request.temperature)
             drawn[rows, column] = choice
-            drawn_values[rows, column] = logprobs.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+            drawn_values[rows, column] = logprobs.gather(-1, choice.to(base.device).unsqueeze(-1)).squeeze(
+                -1
+            )
 
     if request.prompt_logprobs:
         own[:first] = float("nan")
@@ -93,7 +95,7 @@ def fill(
 def topk(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, ids) of the k likeliest of each row, likeliest first."""
     found = logprobs.topk(k, dim=-1)
-    return found.values, found.indices
+    return found.values.cpu(), found.indices.cpu()
 
 
 def topk_message(ids: Tensor, values: Tensor) -> pb.TopkLogprobs:
