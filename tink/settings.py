@@ -55,6 +55,12 @@ class Settings:
     )
     use_hf: Switch = _setting("auto", "USE_HF", "HuggingFace engine: auto is on when both others are off")
     use_megatron: bool = _setting(False, "USE_MEGATRON", "train on a Megatron server")
+    megatron_server_url: str = _setting(
+        "http://127.0.0.1:5000", "MEGATRON_SERVER_URL", "where that server (`tink trainer`) is"
+    )
+    trainer_token: str = _setting(
+        "", "TINK_TRAINER_TOKEN", "what the callers of a `tink trainer` must carry", secret=True
+    )
     use_vllm: bool = _setting(False, "USE_VLLM", "sample on vLLM")
     vllm_base_url: str = _setting(
         "", "VLLM_BASE_URL", "vLLM servers, comma-separated (default: http://VLLM_HOST:VLLM_PORT)"
@@ -211,6 +217,11 @@ class Settings:
                 yield f"{name}: {value} must be at least {bound}"
         if not 0 < self.vllm_gpu_memory_util <= 1:
             yield f"VLLM_GPU_MEMORY_UTIL: {self.vllm_gpu_memory_util} is not above 0 and up to 1"
+        if self.use_megatron and not _is_origin(self.megatron_server_url):
+            yield (
+                f"MEGATRON_SERVER_URL: {self.megatron_server_url!r} is not where a server is, such as "
+                "http://127.0.0.1:5000"
+            )
         if not 0 < self.lora_alpha < float("inf"):
             yield f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0"
         if self.log_level not in {"debug", "info", "warning", "error"}:
@@ -246,8 +257,8 @@ def _is_origin(url: str) -> bool:
     return bool(whole) and not (parts.path or parts.query or parts.fragment)
 
 
-# Read by the trainer itself, and by the tests.
-OTHERS = frozenset({"TINK_TRAINER_TOKEN", "TINK_TEST_VLLM"})
+# Read by the tests.
+OTHERS = frozenset({"TINK_TEST_VLLM"})
 
 
 def _switch(text: str) -> str:

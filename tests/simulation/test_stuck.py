@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from tests.simulation.cluster import TENANT, Cluster
-from tests.simulation.doubles import Network, SimulatedWorld
+from tests.simulation.doubles import Network, SimulatedTrainer, SimulatedWorld
 from tests.simulation.scenario import batch, events, json, step
+from tink.actors.external import ExternalTrainer
 from tink.domain import messages
 from tink.limits import SEQ_GAP_SECONDS, WRONG_ANSWERS
 from tink.wire import tink_train
@@ -220,6 +221,33 @@ async def test_work_that_hangs_is_told_of_then_ended_and_redone(
         assert 400.0 < trio.current_time() - hung[0] < 450.0
         assert [line["event"] for line in lines].count("no progress") == 1
         assert [line["event"] for line in lines].count("trainer is replaced") == 1
+        cluster.check_journal()
+
+
+async def test_a_server_of_somebody_elses_that_hangs_is_used_again_once_it_was_restarted(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await _expected(tmp_path / "one", 6)
+    monkeypatch.setattr(SimulatedTrainer, "find", ExternalTrainer("http://trainer.sim", "").find)
+    async with Cluster.running(tmp_path / "two", hang_seconds=400.0) as cluster:
+        model = await _model(cluster)
+        results = await _train(cluster, model, 1, 2)
+        hung = _hang(monkeypatch, "ForwardBackward(")
+
+        async def restart() -> None:
+            await trio.sleep(1000.0)
+            health: messages.Health = await cluster.ask(messages.GetHealth(""))
+            assert "another must take its place" in health.servers["trainer"]
+            assert "TINK_HANG_SECONDS" in health.servers["trainer"]
+            assert cluster.trainer.lives == 1
+            cluster.trainer.kill()
+            await cluster.start_trainer()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(restart)
+            results += await _train(cluster, model, 3, 6)
+        assert results == expected
+        assert trio.current_time() - hung[0] > 900.0
         cluster.check_journal()
 
 

@@ -189,13 +189,6 @@ def test_serve_takes_options_before_variables(served, monkeypatch, tmp_path):
     assert (served[0].port, served[0].home) == (1, tmp_path / "other")
 
 
-def test_serve_refuses_backends_that_are_not_there_yet(served, monkeypatch, capsys):
-    monkeypatch.setenv("USE_MEGATRON", "true")
-    assert main(["serve"]) == 2
-    assert "not there yet" in capsys.readouterr().err
-    assert served == []
-
-
 def test_serve_prints_a_line_for_each_mistake(served, monkeypatch, capsys):
     monkeypatch.setenv("TINK_PROT", "1")
     monkeypatch.setenv("MAX_WORKERS", "many")
@@ -203,6 +196,13 @@ def test_serve_prints_a_line_for_each_mistake(served, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 2
     assert all(line.startswith("tink serve: ") for line in err.splitlines())
+
+
+def test_where_the_megatron_server_is_matters_only_if_it_is_used():
+    assert Settings.load({"MEGATRON_SERVER_URL": "gpu-1"}).use_megatron is False
+    with pytest.raises(StartupError, match="MEGATRON_SERVER_URL: 'gpu-1' is not where a server is"):
+        Settings.load({"MEGATRON_SERVER_URL": "gpu-1", "USE_MEGATRON": "true"})
+    assert Settings.load({"USE_MEGATRON": "true"}).megatron_server_url == "http://127.0.0.1:5000"
 
 
 def test_vllm_servers_are_a_list_of_urls_or_the_one_of_host_and_port():

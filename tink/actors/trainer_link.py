@@ -79,6 +79,7 @@ class TrainerLink:
         self._look = trio.Event()
         self._backoff = Backoff()
         self._unfit: str | None = None
+        self._why_unfit = ""
         self._failures = 0  # to begin a life, in a row
         self._told: str | None = None  # why the server is lost
         self._idle: set[str] = set()  # jobs whose operations were told of
@@ -153,6 +154,13 @@ class TrainerLink:
         """The life of now, if there is one."""
         return self._life
 
+    @property
+    def state(self) -> str:
+        """For people: `ready`, or why it is waited for."""
+        if self._life is not None:
+            return "ready"
+        return f"awaited: {self._told}" if self._told else "awaited"
+
     async def run(self) -> None:
         """Keeps the link for ever. StartupError if the first server cannot be had at all: then it is the
         configuration; a later one is tried again and again."""
@@ -179,7 +187,7 @@ class TrainerLink:
             log.warning("trainer lost", reason=reason)
 
     def _condemn(self, incarnation: str, reason: str) -> None:
-        self._unfit = incarnation
+        self._unfit, self._why_unfit = incarnation, reason
         log.error("trainer is replaced", reason=reason)
 
     async def _keep(self, client: TrainerClient) -> None:
@@ -195,7 +203,10 @@ class TrainerLink:
             if health.state == "broken":
                 raise StartupError(f"the trainer at {client.url} is broken: {health.detail}")
             if health.incarnation == self._unfit:
-                raise TrainerGone(f"the trainer at {client.url} is being replaced")
+                raise TrainerGone(
+                    f"the trainer at {client.url} is not used any more, another must take its place: "
+                    f"{self._why_unfit}"
+                )
             if known is not None and known != health.incarnation:
                 raise TrainerGone(f"the trainer at {client.url} was restarted")
             known = health.incarnation

@@ -140,7 +140,7 @@ def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
     def health() -> dict[str, str]:
         states = {replica.url: replica.state for replica in replicas}
         if link is not None:
-            states["trainer"] = "awaited" if link.present is None else "ready"
+            states["trainer"] = link.state
         return states
 
     return Backends(base, health)

@@ -40,9 +40,10 @@ class WorkerStatus(msgspec.Struct, kw_only=True):
 
 
 class TrainerStatus(msgspec.Struct, kw_only=True):
-    """`silent`: the process is there, and does not answer."""
+    """`silent`: the process is there, and does not answer. `awaited`: it is none of the worker's own, which
+    waits for it."""
 
-    state: Literal["ready", "loading", "broken", "silent", "stopped"]
+    state: Literal["ready", "loading", "broken", "silent", "stopped", "awaited"]
     pid: int | None = None
     url: str | None = None
     incarnation: str | None = None
@@ -64,6 +65,9 @@ def probe(home: Home, last: rows.Incarnation | None, world: World) -> tuple[Work
 
     worker, trainer = _worker(home, last, world), _trainer(home)
     trio.run(both)
+    if trainer.state == "stopped" and "trainer" in worker.servers:
+        state, _, trainer.detail = worker.servers["trainer"].partition(": ")
+        trainer.state = "ready" if state == "ready" else "awaited"
     return worker, trainer
 
 

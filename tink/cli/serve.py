@@ -76,11 +76,6 @@ def problems(settings: Settings, *, no_auth: bool) -> Iterator[str]:
             f"{settings.host} can be reached from other machines: set TINK_API_KEYS=KEY=TENANT,... "
             "or pass --no-auth if you mean it"
         )
-    if settings.use_megatron:
-        yield (
-            "this version trains on the embedded engine only: unset USE_MEGATRON (the Megatron backend is "
-            "not there yet)"
-        )
     if "hf" in settings.routes:
         try:
             engines.check("hf")

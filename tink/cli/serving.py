@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 import tink
 from tink.actors.embedded import EmbeddedTrainer
+from tink.actors.external import ExternalTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
@@ -40,8 +41,10 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
     async with Journal.open(
         home, world, version=tink.__version__, settings_digest=settings.digest
     ) as journal:
-        trainer = EmbeddedTrainer(settings, home, world)
-        async with open_worker(journal, trainer.find, settings, world) as router:
+        embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
+        external = ExternalTrainer(settings.megatron_server_url, settings.trainer_token)
+        find = external.find if embedded is None else embedded.find
+        async with open_worker(journal, find, settings, world) as router:
             app = create_app(
                 router.ask,
                 auth=Auth(settings.tenants),
@@ -49,8 +52,9 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
                 secret=home.load_secret(),
                 world=world,
             )
-            await _listen(app, listener, router, settings, home, trainer)
-        await trainer.stop()
+            await _listen(app, listener, router, settings, home, embedded)
+        if embedded is not None:
+            await embedded.stop()
     log.info("stopped")
 
 
@@ -60,7 +64,7 @@ async def _listen(
     router: Router,
     settings: Settings,
     home: Home,
-    trainer: EmbeddedTrainer,
+    embedded: EmbeddedTrainer | None,
 ) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
     port = listener.getsockname()[1]
@@ -84,7 +88,7 @@ async def _listen(
             await serving.start(serve)
             record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
             home.announce(record)
-            write_line(_banner(settings, _url(public, port), trainer), sys.stdout)
+            write_line(_banner(settings, _url(public, port), embedded), sys.stdout)
             try:
                 await stop.wait()
             finally:
@@ -107,7 +111,7 @@ async def _await_signals(
             stop.set()
 
 
-def _banner(settings: Settings, url: str, trainer: EmbeddedTrainer) -> str:
+def _banner(settings: Settings, url: str, embedded: EmbeddedTrainer | None) -> str:
     model = settings.hf_model_name or settings.hf_model or "tink/qwen3-tiny (built in)"
     if settings.tenants:
         auth = f"API keys of {len(set(settings.tenants.values()))} tenant(s); clients pass TINKER_API_KEY"
@@ -115,9 +119,11 @@ def _banner(settings: Settings, url: str, trainer: EmbeddedTrainer) -> str:
     else:
         auth, key = "none: everyone who reaches the port is one tenant", "tml-local"
     rows = [("mode", settings.routes.mode)]
-    if settings.routes.trainer:
+    if embedded is None:
+        rows.append(("trainer", f"{settings.megatron_server_url}, one training job at a time"))
+    elif settings.routes.trainer:
         engine = f"embedded, HuggingFace engine, {settings.max_workers} adapters at once"
-        rows += [("model", model), ("trainer", f"{engine}, log in {trainer.log_file}")]
+        rows += [("model", model), ("trainer", f"{engine}, log in {embedded.log_file}")]
     if settings.routes.sampling == "vllm":
         rows.append(("vllm", ", ".join(settings.vllm_urls)))
     rows += [

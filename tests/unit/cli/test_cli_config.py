@@ -79,7 +79,7 @@ def test_everything_that_is_wrong_has_a_line_beside_the_settings(tink, monkeypat
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("TINK_HOST", "0.0.0.0", "--no-auth"), ("USE_MEGATRON", "true", "unset USE_MEGATRON")],
+    [("TINK_HOST", "0.0.0.0", "--no-auth"), ("TINK_API_KEYS", "alone", "KEY=TENANT")],
 )
 def test_what_serve_would_refuse_is_told(tink, monkeypatch, name, value, says):
     monkeypatch.setenv(name, value)
