@@ -41,7 +41,7 @@ _in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
 
 
 class Adapter:
-    """A and B for every target layer. `values` is the flat vector; leaving it out gives zeros on `device`."""
+    """A and B for every target layer. `values` is the flat vector; without it, zeros on `device`."""
 
     def __init__(
         self, info: ModelInfo, sites: Sites, values: Tensor | None = None, device: Any = "cpu"
