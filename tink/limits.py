@@ -213,9 +213,9 @@ SAMPLE_KEEP_BYTES = 64 * 1024 * 1024
 # Padded tokens that go through the model at once while training: a laptop's caches are warm, and an
 # 8B model's activations still fit.
 MICRO_BATCH_TOKENS = 4096
-# Logits (rows x vocabulary) held at once, in cells of 4 bytes: 64 MiB, and as much again for their
-# gradient.
-LOGIT_CELLS = 16 * 1024 * 1024
+# Logits (rows x vocabulary) held at once, in cells of 4 bytes and several times over: what stays in caches
+# on a CPU, and what keeps a GPU busy.
+LOGIT_CELLS = {"cpu": 16 * 1024 * 1024, "cuda": 256 * 1024 * 1024}
 # Continuations of one prompt that are generated at once; more go in further waves.
 SAMPLE_ROWS = 64
 # Results of one model that wait to be acknowledged. A worker acks with each op, so that more than

@@ -21,9 +21,10 @@ from trainer_kit import CREATE, STEP, body, datum, logprobs, state, supervised, 
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from tink.errors import BackendError, UserError
+from tink.limits import LOGIT_CELLS
 from tink.trainer import batch
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import base_model, lora
+from tink.trainer.engines import lora
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire.tink_train import (
@@ -208,7 +209,7 @@ def test_logits_in_pieces_are_the_logits_at_once(
     engine.create("whole", CREATE)
     engine.create("pieces", CREATE)
     whole = train(engine, "whole")
-    monkeypatch.setattr(base_model, "LOGIT_CELLS", 320 * 7)
+    monkeypatch.setitem(LOGIT_CELLS, "cpu", 320 * 7)
     for ours, theirs in zip(train(engine, "pieces"), whole, strict=True):
         for one, other in zip(logprobs(ours), logprobs(theirs), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
@@ -218,13 +219,13 @@ def test_the_backward_pass_has_the_adapter_of_the_forward_pass(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is called without one, as by a thread of torch's own."""
-    monkeypatch.setattr(base_model, "LOGIT_CELLS", 320 * 7)
+    monkeypatch.setitem(LOGIT_CELLS, "cpu", 320 * 7)
     adapter = lora.fresh(ModelInfo(4, 8.0, 7, True, True, True), base.sites)
     ids = torch.arange(20).unsqueeze(0)
     gradients = []
     for outside in (False, True):
         with lora.using(adapter):
-            logprobs = base.logprobs(base.hidden(ids)[0], ids.T)
+            logprobs = base.head.logprobs(base.hidden(ids)[0], ids.T)
             within = None if outside else adapter.gradient(logprobs.sum())
         gradients.append(adapter.gradient(logprobs.sum()) if within is None else within)
     assert torch.equal(*gradients)
@@ -479,7 +480,7 @@ def test_the_base_is_never_touched(engine: LoraEngine, kind: ModuleType, model_d
 
     def logits(base: BaseModel) -> torch.Tensor:
         with torch.inference_mode():
-            return base.logits(base.hidden(ids))
+            return base.head.logits(base.hidden(ids))
 
     before = logits(engine._base)
     train(engine, "m")

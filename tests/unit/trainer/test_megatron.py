@@ -97,7 +97,7 @@ def plain(models: dict[str, Path]) -> dict[str, np.ndarray]:
 
 def _logits(base: BaseModel) -> np.ndarray:
     with torch.inference_mode():
-        return base.logits(base.hidden(IDS)).numpy()
+        return base.head.logits(base.hidden(IDS)).numpy()
 
 
 def _cached(base: BaseModel) -> np.ndarray:
@@ -105,13 +105,13 @@ def _cached(base: BaseModel) -> np.ndarray:
     with torch.inference_mode():
         cache = base.new_cache()
         pieces = [IDS[:, :8], *IDS[:, 8:].split(1, dim=1)]
-        return base.logits(torch.cat([base.hidden(piece, cache) for piece in pieces], 1)).numpy()
+        return base.head.logits(torch.cat([base.hidden(piece, cache) for piece in pieces], 1)).numpy()
 
 
 def _scored(base: BaseModel) -> np.ndarray:
     """log p of every token of the vocabulary at each place of the first row: (33, 320)."""
     with torch.inference_mode():
-        return base.logprobs(base.hidden(IDS)[0], torch.arange(320).expand(33, -1)).numpy()
+        return base.head.logprobs(base.hidden(IDS)[0], torch.arange(320).expand(33, -1)).numpy()
 
 
 # -- the base model -------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_logits_are_those_of_transformers(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_said_of_a_model_is_what_transformers_says(models: dict[str, Path], name: str) -> None:
     ours, theirs = megatron.load(models[name], name), huggingface.load(models[name], name)
-    assert list(ours.sites.items()) == list(theirs.sites.items())
+    assert list(ours.sites.shapes.items()) == list(theirs.sites.shapes.items())
     for field in ("digest", "arch", "eos", "vocab_size", "context", "parameters"):
         assert getattr(ours, field) == getattr(theirs, field), field
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from trainer_kit import body, datum, floats, ints, logprobs, sampled, supervised
 
 from tink.errors import BackendError, UserError
-from tink.limits import MAX_NUM_SAMPLES
+from tink.limits import LOGIT_CELLS, MAX_NUM_SAMPLES
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import base_model, drawing
+from tink.trainer.engines import drawing
 from tink.trainer.engines import sampler as sampler_module
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.lora_engine import LoraEngine
@@ -46,7 +46,7 @@ def plain(engine: LoraEngine, text: list[int], model_id: str | None = None) -> n
     """log p of every token of the vocabulary after every prefix, by one forward pass: (N, V)."""
     base = engine._base
     with torch.inference_mode():
-        return base.logits(base.hidden(torch.tensor([text]))[0]).log_softmax(-1).numpy()
+        return base.head.logits(base.hidden(torch.tensor([text]))[0]).log_softmax(-1).numpy()
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_scores_in_pieces_are_the_scores_at_once(
         "targets": [[1]] * 5,
     }
     whole = ask(engine, **fields)
-    monkeypatch.setattr(base_model, "LOGIT_CELLS", 320 * 2)
+    monkeypatch.setitem(LOGIT_CELLS, "cpu", 320 * 2)
     pieces = ask(engine, **fields)
     assert pieces.prompt_alt_tokens.tokens == whole.prompt_alt_tokens.tokens
     assert pieces.topk_prompt_logprobs.token_ids == whole.topk_prompt_logprobs.token_ids

@@ -1,5 +1,6 @@
 """What an engine needs of a base model: the frozen weights below every adapter, however they are held and
-on however many processes. An adapter in use (lora.using) takes part in `hidden`, `logits` and `score`.
+on however many processes. An adapter in use (lora.using) takes part in `hidden`, and in what the head makes
+of it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
 
 from tink.errors import StartupError
-from tink.limits import LOGIT_CELLS
 from tink.trainer.engines import lora
+from tink.trainer.engines.head import Head
 
 Tensor = Any
 
@@ -32,10 +32,10 @@ class BaseModel(ABC):
 
     name: str
     path: Path
-    device: Any
     digest: str
     arch: str
     sites: lora.Sites
+    head: Head
     tokenizer: Any
     eos: frozenset[int]
     vocab_size: int
@@ -43,18 +43,14 @@ class BaseModel(ABC):
     parameters: int
     versions: dict[str, str]
 
+    @property
+    def device(self) -> Any:
+        return self.sites.device
+
     @abstractmethod
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         """ids (B, S) -> (B, S, H). No mask: rows are padded on the right or not at all, where a causal
         model cannot see it. With a cache, the ids go behind what it has, and are added to it."""
-
-    @abstractmethod
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> float32 (..., V)."""
-
-    @abstractmethod
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden (T, H), targets (T, K) -> log p(target), float32 (T, K)."""
 
     def total(self, gradient: Tensor) -> Tensor:
         """The gradient of an adapter, of which each process that holds a part of the model has a part."""
@@ -63,25 +59,6 @@ class BaseModel(ABC):
     def new_cache(self) -> Any:
         """Keys and values of a prompt, for `hidden`."""
         return transformers.DynamicCache()
-
-    @property
-    def rows(self) -> int:
-        """Positions whose logits may be held at once."""
-        return max(LOGIT_CELLS // self.vocab_size, 1)
-
-    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`score`, of any number of positions. K targets of one position share its row of logits. Logits
-        are made a few rows at a time, and again in the backward pass, since a whole batch of them would be
-        the largest thing in memory by far."""
-        if len(hidden) <= self.rows:
-            return self.score(hidden, targets)
-        pieces = zip(hidden.split(self.rows), targets.split(self.rows), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([self.score(*piece) for piece in pieces])
-        score = lora.bound(self.score)
-        return torch.cat(
-            [checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-        )
 
 
 def device() -> Any:

@@ -14,6 +14,8 @@ import transformers
 from tink.errors import StartupError
 from tink.trainer.engines import base_model, lora
 from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.head import Head
+from tink.trainer.engines.parallel import Ranks
 
 Tensor = Any
 
@@ -23,24 +25,16 @@ NAMED = ("AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationMix
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(BaseModel):
-    """`trunk` gives hidden states, `head` logits of them."""
+    """`trunk` gives hidden states."""
 
     engine = "hf"
 
     trunk: Any
-    head: Any
     config: Any
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         out = self.trunk(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         return out.last_hidden_state
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden).float()
-
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(hidden)
-        return logits.gather(-1, targets) - logits.logsumexp(-1, keepdim=True)
 
     def new_cache(self) -> Any:
         return transformers.DynamicCache(config=self.config)
@@ -66,10 +60,11 @@ def load(directory: Path, name: str, dtype: str = "float32") -> HuggingFace:
         raise base_model.unloadable(directory, error) from error
     device = base_model.device()
     model.to(device).eval().requires_grad_(False)
-    head = model.get_output_embeddings()
     sites = _install(model)
-    if head is None or not sites:
+    output = model.get_output_embeddings()
+    if not isinstance(output, torch.nn.Linear) or not sites.shapes:
         raise StartupError(f"{directory}: {type(model).__name__} has no layers that LoRA knows")
+    head = Head(output.weight, output.bias, Ranks.alone())
     _check_head(model, head)
     config = model.config
     return HuggingFace(
@@ -79,7 +74,6 @@ def load(directory: Path, name: str, dtype: str = "float32") -> HuggingFace:
         config=config,
         name=name,
         path=directory,
-        device=device,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
         sites=sites,
@@ -91,15 +85,16 @@ def load(directory: Path, name: str, dtype: str = "float32") -> HuggingFace:
     )
 
 
-def _install(model: Any) -> dict[str, tuple[int, int]]:
-    """Puts the hooks on every layer that an adapter may have, and says which those are."""
-    sites = {}
+def _install(model: Any) -> lora.Sites:
+    """Puts the hooks on every layer that an adapter may have but the head, and says which those are."""
+    shapes = {}
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, torch.nn.Linear) and leaf in lora.LEAVES:
-            sites[name] = (module.out_features, module.in_features)
-            module.register_forward_hook(partial(_add, name))
-    return sites
+            shapes[name] = (module.out_features, module.in_features)
+            if leaf not in lora.UNEMBED:
+                module.register_forward_hook(partial(_add, name))
+    return lora.Sites(shapes, model.device, model.dtype)
 
 
 def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -108,17 +103,15 @@ def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Te
     if adapter is None or pair is None:
         return None
     a, b = pair
-    x = args[0]
-    delta = (x.to(a.dtype) @ a.T) @ b.T
-    return output + (delta * adapter.scale).to(output.dtype)
+    return lora.add_(output, args[0] @ a.T, b, adapter.scale)
 
 
-def _check_head(model: Any, head: Any) -> None:
+def _check_head(model: Any, head: Head) -> None:
     """Trunk and head are called apart; a model that does more than that (soft caps, scaled logits)
     would be trained wrongly without a word."""
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
     with torch.inference_mode():
-        whole = model(input_ids=ids).logits
-        parts = head(model.base_model(input_ids=ids).last_hidden_state)
-    if not torch.allclose(whole, parts, atol=1e-4 if whole.dtype == torch.float32 else 1e-2):
+        whole = model(input_ids=ids).logits.float()
+        parts = head.logits(model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(whole, parts, atol=1e-4 if model.dtype == torch.float32 else 1e-2):
         raise StartupError(f"{type(model).__name__} changes its logits after lm_head: unsupported")

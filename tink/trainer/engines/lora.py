@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,30 +35,37 @@ MLP = frozenset(("gate_proj", "up_proj", "down_proj"))
 UNEMBED = frozenset(("lm_head",))
 LEAVES = ATTENTION | MLP | UNEMBED
 
-# Layer name -> (out_features, in_features), in the model's order.
-Sites = Mapping[str, tuple[int, int]]
+
+@dataclass(frozen=True)
+class Sites:
+    """The layers of a base model that an adapter may have. `shapes`: name -> (out_features, in_features),
+    in the model's order; `device` and `dtype` are those of their weights, and the adapter's products'."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    device: Any
+    dtype: Any
+
 
 _in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
 
 
 class Adapter:
-    """A and B for every target layer. `values` is the flat vector; without it, zeros on `device`."""
+    """A and B for every target layer. `values` is the flat float32 vector; leaving it out gives zeros."""
 
-    def __init__(
-        self, info: ModelInfo, sites: Sites, values: Tensor | None = None, device: Any = "cpu"
-    ) -> None:
+    def __init__(self, info: ModelInfo, sites: Sites, values: Tensor | None = None) -> None:
         self.info = info
         self.scale = info.alpha / info.rank
         self._sites = sites
         self.shapes: dict[str, tuple[int, int]] = {}
         for name in targets(info, sites):
-            out_features, in_features = sites[name]
+            out_features, in_features = sites.shapes[name]
             self.shapes[f"{name}.lora_A"] = (info.rank, in_features)
             self.shapes[f"{name}.lora_B"] = (out_features, info.rank)
         size = sum(rows * columns for rows, columns in self.shapes.values())
-        self.values = torch.zeros(size, device=device) if values is None else values
+        self.values = torch.zeros(size, device=sites.device) if values is None else values
         assert self.values.shape == (size,)
-        self._parts = self.split(self.values)
+        # The matrices that compute: views of the values themselves, if the base is in float32.
+        self._parts = self.split(self.values.to(sites.dtype))
         for part in self._parts.values():
             part.requires_grad_()
         self._pairs = {
@@ -86,18 +94,18 @@ class Adapter:
         return Adapter(self.info, self._sites, values)
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """d loss / d values, flat. Touches no `.grad`, so that it can be thrown away."""
+        """d loss / d values, flat, float32. Touches no `.grad`, so that it can be thrown away."""
         parts = list(self._parts.values())
-        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parts)])
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parts)]).float()
 
     def pair(self, name: str) -> tuple[Tensor, Tensor] | None:
         return self._pairs.get(name)
 
 
-def fresh(info: ModelInfo, sites: Sites, device: Any = "cpu") -> Adapter:
+def fresh(info: ModelInfo, sites: Sites) -> Adapter:
     """B = 0, and A uniform in ±1/sqrt(in_features) from a generator that the seed and the layer's name
     start: the same numbers in every engine, whatever the order in which they are drawn."""
-    adapter = Adapter(info, sites, device=device)
+    adapter = Adapter(info, sites)
     for name, part in adapter.split(adapter.values).items():
         layer, _, kind = name.rpartition(".")
         if kind == "lora_A":
@@ -115,7 +123,7 @@ def targets(info: ModelInfo, sites: Sites) -> list[str]:
         MLP if info.train_mlp else (),
         UNEMBED if info.train_unembed else (),
     )
-    return [name for name in sites if name.rpartition(".")[2] in leaves]
+    return [name for name in sites.shapes if name.rpartition(".")[2] in leaves]
 
 
 def check(info: ModelInfo, sites: Sites) -> None:
@@ -140,6 +148,17 @@ def using(adapter: Adapter | None) -> Iterator[None]:
 
 def in_use() -> Adapter | None:
     return _in_use.get()
+
+
+def add(output: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:
+    """output (..., out_features) + scale * inner (..., rank) @ b.T"""
+    return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b.T, alpha=scale).view_as(output)
+
+
+def add_(output: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The same, written into the output, which nobody else holds."""
+    output.view(-1, output.shape[-1]).addmm_(inner.flatten(0, -2), b.T, alpha=scale)
+    return output
 
 
 def bound(function: Callable[P, R]) -> Callable[P, R]:

@@ -50,7 +50,7 @@ class LoraEngine:
     def __init__(self, base: BaseModel, artifacts: Artifacts, threads: int = 1) -> None:
         torch.set_num_threads(threads)
         self._base = base
-        self._states = States(artifacts, base.name, base.digest, base.sites, base.device)
+        self._states = States(artifacts, base.name, base.digest, base.sites)
         self._models: dict[str, Trained] = {}
         self.facts = Facts(
             engine=base.engine,
@@ -87,7 +87,7 @@ class LoraEngine:
                 train_unembed=op.train_unembed,
             )
             lora.check(info, self._base.sites)
-            adapter = lora.fresh(info, self._base.sites, self._base.device)
+            adapter = lora.fresh(info, self._base.sites)
             trained = Trained(adapter, Moments.zero(adapter.values))
         else:
             trained = self._states.load(op.source, optimizer=op.optimizer)
@@ -207,7 +207,7 @@ class LoraEngine:
         hidden = self._base.hidden(ids.to(device))
         packed = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
         targets = torch.cat([datum.targets.reshape(datum.length, -1) for datum in group])
-        scored = self._base.logprobs(packed, targets.to(device)).split(lengths)
+        scored = self._base.head.logprobs(packed, targets.to(device)).split(lengths)
         pieces = [piece.reshape(datum.targets.shape) for piece, datum in zip(scored, group, strict=True)]
         each = [
             batch.loss.function(

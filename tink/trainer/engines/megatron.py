@@ -21,8 +21,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tink.errors import StartupError
 from tink.limits import COLLECTIVE_SECONDS
-from tink.trainer.engines import base_model, sharded_lora, weights
+from tink.trainer.engines import base_model, lora, sharded_lora, weights
 from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.head import Head
 from tink.trainer.engines.parallel import Ranks
 
 with warnings.catch_warnings():
@@ -70,27 +71,6 @@ class Megatron(BaseModel):
         """Angles of so many positions, as Megatron's attention takes them: (S, 1, 1, head size)."""
         positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)
         return torch.outer(positions, self.frequencies).repeat(1, 2)[:, None, None]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.ranks.gather(self._some_logits(hidden))
-
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Of a vocabulary in slices: what is communicated is three numbers a row, never logits."""
-        logits = self._some_logits(hidden)
-        peak = self.ranks.max(logits.detach().amax(-1, keepdim=True))
-        mine = self.ranks.slice(self.vocab_size)
-        absent = (targets < mine.start) | (targets >= mine.stop)
-        found = logits.gather(-1, (targets - mine.start).masked_fill(absent, 0)).masked_fill(absent, 0.0)
-        mass = (logits - peak).exp().sum(-1, keepdim=True)
-        mass, found = self.ranks.summed(torch.cat([mass, found], -1)).split([1, targets.shape[-1]], -1)
-        return found - peak - mass.log()
-
-    def _some_logits(self, hidden: Tensor) -> Tensor:
-        """Those of this rank's part of the vocabulary."""
-        model = self.model
-        tied = model.share_embeddings_and_output_weights
-        weight = model.shared_embedding_or_output_weight() if tied else None
-        return model.output_layer(hidden, weight=weight)[0].float()
 
     def total(self, gradient: Tensor) -> Tensor:
         return self.ranks.sum(gradient)
@@ -173,18 +153,22 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> 
         count = files.count
     device = base_model.device()
     model.to(device).eval().requires_grad_(False)
+    tied = config.tie_word_embeddings
+    head = (model.embedding.word_embeddings if tied else model.output_layer).weight
     generation = _generation(directory)
     return Megatron(
         model=model,
         frequencies=_frequencies(config).to(device),
         ranks=ours,
+        head=Head(head, None, ours),
         tokenizer=tokenizer,
         name=name,
         path=directory,
-        device=device,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
-        sites=sharded_lora.install(model, config, _head_size(config), ours),
+        sites=lora.Sites(
+            sharded_lora.install(model, config, _head_size(config), ours), device, getattr(torch, dtype)
+        ),
         eos=base_model.eos(generation.eos_token_id, config.eos_token_id),
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,

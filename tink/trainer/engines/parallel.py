@@ -27,6 +27,10 @@ class Ranks:
     size: int
 
     @classmethod
+    def alone(cls) -> Ranks:
+        return cls(None, 0, 1)
+
+    @classmethod
     def of(cls, group: Any) -> Ranks:
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 

@@ -80,7 +80,7 @@ def _generate(
         return sequences
     cache.batch_repeat_interleave(len(rows))
     with lora.using(adapter):
-        logits = base.logits(hidden).expand(len(rows), -1)
+        logits = base.head.logits(hidden).expand(len(rows), -1)
         for step in range(limit):
             beat()
             logprobs = logits.log_softmax(-1)
@@ -113,7 +113,7 @@ def _generate(
                 cache.batch_select_indices(index)
                 chosen = chosen[index]
                 alive = [alive[place] for place in going]
-            logits = base.logits(base.hidden(chosen.unsqueeze(-1), cache)[:, -1])
+            logits = base.head.logits(base.hidden(chosen.unsqueeze(-1), cache)[:, -1])
     return sequences
 
 

@@ -52,12 +52,12 @@ def fill(
     uniform = torch.rand(drawn.shape, generator=random, dtype=torch.float64)
     tokens = torch.tensor(request.prompt, device=base.device)
 
-    for start in range(0, length - 1, base.rows):
+    for start in range(0, length - 1, base.head.rows):
         # Row r of these logits scores position r + 1.
-        rows = slice(start, min(start + base.rows, length - 1))
+        rows = slice(start, min(start + base.head.rows, length - 1))
         scored = slice(rows.start + 1, rows.stop + 1)
         with lora.using(adapter):
-            logits = base.logits(hidden[rows])
+            logits = base.head.logits(hidden[rows])
         logprobs = logits.log_softmax(-1)
         own[scored] = logprobs.gather(-1, tokens[scored].unsqueeze(-1)).squeeze(-1)
         if top_ids.numel():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from tink.trainer.engines import lora
 from tink.trainer.engines.parallel import Ranks
@@ -23,7 +24,7 @@ Tensor = Any
 @dataclass(frozen=True)
 class _Columns:
     """LoRA beside a layer whose output is in slices: its input is whole, and so is A x; of B it takes the
-    rows of this rank. `names` are the layers that it has fused, and `fuse` does that with their outputs."""
+    rows of this rank. `names` are the layers that it has fused, and `fuse` does that with their rows."""
 
     names: Sequence[str]
     fuse: Callable[..., Tensor]
@@ -38,10 +39,20 @@ class _Columns:
         ranks = self.ranks
         a = ranks.once(torch.cat([pair[0] for pair in pairs]))
         # The gradient that every rank has a part of is summed here, where it is no wider than the rank.
-        inner = ranks.shared(args[0].to(a.dtype) @ a.T).split(adapter.info.rank, -1)
-        deltas = [x @ pair[1][ranks.slice(len(pair[1]))].T for x, pair in zip(inner, pairs, strict=True)]
+        inner = ranks.shared(args[0] @ a.T)
+        b = self.fuse(*_blocks([pair[1][ranks.slice(len(pair[1]))] for pair in pairs]))
         whole, bias = output
-        return whole + (self.fuse(*deltas) * adapter.scale).to(whole.dtype), bias
+        return lora.add_(whole, inner, b, adapter.scale), bias
+
+
+def _blocks(parts: Sequence[Tensor]) -> list[Tensor]:
+    """(out, r) each -> (out, n r), with zeros in the others' places: one product for all of them, added to
+    the output in place, is less work than what it saves in passes over the output."""
+    rank = parts[0].shape[1]
+    return [
+        functional.pad(part, (place * rank, (len(parts) - 1 - place) * rank))
+        for place, part in enumerate(parts)
+    ]
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,9 @@ class _Rows:
         if adapter is None or pair is None:
             return None
         a, b = pair
-        inner = self.ranks.summed(args[0].to(a.dtype) @ a[:, self.ranks.slice(a.shape[1])].T)
+        inner = self.ranks.summed(args[0] @ a[:, self.ranks.slice(a.shape[1])].T)
         whole, bias = output
-        return whole + (inner @ self.ranks.once(b).T * adapter.scale).to(whole.dtype), bias
+        return lora.add(whole, inner, self.ranks.once(b), adapter.scale), bias
 
 
 def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, tuple[int, int]]:
@@ -73,10 +84,10 @@ def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, 
     sites: dict[str, tuple[int, int]] = {}
 
     def by_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return interleave(q, k, v, groups, dim=-1)
+        return interleave(q, k, v, groups)
 
-    def join(*deltas: Tensor) -> Tensor:
-        return torch.cat(deltas, -1)
+    def join(*parts: Tensor) -> Tensor:
+        return torch.cat(parts)
 
     for number, layer in enumerate(model.decoder.layers):
         attention, mlp = f"model.layers.{number}.self_attn", f"model.layers.{number}.mlp"
@@ -94,6 +105,5 @@ def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, 
         sites[out] = (hidden, queries)
         sites |= {name: (size, hidden) for name, size in gates.items()}
         sites[down] = (hidden, inner)
-    model.output_layer.register_forward_hook(_Columns(["lm_head"], join, ranks))
     sites["lm_head"] = (config.vocab_size, hidden)
     return sites

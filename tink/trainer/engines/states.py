@@ -51,11 +51,9 @@ class States:
     """Those of one base model, which its `name`, `digest` and `sites` are. `origin` is the operation's, as
     Artifacts.publish wants it. Reading raises NotFound, UserError or BackendError."""
 
-    def __init__(
-        self, artifacts: Artifacts, name: str, digest: str, sites: Sites, device: Any = "cpu"
-    ) -> None:
+    def __init__(self, artifacts: Artifacts, name: str, digest: str, sites: Sites) -> None:
         self._artifacts = artifacts
-        self._name, self._digest, self._sites, self._device = name, digest, sites, device
+        self._name, self._digest, self._sites = name, digest, sites
         # Exported adapters by path, the latest used at the end. A path's content never changes, so that
         # what is in memory stays right after the files are deleted.
         self._exported: OrderedDict[str, Adapter] = OrderedDict()
@@ -180,7 +178,7 @@ class States:
                 f"these weights belong to another base model ({about['base_model']}), this one is "
                 f"{self._name}"
             )
-        empty = Adapter(msgspec.convert(about["model"], ModelInfo), self._sites, device=self._device)
+        empty = Adapter(msgspec.convert(about["model"], ModelInfo), self._sites)
         return empty.with_values(empty.join(tensors))
 
 

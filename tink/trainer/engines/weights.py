@@ -143,8 +143,7 @@ class _Place:
         return self._weights.read(name, self._ranks.slice(self._weights.shape(name)[0]))
 
 
-def interleave(q: Tensor, k: Tensor, v: Tensor, groups: int, dim: int = 0) -> Tensor:
-    """Queries, keys and values along `dim` as Megatron has them: group by group, all three of each."""
-    dim %= q.ndim
-    parts = [part.unflatten(dim, (groups, -1)) for part in (q, k, v)]
-    return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
+def interleave(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Rows of queries, keys and values as Megatron has them: group by group, all three of each."""
+    parts = [part.unflatten(0, (groups, -1)) for part in (q, k, v)]
+    return torch.cat(parts, 1).flatten(0, 1)
