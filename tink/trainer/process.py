@@ -33,7 +33,7 @@ import msgspec
 import structlog
 import trio
 
-from tink import crash
+from tink import crash, pretrained
 from tink.errors import StartupError
 from tink.limits import ORPHAN_LOOKS, TRAINER_GRACE, TRAINER_KEEP_ALIVE_SECONDS, TRAINER_LAST_SECONDS
 from tink.logs import configure_logs, write_line
@@ -45,6 +45,9 @@ from tink.trainer.server import Trainer, application
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
+
+# What of a hub's repository an engine reads.
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -221,21 +224,10 @@ def _load(options: Options, incarnation: str) -> Engine:
         # It is on no hub, where clients would look for its tokenizer by its name.
         tiny.publish_tokenizer(directory)
     else:
-        directory, name = _find(options.model), options.model
+        directory, name = pretrained.find(options.model, MODEL_FILES), options.model
     artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
     base = engines.load(options.engine, directory, options.model_name or name, options.dtype, options.ranks)
     return LoraEngine(base, artifacts, options.threads)
-
-
-def _find(model: str) -> Path:
-    """A directory, or what the Hugging Face hub has under that name (from its cache when offline)."""
-    directory = Path(model)
-    if directory.is_dir():
-        return directory.resolve()
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    return Path(snapshot_download(model, allow_patterns=patterns))
 
 
 def _write_ready(path: Path, ready: Ready) -> None:

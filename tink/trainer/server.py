@@ -1,4 +1,4 @@
-"""The HTTP side of `tink-train/1`: decodes, asks lanes and samples, encodes.
+"""The HTTP side of `tink-train/1`, and of text generation as Megatron-LM has it: decodes, asks, encodes.
 
 Engines are built in a thread (`Trainer.load`), and everything that computes runs in threads, so health
 is answered at once whatever goes on.
@@ -26,6 +26,8 @@ from tink.trainer.books import Books, Refused
 from tink.trainer.engines.base import Engine, Facts
 from tink.trainer.lanes import Lanes
 from tink.trainer.samples import Samples
+from tink.trainer.text_generation import TextGeneration
+from tink.wire import text_generation
 from tink.wire.tink_train import (
     MEDIA_TYPE,
     PROTOCOL,
@@ -55,6 +57,7 @@ class Serving:
     facts: Facts
     lanes: Lanes
     samples: Samples
+    texts: TextGeneration
 
 
 class Trainer:
@@ -78,10 +81,12 @@ class Trainer:
             log.exception("the engine could not be built")
             self._broken = f"{type(error).__name__}: {error}"
             return
+        samples = Samples(self._world, engine, self.books.refused, self._nursery)
         self._serving = Serving(
             engine.facts,
             Lanes(self._world, engine, self.books, self._slots, self._nursery),
-            Samples(self._world, engine, self.books.refused, self._nursery),
+            samples,
+            TextGeneration(self._world, samples, engine.facts),
         )
         log.info("ready", base_model=engine.facts.base_model, incarnation=self.incarnation)
 
@@ -161,6 +166,22 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
     async def post_restore(request: Request) -> Response:
         return _answer(await trainer.lanes.restore(await _read(request, RestoreRequest)))
 
+    async def put_text(request: Request) -> Response:
+        return _json(await trainer.serving.texts.answer(await _body(request)))
+
+    def plain(handler: Handler) -> Handler:
+        """What is wrong is told as Megatron-LM does: a JSON string."""
+
+        async def call(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except TinkError as error:
+                return _complaint(str(error), error.status)
+            except Refused as error:
+                return _complaint(error.refusal.message, error.status)
+
+        return call
+
     def guarded(handler: Handler) -> Handler:
         async def call(request: Request) -> Response:
             if token is not None and not _carries(request, token):
@@ -198,6 +219,7 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
             Route("/v1/samples/{sample_id}", guarded(get_sample)),
             Route("/v1/snapshots", guarded(post_snapshot), methods=["POST"]),
             Route("/v1/restores", guarded(post_restore), methods=["POST"]),
+            Route(text_generation.PATH, plain(guarded(put_text)), methods=["PUT"]),
         ],
         exception_handlers={Refused: refused, TinkError: failed, Exception: crashed},
     )
@@ -208,16 +230,20 @@ def _carries(request: Request, token: str) -> bool:
     return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
 
-async def _read(request: Request, kind: type[T]) -> T:
-    """The body, read no further than its limit."""
+async def _body(request: Request) -> bytearray:
+    """Read no further than its limit."""
     body = bytearray()
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             body += chunk
             if len(body) > MAX_TRAINER_BODY:
                 raise TooLarge(f"the body is over {MAX_TRAINER_BODY} bytes")
+    return body
+
+
+async def _read(request: Request, kind: type[T]) -> T:
     try:
-        return msgspec.msgpack.decode(body, type=kind)
+        return msgspec.msgpack.decode(await _body(request), type=kind)
     except msgspec.MsgspecError as error:
         raise MalformedRequest(f"not a {kind.__name__}: {error}") from error
 
@@ -251,5 +277,9 @@ def _answer(message: Message, status: int = 200) -> Response:
     return Response(encode(message), status, media_type=MEDIA_TYPE)
 
 
-def _json(message: Message) -> Response:
+def _json(message: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(message), media_type="application/json")
+
+
+def _complaint(text: str, status: int) -> Response:
+    return Response(msgspec.json.encode(text), status, media_type="application/json")
