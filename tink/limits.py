@@ -210,9 +210,14 @@ ADAPTER_CACHE = 64
 # Results of samples are kept this long for the poll that was lost.
 SAMPLE_KEEP_SECONDS = 600.0
 SAMPLE_KEEP_BYTES = 64 * 1024 * 1024
-# Padded tokens that go through the model at once while training: a laptop's caches are warm, and an
-# 8B model's activations still fit.
+# Padded tokens that go through the model at once while training, on a CPU: a laptop's caches are warm, and
+# an 8B model's activations still fit. On a GPU they are as many as fit, within these bounds: activations
+# may take this share of what the weights leave; the rest is for adapters, logits and whoever samples there.
 MICRO_BATCH_TOKENS = 4096
+MIN_MICRO_BATCH_TOKENS, MAX_MICRO_BATCH_TOKENS = 1024, 65536
+ACTIVATION_SHARE = 0.5
+# Tokens that are tried at the start, to see what one takes.
+PROBE_TOKENS = 256
 # Logits (rows x vocabulary) held at once, in cells of 4 bytes and several times over: what stays in caches
 # on a CPU, and what keeps a GPU busy.
 LOGIT_CELLS = {"cpu": 16 * 1024 * 1024, "cuda": 256 * 1024 * 1024}

@@ -17,7 +17,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from tink.errors import MalformedRequest, UserError
-from tink.limits import MAX_TRAINING_BODY, MICRO_BATCH_TOKENS
+from tink.limits import MAX_TRAINING_BODY
 from tink.trainer import losses
 from tink.wire import tinker_pb2 as pb
 
@@ -230,15 +230,15 @@ def width(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def micro_batches(data: Sequence[Datum]) -> Iterator[list[Datum]]:
-    """The data in their order, in groups of one K whose padded size is within MICRO_BATCH_TOKENS (or
-    of one datum). A function of the request alone, so that a redo does the same arithmetic."""
+def micro_batches(data: Sequence[Datum], tokens: int) -> Iterator[list[Datum]]:
+    """The data in their order, in groups of one K whose padded size is within so many tokens (or of one
+    datum). A function of the request alone, so that a redo does the same arithmetic."""
     for _, same in groupby(data, key=lambda datum: datum.columns):
         group: list[Datum] = []
         widest = 0
         for datum in same:
             grown = max(widest, width(datum.length))
-            if group and grown * (len(group) + 1) > MICRO_BATCH_TOKENS:
+            if group and grown * (len(group) + 1) > tokens:
                 yield group
                 group, grown = [], width(datum.length)
             group.append(datum)

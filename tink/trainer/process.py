@@ -68,6 +68,7 @@ class Options:
     dtype: str = "float32"
     slots: int = 4
     threads: int = 1
+    micro_batch_tokens: int | None = None
     ready_file: Path | None = None
     orphan_seconds: float = 0.0
     preload: bool = False
@@ -129,6 +130,8 @@ def _check(options: Options) -> None:
         raise StartupError(f"--host {options.host} lets other machines in: set TINK_TRAINER_TOKEN first")
     if options.slots < 1 or options.threads < 1:
         raise StartupError("--slots and --threads must be 1 or more")
+    if options.micro_batch_tokens is not None and options.micro_batch_tokens < 1:
+        raise StartupError("--micro-batch-tokens must be 1 or more")
     if options.preload and options.ranks > 1:
         raise StartupError(
             "--preload serves in another process when one is killed: torchrun has to start all"
@@ -227,7 +230,7 @@ def _load(options: Options, incarnation: str) -> Engine:
         directory, name = pretrained.find(options.model, MODEL_FILES), options.model
     artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
     base = engines.load(options.engine, directory, options.model_name or name, options.dtype, options.ranks)
-    return LoraEngine(base, artifacts, options.threads)
+    return LoraEngine(base, artifacts, options.threads, options.micro_batch_tokens)
 
 
 def _write_ready(path: Path, ready: Ready) -> None:
@@ -275,6 +278,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slots", type=int, default=4, help=f"models that compute at once ({shown})")
     parser.add_argument("--threads", type=int, default=1, help=f"of torch, for each of them ({shown})")
+    parser.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        help="padded tokens that are computed at once; a longer sequence keeps little and computes twice "
+        "(default: 4096 on a CPU, what fits on a GPU)",
+    )
     parser.add_argument("--ready-file", type=Path, help="written once the port is bound: pid, port")
     parser.add_argument(
         "--preload",

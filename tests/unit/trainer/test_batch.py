@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from trainer_kit import body, chunk, datum, sparse, supervised, tensor
 
 from tink.errors import MalformedRequest, UserError
-from tink.limits import MICRO_BATCH_TOKENS
 from tink.trainer import batch
 from tink.wire import tinker_pb2 as pb
 
@@ -164,12 +163,12 @@ def of_length(length: int, columns: int = 1) -> batch.Datum:
 @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 2)), min_size=1, max_size=40))
 def test_micro_batches_keep_order_and_budget(lengths: list[tuple[int, int]]) -> None:
     data = [of_length(*one) for one in lengths]
-    groups = list(batch.micro_batches(data))
+    groups = list(batch.micro_batches(data, 4096))
     assert [id(one) for group in groups for one in group] == [id(one) for one in data]
     for group in groups:
         assert len({one.columns for one in group}) == 1
         padded = len(group) * max(batch.width(one.length) for one in group)
-        assert padded <= MICRO_BATCH_TOKENS or len(group) == 1
+        assert padded <= 4096 or len(group) == 1
 
 
 def test_answers_of_one_shape_share_a_record() -> None:

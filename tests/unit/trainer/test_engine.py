@@ -24,7 +24,7 @@ from tink.errors import BackendError, UserError
 from tink.limits import LOGIT_CELLS
 from tink.trainer import batch
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import lora
+from tink.trainer.engines import lora, recompute
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.lora_engine import LoraEngine
 from tink.wire.tink_train import (
@@ -202,12 +202,14 @@ def test_many_targets_per_position(engine: LoraEngine, k: int) -> None:
     assert wide.metrics["loss:sum"] == pytest.approx(total, abs=1e-5)
 
 
+@pytest.mark.parametrize("unembed", [False, True])
 def test_logits_in_pieces_are_the_logits_at_once(
-    engine: LoraEngine, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+    engine: LoraEngine, monkeypatch: pytest.MonkeyPatch, unembed: bool
 ) -> None:
-    """The piecewise head, with its second forward pass, changes neither losses nor gradients."""
-    engine.create("whole", CREATE)
-    engine.create("pieces", CREATE)
+    """The piecewise head changes neither losses nor gradients, whether it is trained itself or not."""
+    create = CreateModel(rank=4, alpha=8.0, seed=7, train_unembed=unembed)
+    engine.create("whole", create)
+    engine.create("pieces", create)
     whole = train(engine, "whole")
     monkeypatch.setitem(LOGIT_CELLS, "cpu", 320 * 7)
     for ours, theirs in zip(train(engine, "pieces"), whole, strict=True):
@@ -218,17 +220,47 @@ def test_logits_in_pieces_are_the_logits_at_once(
 def test_the_backward_pass_has_the_adapter_of_the_forward_pass(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is called without one, as by a thread of torch's own."""
+    """Also where it is called without one, as by a thread of torch's own, and makes what was not kept."""
     monkeypatch.setitem(LOGIT_CELLS, "cpu", 320 * 7)
     adapter = lora.fresh(ModelInfo(4, 8.0, 7, True, True, True), base.sites)
     ids = torch.arange(20).unsqueeze(0)
     gradients = []
     for outside in (False, True):
-        with lora.using(adapter):
+        with lora.using(adapter), recompute.within(True):
             logprobs = base.head.logprobs(base.hidden(ids)[0], ids.T)
             within = None if outside else adapter.gradient(logprobs.sum())
         gradients.append(adapter.gradient(logprobs.sum()) if within is None else within)
     assert torch.equal(*gradients)
+
+
+def test_a_long_sequence_keeps_little_and_has_the_same_gradient_to_the_bit(
+    base: BaseModel, artifacts: Artifacts
+) -> None:
+    """Beyond the tokens of a micro-batch each layer is computed twice."""
+    data, gradients = body(supervised(lengths=(60,))), []
+    for tokens in (64, 63):
+        engine = LoraEngine(base, artifacts, micro_batch_tokens=tokens)
+        engine.create("m", CREATE)
+        kept = Kept()
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+            engine.forward_backward("m", ForwardBackward(data))
+        engine.optim_step("m", OptimStep(learning_rate=0.1))
+        engine.export_adapter("m", ExportAdapter(f"after-{tokens}"), "o")
+        weights = load_file(artifacts.open(f"after-{tokens}")[0] / "adapter_model.safetensors")
+        gradients.append((kept.cells, weights))
+    (much, whole), (little, again) = gradients
+    assert little < much / 2
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+class Kept:
+    """Counts what the backward pass is left."""
+
+    cells = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.cells += tensor.numel()
+        return tensor
 
 
 # -- bits -----------------------------------------------------------------------------------------

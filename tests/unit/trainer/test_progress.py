@@ -74,7 +74,7 @@ def test_the_engine_beats_with_each_micro_batch_and_each_token(
 ) -> None:
     engine.create("m", CreateModel(rank=4, alpha=8.0, seed=1))
     assert beats == []
-    monkeypatch.setattr("tink.trainer.batch.MICRO_BATCH_TOKENS", 32)
+    monkeypatch.setattr(engine, "_micro_batch_tokens", 32)
     engine.forward_backward("m", ForwardBackward(body(supervised(lengths=(20, 20, 20)))))
     assert len(beats) == 3
     before = len(beats)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tink.errors import StartupError
-from tink.trainer.engines import base_model, lora
+from tink.trainer.engines import base_model, lora, recompute
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.head import Head
 from tink.trainer.engines.parallel import Ranks
@@ -89,6 +90,8 @@ def _install(model: Any) -> lora.Sites:
     """Puts the hooks on every layer that an adapter may have but the head, and says which those are."""
     shapes = {}
     for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = recompute.layer(module.forward)
         leaf = name.rpartition(".")[2]
         if isinstance(module, torch.nn.Linear) and leaf in lora.LEAVES:
             shapes[name] = (module.out_features, module.in_features)

@@ -8,6 +8,7 @@ changed nothing, and what another thread reads is whole.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tink.limits import MAX_RANK
 from tink.trainer import batch as batches
 from tink.trainer import losses
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines import adamw, lora, sampler
+from tink.trainer.engines import adamw, budget, lora, recompute, sampler
 from tink.trainer.engines.adamw import Moments
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.engines.base_model import BaseModel
@@ -42,14 +43,23 @@ from tink.wire.tink_train import (
 )
 
 Tensor = Any
+CPU = torch.device("cpu")
 
 
 class LoraEngine:
-    """`threads` is part of what a bit-exact redo must find unchanged, so it is in the facts."""
+    """`threads` and `micro_batch_tokens` (by default what suits the machine) are part of what a bit-exact
+    redo must find unchanged, so they are in the facts."""
 
-    def __init__(self, base: BaseModel, artifacts: Artifacts, threads: int = 1) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        artifacts: Artifacts,
+        threads: int = 1,
+        micro_batch_tokens: int | None = None,
+    ) -> None:
         torch.set_num_threads(threads)
         self._base = base
+        self._micro_batch_tokens = micro_batch_tokens or budget.micro_batch_tokens(base)
         self._states = States(artifacts, base.name, base.digest, base.sites)
         self._models: dict[str, Trained] = {}
         self.facts = Facts(
@@ -58,7 +68,9 @@ class LoraEngine:
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
                 **base.versions,
+                "device": _device_name(base.device),
                 "threads": str(threads),
+                "micro_batch_tokens": str(self._micro_batch_tokens),
             },
             base_model=base.name,
             base_path=str(base.path),
@@ -177,13 +189,15 @@ class LoraEngine:
         logprobs: list[Tensor] = []
         total = 0.0
         with lora.using(adapter):
-            for group in batches.micro_batches(batch.data):
+            for group in batches.micro_batches(batch.data, self._micro_batch_tokens):
                 if logprobs:
                     crash.point("trainer.micro-batch")
                 each, pieces = self._micro_batch(batch, group)
-                for value, piece in zip(each.tolist(), pieces, strict=True):
+                # Both are waited for once, and not for each datum.
+                found = moved([each.detach(), *(piece.detach() for piece in pieces)], CPU)
+                for value, piece in zip(found[0].tolist(), found[1:], strict=True):
                     _check_finite(len(logprobs), value, piece)
-                    logprobs.append(piece.detach())
+                    logprobs.append(piece)
                     total += value
                 if backward:
                     crash.point("trainer.forward")
@@ -204,15 +218,15 @@ class LoraEngine:
         for row, datum in zip(ids, group, strict=True):
             row[: datum.length] = datum.tokens
         device = self._base.device
-        hidden = self._base.hidden(ids.to(device))
+        with recompute.within(ids.numel() > self._micro_batch_tokens):
+            hidden = self._base.hidden(ids.to(device))
         packed = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
         targets = torch.cat([datum.targets.reshape(datum.length, -1) for datum in group])
         scored = self._base.head.logprobs(packed, targets.to(device)).split(lengths)
         pieces = [piece.reshape(datum.targets.shape) for piece, datum in zip(scored, group, strict=True)]
+        values = iter(moved([value for datum in group for value in datum.inputs.values()], device))
         each = [
-            batch.loss.function(
-                piece, {name: value.to(device) for name, value in datum.inputs.items()}, batch.config
-            )
+            batch.loss.function(piece, dict(zip(datum.inputs, values, strict=False)), batch.config)
             for piece, datum in zip(pieces, group, strict=True)
         ]
         return torch.stack(each), pieces
@@ -222,6 +236,17 @@ class LoraEngine:
 class _Run:
     result: OpResult
     gradient: Tensor
+
+
+def moved(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
+    """float32 tensors there, by one copy."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _device_name(device: Any) -> str:
+    return str(device.type if device.type == "cpu" else torch.cuda.get_device_name(device))
 
 
 def _check_finite(index: int, loss: float, logprobs: Tensor) -> None:

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tink.errors import StartupError
 from tink.limits import COLLECTIVE_SECONDS
-from tink.trainer.engines import base_model, lora, sharded_lora, weights
+from tink.trainer.engines import base_model, lora, recompute, sharded_lora, weights
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.head import Head
 from tink.trainer.engines.parallel import Ranks
@@ -59,18 +59,23 @@ class Megatron(BaseModel):
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         start = 0 if cache is None else cache.get_seq_length()
-        rotary = self._rotary(start, ids.shape[1])
+        angles = self._angles(start, ids.shape[1])
         # Megatron's order is (S, B, H).
         x = self.model.embedding(ids, None)
         with _using_cache(cache):
             for layer in self.model.decoder.layers:
-                x, _ = layer(x, attention_mask=None, rotary_pos_emb=rotary)
+                # In the place of a mask: Megatron only hands it on, and its own rotation would compute
+                # sines and cosines in each layer anew.
+                x, _ = layer(x, attention_mask=angles)
         return self.model.decoder.final_layernorm(x).transpose(0, 1)
 
-    def _rotary(self, start: int, length: int) -> Tensor:
-        """Angles of so many positions, as Megatron's attention takes them: (S, 1, 1, head size)."""
+    def _angles(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of so many positions, (S, 1, 1, head size) each, for `_rotated`."""
         positions = torch.arange(start, start + length, dtype=torch.float32, device=self.device)
-        return torch.outer(positions, self.frequencies).repeat(1, 2)[:, None, None]
+        angles = torch.outer(positions, self.frequencies)[:, None, None]
+        cosines, sines = angles.cos(), angles.sin()
+        dtype = self.sites.dtype
+        return torch.cat([cosines, cosines], -1).to(dtype), torch.cat([-sines, sines], -1).to(dtype)
 
     def total(self, gradient: Tensor) -> Tensor:
         return self.ranks.sum(gradient)
@@ -80,16 +85,19 @@ class Megatron(BaseModel):
 
 
 class _Attention(torch.nn.Module):  # type: ignore[misc]
-    """Megatron's core attention, by torch's kernels, and on a cache of keys and values if there is one.
-    Its own makes the whole matrix of scores, and a mask on a GPU."""
+    """Rotary embedding, and Megatron's core attention by torch's kernels, on a cache of keys and values if
+    there is one. Its own makes the whole matrix of scores, and a mask on a GPU."""
 
     def __init__(self, *, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self._layer, self._scale = layer_number - 1, softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, angles: tuple[Tensor, Tensor], **_: Any
+    ) -> Tensor:
         """(S, B, heads, head size) each -> (S, B, heads * head size)."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        turned = _rotated(query, *angles), _rotated(key, *angles), value
+        q, k, v = (x.permute(1, 2, 0, 3) for x in turned)
         cache = _cache.get()
         if cache is not None:
             k, v = cache.update(k, v, self._layer)
@@ -99,6 +107,12 @@ class _Attention(torch.nn.Module):  # type: ignore[misc]
             q, k, v, is_causal=q.shape[2] > 1, scale=self._scale, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Number i of each head and number i + half of it, turned by one angle: the sines' first half is
+    negative."""
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
 
 
 @contextmanager
@@ -153,6 +167,8 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> 
         count = files.count
     device = base_model.device()
     model.to(device).eval().requires_grad_(False)
+    for layer in model.decoder.layers:
+        layer.forward = recompute.layer(layer.forward)
     tied = config.tie_word_embeddings
     head = (model.embedding.word_embeddings if tied else model.output_layer).weight
     generation = _generation(directory)
