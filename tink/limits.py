@@ -233,6 +233,8 @@ TRAINER_TOMBSTONES = 4096
 COLLECTIVE_SECONDS = 300.0
 # How long it waits to be told what to do: as long as it takes.
 RANK_IDLE_SECONDS = 365 * 24 * 3600.0
+# What such processes compare after each call: the hash of its result, or the beginning of an error.
+DIGEST_BYTES = 512
 # Of an operation that waits for another one's end on such a model, between two signs of life.
 TURN_BEAT_SECONDS = 1.0
 # How long a stopping trainer waits for the ops that run, and then for the answers of what just ended.

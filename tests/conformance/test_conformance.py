@@ -96,16 +96,19 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "starter"),
-    [("hf", []), ("megatron", []), ("megatron", TORCHRUN)],
-    ids=["hf", "megatron", "megatron-on-two"],
+    ("engine", "starter", "stages"),
+    [("hf", [], 1), ("megatron", [], 1), ("megatron", TORCHRUN, 1), ("megatron", TORCHRUN, 2)],
+    ids=["hf", "megatron", "megatron-in-slices", "megatron-in-stages"],
 )
-def test_the_training_server_passes_every_check(tmp_path: Path, engine: str, starter: list[str]) -> None:
+def test_the_training_server_passes_every_check(
+    tmp_path: Path, engine: str, starter: list[str], stages: int
+) -> None:
     """As anyone would run it: on a real server, killed and started again by a command."""
     if engine == "megatron" and find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")
     pid, ready, log = tmp_path / "pid", tmp_path / "ready.json", tmp_path / "log"
     start = [sys.executable, "-m", *starter, "tink.trainer", "--engine", engine]
+    start += ["--pipeline-parallel", str(stages)]
     start += ["--home", str(tmp_path / "home"), "--artifacts", str(tmp_path / "artifacts")]
     start += ["--ready-file", str(ready), "--port"]
 

@@ -32,8 +32,10 @@ from tink.settings import Settings
 from tink.wire import tink_train
 from tink.world import World
 
+# What torchrun tells the processes that it starts: the trainer is none of them, and alone.
+TORCHRUN = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 # Of the worker's environment, what its trainer must not inherit.
-WITHHELD = frozenset({"TINK_API_KEYS", "TINK_CRASH_AT"})
+WITHHELD = TORCHRUN | {"TINK_API_KEYS", "TINK_CRASH_AT"}
 PROC = Path("/proc")
 # States of a process, as the kernel says them: dead and not yet reaped; stopped, by a signal or a debugger.
 DEAD, STOPPED = frozenset("ZX"), frozenset("Tt")
@@ -222,7 +224,7 @@ class EmbeddedTrainer:
             )
 
     def _environment(self) -> dict[str, str]:
-        """The clients' keys are none of the trainer's business."""
+        """The clients' keys are none of the trainer's business, nor who started the worker."""
         inherited = {name: value for name, value in os.environ.items() if name not in WITHHELD}
         crash_at, self._crash_at = self._crash_at, ""
         more = {"TINK_CRASH_AT": crash_at} if crash_at else {}

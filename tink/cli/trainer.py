@@ -20,6 +20,7 @@ examples:
   tink trainer --port 8500
   tink trainer --model Qwen/Qwen3-0.6B --dtype bfloat16 --threads 4
   torchrun --nproc-per-node 2 -m tink.trainer --engine megatron
+  torchrun --nproc-per-node 8 -m tink.trainer --engine megatron --pipeline-parallel 2
 
 exit status: 0 after SIGTERM; 2 if it cannot start"""
 

@@ -1,7 +1,7 @@
 """The training server as a process: options, listening, signals, the end.
 
     python -m tink.trainer [--port N] [--artifacts DIR] ...
-    torchrun --nproc-per-node N -m tink.trainer --engine megatron ...
+    torchrun --nproc-per-node N -m tink.trainer --engine megatron [--pipeline-parallel P] ...
 
 It listens before the model is loaded, so that its supervisor sees it at once. SIGTERM lets the ops
 that run finish (for TRAINER_GRACE seconds) and exits 0; SIGINT is ignored, because a Ctrl-C reaches
@@ -54,7 +54,8 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 class Options:
     """`model` None: the built-in tiny one, made under `home`. `artifacts` None: `home`/artifacts.
     `orphan_seconds`: exit when no worker has called for so long; 0 is never. `token`: what callers
-    must carry, needed to listen on anything but loopback. `preload`: serve in a child, and in another one
+    must carry, needed to listen on anything but loopback. `pipeline_parallel`: stages of layers, each on
+    `ranks` / `pipeline_parallel` processes. `preload`: serve in a child, and in another one
     when that is killed. `crash_at`: TINK_CRASH_AT. `rank` of `ranks`: RANK and WORLD_SIZE, as torchrun sets
     them; the first rank serves."""
 
@@ -66,6 +67,7 @@ class Options:
     model: str | None = None
     model_name: str | None = None
     dtype: str = "float32"
+    pipeline_parallel: int = 1
     slots: int = 4
     threads: int = 1
     micro_batch_tokens: int | None = None
@@ -89,7 +91,7 @@ class Ready(msgspec.Struct, frozen=True):
 def run(options: Options, world: World | None = None) -> int:
     """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
     crash.arm(options.crash_at)
-    engines.check(options.engine, options.ranks)
+    engines.check(options.engine, options.ranks, options.pipeline_parallel)
     _check(options)
     configure_logs("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -229,7 +231,14 @@ def _load(options: Options, incarnation: str) -> Engine:
     else:
         directory, name = pretrained.find(options.model, MODEL_FILES), options.model
     artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
-    base = engines.load(options.engine, directory, options.model_name or name, options.dtype, options.ranks)
+    base = engines.load(
+        options.engine,
+        directory,
+        options.model_name or name,
+        options.dtype,
+        options.ranks,
+        options.pipeline_parallel,
+    )
     return LoraEngine(base, artifacts, options.threads, options.micro_batch_tokens)
 
 
@@ -275,6 +284,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", help="the name it is served under; default: MODEL")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of the frozen base ({shown})"
+    )
+    parser.add_argument(
+        "--pipeline-parallel",
+        type=int,
+        default=1,
+        metavar="P",
+        help="of N processes that torchrun starts, N / P have slices of the same layers (tensor parallel), "
+        f"and the model's layers are in P stages ({shown})",
     )
     parser.add_argument("--slots", type=int, default=4, help=f"models that compute at once ({shown})")
     parser.add_argument("--threads", type=int, default=1, help=f"of torch, for each of them ({shown})")

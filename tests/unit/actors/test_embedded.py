@@ -340,6 +340,16 @@ async def test_the_first_trainer_alone_is_told_where_to_crash(
     assert "TINK_CRASH_AT" not in of_the_worker._environment()
 
 
+async def test_the_trainer_of_a_worker_that_torchrun_started_is_alone(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500", "OTHER": "x"}.items():
+        monkeypatch.setenv(name, value)
+    environment = EmbeddedTrainer(Settings(home=home.root), home, World())._environment()
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment.keys()
+    assert environment["OTHER"] == "x"
+
+
 @pytest.mark.parametrize("record", [b"", b"{", b"[]", b'{"pid": "x"}'])
 async def test_a_record_that_cannot_be_read_is_none(home: Home, record: bytes) -> None:
     home.trainer.write_bytes(record)

@@ -1,5 +1,5 @@
-"""One engine on two processes, as torchrun would start them: `lead` runs a function of the engine on both
-and hands its result back. Run as a script it is one of those processes."""
+"""One engine on several processes, as torchrun would start them: `lead` runs a function of the engine on
+all of them and hands its result back. Run as a script it is one of those processes."""
 
 from __future__ import annotations
 
@@ -40,27 +40,32 @@ def start(
     folder: Path,
     spoil: Callable[..., None] | None = None,
     patience: float = 300.0,
+    *,
+    ranks: int = 2,
+    stages: int = 1,
 ) -> Group:
-    """Two of them. The leader calls `function(engine, artifacts)`; the other one follows, and its engine is
-    first given to `spoil`. Each waits for the other for so many seconds."""
+    """So many. The leader calls `function(engine, artifacts)`; the others follow, and the engine of the
+    last one is first given to `spoil`. Each waits for the others for so many seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     result = folder / "result.pickle"
     processes = []
-    for rank in range(2):
+    for rank in range(ranks):
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
             "RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(ranks),
+            # torchrun says so as well.
+            "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
         names = [_name(function), _name(spoil) if spoil else ""]
         processes.append(
             subprocess.Popen(
-                [sys.executable, __file__, *names, *map(str, (model, folder, result, patience))],
+                [sys.executable, __file__, *names, *map(str, (model, folder, result, patience, stages))],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -69,11 +74,11 @@ def start(
     return Group(processes, result)
 
 
-def lead(function: Callable[..., Any], model: Path, folder: Path) -> Any:
-    group = start(function, model, folder)
+def lead(function: Callable[..., Any], model: Path, folder: Path, **shape: int) -> Any:
+    group = start(function, model, folder, **shape)
     try:
         errors = [process.communicate(timeout=240)[1] for process in group.processes]
-        assert group.wait() == [0, 0], "\n".join(errors)
+        assert not any(group.wait()), "\n".join(errors)
         return pickle.loads(group.result.read_bytes())
     finally:
         group.kill()
@@ -89,18 +94,21 @@ def _find(name: str) -> Callable[..., Any]:
     return found
 
 
-def main(function: str, spoil: str, model: str, folder: str, result: str, patience: str) -> None:
+def main(
+    function: str, spoil: str, model: str, folder: str, result: str, patience: str, stages: str
+) -> None:
     from tink.trainer.engines import lockstep, megatron
     from tink.trainer.engines.lora_engine import LoraEngine
 
     configure_logs("info")
-    rank = int(os.environ["RANK"])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     megatron.COLLECTIVE_SECONDS = float(patience)
     artifacts = Artifacts(Path(folder) / "artifacts", f"rank{rank}")
-    engine = LoraEngine(megatron.load(Path(model), "test/tiny", ranks=2), artifacts)
+    base = megatron.load(Path(model), "test/tiny", ranks=ranks, stages=int(stages))
+    engine = LoraEngine(base, artifacts)
     group = lockstep.gather()
     if rank:
-        if spoil:
+        if spoil and rank == ranks - 1:
             _find(spoil)(engine)
         lockstep.follow(engine, group)
         return

@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from structlog.testing import capture_logs
 
 from tink.errors import UserError
 from tink.trainer import progress
 from tink.trainer.engines import lockstep
-from tink.wire.tink_train import OptimStep
+from tink.wire.tink_train import (
+    CreateModel,
+    Forward,
+    ForwardBackward,
+    LoadState,
+    OptimStep,
+    SampleRequest,
+)
 
 megatron = pytest.importorskip("tink.trainer.engines.megatron", exc_type=ModuleNotFoundError)
 
@@ -60,15 +66,15 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the others are told."""
+    """What the others are told, as they understand it."""
     found: list[Any] = []
-    honest = dist.broadcast_object_list
+    honest = lockstep._tell
 
-    def broadcast(objects: list[Any], **options: Any) -> None:
-        found.extend(objects)
-        honest(objects, **options)
+    def tell(group: Any, message: bytes) -> None:
+        found.append(lockstep._understand(message))
+        honest(group, message)
 
-    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(lockstep, "_tell", tell)
     return found
 
 
@@ -91,6 +97,28 @@ def leader(engine: Engine, lock: threading.Lock) -> lockstep.Leader:
 def test_the_others_are_told_what_is_done(leader: lockstep.Leader, told: list[Any]) -> None:
     assert leader.optim_step("m", STEP) == {"step": 1.0}
     assert told == [("optim_step", ("m", STEP))]
+
+
+def test_every_kind_of_call_can_be_told(
+    leader: lockstep.Leader, engine: Any, told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [
+        ("create", ("m", CreateModel(4, 8.0, 7, source="s"))),
+        ("forward", ("m", Forward(b"\x00data"))),
+        ("forward_backward", ("m", ForwardBackward(b""))),
+        ("load_state", ("m", LoadState("p", optimizer=True))),
+        ("remove", ("m",)),
+        ("restore", ("m", "p")),
+        ("sample", (SampleRequest("s", [1, 2], 1, adapter="a", temperature=0.5),)),
+    ]
+    for name, args in calls:
+
+        def perform(*_: Any) -> None: ...
+
+        perform.__name__ = name
+        monkeypatch.setattr(engine, name, perform, raising=False)
+        getattr(leader, name)(*args)
+    assert told == calls
 
 
 def test_what_is_written_is_written_once(leader: lockstep.Leader, told: list[Any]) -> None:
@@ -127,10 +155,7 @@ def test_anything_else_ends_the_process(
 def test_who_disagrees_with_the_others_ends_the_process(
     leader: lockstep.Leader, ended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gather(mine: str, ends: list[str]) -> None:
-        ends[:] = [mine, "another"]
-
-    monkeypatch.setattr(dist, "gather_object", gather)
+    monkeypatch.setattr(lockstep, "_gather", lambda mine: [mine, "another"])
     with capture_logs() as logs, pytest.raises(Ended):
         leader.optim_step("m", STEP)
     assert ended == [1]

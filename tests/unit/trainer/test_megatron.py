@@ -1,5 +1,5 @@
 """megatron-core against transformers: what it computes of the base model, and what comes of training on it,
-in one process and in two."""
+in one process and in several."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tink.trainer.engines import huggingface
 from tink.trainer.engines.base import Engine
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.lora_engine import LoraEngine
+from tink.trainer.engines.pipeline import Pipeline
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -38,7 +39,7 @@ from tink.wire.tink_train import (
 
 megatron = pytest.importorskip("tink.trainer.engines.megatron", exc_type=ModuleNotFoundError)
 
-# Can be divided among two.
+# Can be divided among two, and among two times two; Qwen2's layers only unevenly.
 SHAPES = asdict(replace(SHAPE, num_attention_heads=4, num_key_value_heads=2))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
@@ -54,12 +55,14 @@ CONFIGS = {
     "qwen3-tied": lambda: transformers.Qwen3Config(
         **SHAPES | {"tie_word_embeddings": True}, rope_parameters=ROPE
     ),
-    "qwen2": lambda: transformers.Qwen2Config(**SHAPES, rope_parameters=ROPE),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPES | {"num_hidden_layers": 3}, rope_parameters=ROPE),
     "llama": lambda: transformers.LlamaConfig(**SHAPES, rope_parameters=LLAMA3),
     "llama-linear": lambda: transformers.LlamaConfig(
         **SHAPES, rope_parameters={**ROPE, "rope_type": "linear", "factor": 2.0}
     ),
 }
+# Processes, and stages among them.
+MESHES = {"tensor": (2, 1), "pipeline": (2, 2), "both": (4, 2)}
 IDS = torch.randint(0, 320, (3, 33), generator=torch.Generator().manual_seed(0))
 
 
@@ -185,9 +188,29 @@ def test_a_tensor_without_a_place_is_refused(models: dict[str, Path], tmp_path: 
         megatron.load(tmp_path, "new")
 
 
-def test_what_cannot_be_divided_is_refused(model_dir: Path) -> None:
-    with pytest.raises(StartupError, match="num_key_value_heads 1 cannot be divided among 2 processes"):
-        megatron.load(model_dir, "test/tiny", ranks=2)
+@pytest.mark.parametrize(
+    ("name", "ranks", "stages", "says"),
+    [
+        (None, 2, 1, "num_key_value_heads 1 cannot be divided among 2 processes"),
+        (None, 4, 2, "num_key_value_heads 1 cannot be divided among 2 processes"),
+        (None, 3, 3, "num_hidden_layers 2 are fewer than 3 stages"),
+        ("qwen2", 3, 3, "vocab_size 320 cannot be divided among 3 processes"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    model_dir: Path, models: dict[str, Path], name: str | None, ranks: int, stages: int, says: str
+) -> None:
+    with pytest.raises(StartupError, match=says):
+        megatron.load(models[name] if name else model_dir, "test/tiny", ranks=ranks, stages=stages)
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(2, 2), (3, 2), (7, 3), (28, 8), (4, 1)])
+def test_every_layer_is_in_one_stage_and_no_stage_has_two_more_than_another(
+    layers: int, stages: int
+) -> None:
+    shares = [Pipeline(None, stage, stages).share(layers) for stage in range(stages)]
+    assert [number for share in shares for number in share] == list(range(layers))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -215,14 +238,25 @@ def _policy(seed: int) -> bytes:
     return body(data, "ppo")
 
 
-def ten_steps(engine: Engine, artifacts: Artifacts) -> dict[str, Any]:
+def _micro_batches(seed: int) -> bytes:
+    """Data whose targets are of different shapes, which makes three micro-batches of them."""
+    random = np.random.default_rng(seed)
+    wide = datum(
+        random.integers(0, 320, 21).tolist(),
+        target_tokens=random.integers(0, 320, (21, 2)),
+        weights=random.normal(size=(21, 2)).astype(np.float32),
+    )
+    return body([*supervised(seed + 1), wide, *supervised(seed + 2, (9,))])
+
+
+def ten_steps(engine: Engine, artifacts: Artifacts, steps: int = 10) -> dict[str, Any]:
     """Each model trained for ten steps, in turn, with two kinds of loss: everything that came of it."""
     found: dict[str, Any] = {"losses": [], "logprobs": [], "norms": []}
     for model_id, create in CREATES.items():
         engine.create(model_id, create)
-    for step in range(10):
+    for step in range(steps):
         for model_id in CREATES:
-            for encoded in (body(supervised(step)), _policy(step)):
+            for encoded in (body(supervised(step)), _policy(step), _micro_batches(step)):
                 result = engine.forward_backward(model_id, ForwardBackward(encoded))
                 found["losses"].append(result.loss)
                 found["logprobs"] += logprobs(result.body)
@@ -280,7 +314,7 @@ def test_ten_steps_are_those_on_transformers(
     compare(ten_steps(engine, artifacts), reference[name])
 
 
-# -- two processes --------------------------------------------------------------------------------
+# -- several processes ----------------------------------------------------------------------------
 
 
 def together(engine: Any, artifacts: Artifacts) -> dict[str, Any]:
@@ -288,14 +322,31 @@ def together(engine: Any, artifacts: Artifacts) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor", "pipeline"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama"])
 def test_two_processes_train_as_one(
-    models: dict[str, Path], reference: dict[str, Any], tmp_path: Path, name: str
+    models: dict[str, Path], reference: dict[str, Any], tmp_path: Path, name: str, mesh: str
 ) -> None:
-    found = lead(together, models[name], tmp_path)
+    ranks, stages = MESHES[mesh]
+    found = lead(together, models[name], tmp_path, ranks=ranks, stages=stages)
     compare(found["steps"], reference[name])
     facts = found["facts"]
-    assert (facts.engine, facts.versions["tensor_parallel"]) == ("megatron", "2")
+    divided = tuple(facts.versions[f"{kind}_parallel"] for kind in ("tensor", "pipeline"))
+    assert (facts.engine, *divided) == ("megatron", str(ranks // stages), str(stages))
+
+
+def two_each(engine: Any, artifacts: Artifacts) -> dict[str, Any]:
+    return ten_steps(engine, artifacts, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mesh"), [("qwen3-tied", "pipeline"), ("qwen3", "both")])
+def test_so_do_stages_with_a_tied_head_and_stages_of_slices(
+    models: dict[str, Path], artifacts: Artifacts, tmp_path: Path, name: str, mesh: str
+) -> None:
+    ranks, stages = MESHES[mesh]
+    plain = LoraEngine(huggingface.load(models[name], name), artifacts)
+    compare(lead(two_each, models[name], tmp_path, ranks=ranks, stages=stages), two_each(plain, artifacts))
 
 
 def promises(engine: Any, artifacts: Artifacts) -> dict[str, Any]:
@@ -359,8 +410,10 @@ def _scores(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-def test_two_processes_keep_the_promises_of_one(models: dict[str, Path], tmp_path: Path) -> None:
-    found = lead(promises, models["qwen3"], tmp_path)
+@pytest.mark.parametrize("mesh", ["tensor", "pipeline"])
+def test_two_processes_keep_the_promises_of_one(models: dict[str, Path], tmp_path: Path, mesh: str) -> None:
+    ranks, stages = MESHES[mesh]
+    found = lead(promises, models["qwen3"], tmp_path, ranks=ranks, stages=stages)
     ended = found.pop("base")
     assert [text.partition(":")[0] for text in found.pop("refused")] == [
         "data is empty",
@@ -410,13 +463,25 @@ def dies(engine: Any) -> None:
     engine.optim_step = lambda model_id, op: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dies_within(engine: Any) -> None:
+    """While another stage waits for its gradients."""
+    Pipeline.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+
+def hangs_within(engine: Any) -> None:
+    Pipeline.send = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[method-assign]
+
+
 def hangs(engine: Any) -> None:
     engine.optim_step = lambda model_id, op: os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_not_waited_for_for_ever(models: dict[str, Path], tmp_path: Path) -> None:
-    group = start(two_steps, models["qwen3"], tmp_path, hangs, patience=20.0)
+@pytest.mark.parametrize(("hangs", "stages"), [(hangs, 1), (hangs_within, 2)])
+def test_a_rank_that_hangs_is_not_waited_for_for_ever(
+    models: dict[str, Path], tmp_path: Path, hangs: Any, stages: int
+) -> None:
+    group = start(two_steps, models["qwen3"], tmp_path, hangs, patience=20.0, stages=stages)
     try:
         _, errors = group.processes[0].communicate(timeout=120)
         assert "a rank has failed" in errors
@@ -427,18 +492,19 @@ def test_a_rank_that_hangs_is_not_waited_for_for_ever(models: dict[str, Path], t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spoil", "statuses", "says"),
+    ("spoil", "stages", "statuses", "says"),
     [
-        (breaks, [1, 1], "a rank has failed"),
-        (drifts, [1, 0], "the ranks disagree"),
-        (dies, [1, -signal.SIGKILL], "a rank has failed"),
+        (breaks, 1, [1, 1], "a rank has failed"),
+        (drifts, 1, [1, 0], "the ranks disagree"),
+        (dies, 1, [1, -signal.SIGKILL], "a rank has failed"),
+        (dies_within, 2, [1, -signal.SIGKILL], "a rank has failed"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_rank_that_is_out_of_step_ends_all(
-    models: dict[str, Path], tmp_path: Path, spoil: Any, statuses: list[int], says: str
+    models: dict[str, Path], tmp_path: Path, spoil: Any, stages: int, statuses: list[int], says: str
 ) -> None:
-    group = start(two_steps, models["qwen3"], tmp_path, spoil)
+    group = start(two_steps, models["qwen3"], tmp_path, spoil, stages=stages)
     try:
         _, errors = group.processes[0].communicate(timeout=120)
         assert says in errors

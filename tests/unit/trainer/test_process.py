@@ -119,13 +119,15 @@ def test_a_run_over_http(tmp_path: Path, model_dir: Path, engine: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.skipif("megatron" not in ENGINES, reason="megatron-core is not installed")
-def test_torchrun_starts_one_server_and_sigterm_ends_all_of_it(tmp_path: Path) -> None:
-    with started(tmp_path, "--engine", "megatron", starter=TORCHRUN) as child:
+def test_torchrun_starts_one_server_and_sigterm_ends_all_of_it(tmp_path: Path, stages: int) -> None:
+    arguments = ["--engine", "megatron", "--pipeline-parallel", str(stages)]
+    with started(tmp_path, *arguments, starter=TORCHRUN) as child:
         child.wait_for("event=ready")
         with httpx.Client(base_url=f"http://127.0.0.1:{child.ready['port']}", timeout=60) as http:
             info = http.get("/v1/info").json()
-            assert (info["engine"], info["versions"]["tensor_parallel"]) == ("megatron", "2")
+            assert (info["engine"], info["versions"]["pipeline_parallel"]) == ("megatron", str(stages))
             create = OpRequest(child.ready["incarnation"], 1, "m", 1, "j", CreateModel(4, 8.0, 1))
             assert http.post("/v1/ops", content=encode(create)).is_success
         child.process.send_signal(signal.SIGTERM)
@@ -165,6 +167,11 @@ def test_a_model_that_cannot_be_divided_ends_all_of_them(tmp_path: Path, model_d
     [
         ({"engine": "hf"}, "the engine 'hf' is one process: start it without torchrun"),
         ({"engine": "megatron", "preload": True}, "--preload"),
+        (
+            {"engine": "megatron", "pipeline_parallel": 4},
+            "--pipeline-parallel 4: 2 processes are no multiple of that",
+        ),
+        ({"engine": "megatron", "pipeline_parallel": 0}, "--pipeline-parallel 0 is not 1 or more"),
     ],
 )
 def test_what_cannot_be_several_processes_says_so(

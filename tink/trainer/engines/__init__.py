@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Kind:
     """`module` of this package loads the base model; `needed` are the packages of the extra, by the names
-    that are imported. `parallel`: it can be in slices on several processes."""
+    that are imported. `parallel`: it can be in parts on several processes."""
 
     module: str
     needed: Sequence[str]
@@ -33,8 +33,8 @@ KINDS = {
 }
 
 
-def check(engine: str, ranks: int = 1) -> None:
-    """Raises StartupError if the engine cannot run here, or not on so many processes."""
+def check(engine: str, ranks: int = 1, stages: int = 1) -> None:
+    """Raises StartupError if the engine cannot run here, or not on so many processes in so many stages."""
     kind = KINDS[engine]
     missing = [name for name in kind.needed if find_spec(name) is None]
     if missing:
@@ -44,6 +44,10 @@ def check(engine: str, ranks: int = 1) -> None:
         )
     if ranks > 1 and not kind.parallel:
         raise StartupError(f"the engine {engine!r} is one process: start it without torchrun")
+    if stages < 1:
+        raise StartupError(f"--pipeline-parallel {stages} is not 1 or more")
+    if ranks % stages:
+        raise StartupError(f"--pipeline-parallel {stages}: {ranks} processes are no multiple of that")
 
 
 def preload(engine: str) -> None:
@@ -51,9 +55,9 @@ def preload(engine: str) -> None:
     _module(engine).preload()
 
 
-def load(engine: str, directory: Path, name: str, dtype: str, ranks: int = 1) -> BaseModel:
+def load(engine: str, directory: Path, name: str, dtype: str, ranks: int = 1, stages: int = 1) -> BaseModel:
     """The base model in a directory, or this process's part of it. StartupError if it cannot be loaded."""
-    parallel = {"ranks": ranks} if KINDS[engine].parallel else {}
+    parallel = {"ranks": ranks, "stages": stages} if KINDS[engine].parallel else {}
     base: BaseModel = _module(engine).load(directory, name, dtype, **parallel)
     return base
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +27,8 @@ Tensor = Any
 class BaseModel(ABC):
     """`digest` identifies weights and architecture. `sites` are the layers that an adapter may have, by
     the names that they have in transformers; `eos` the ids that end a sequence; `versions` those of the
-    libraries, and whatever else a bit-exact redo must find unchanged."""
+    libraries, and whatever else a bit-exact redo must find unchanged. `in_flight`: micro-batches that it
+    works on at once."""
 
     engine: ClassVar[str]
 
@@ -42,6 +44,7 @@ class BaseModel(ABC):
     context: int
     parameters: int
     versions: dict[str, str]
+    in_flight: int = 1
 
     @property
     def device(self) -> Any:
@@ -51,6 +54,14 @@ class BaseModel(ABC):
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         """ids (B, S) -> (B, S, H). No mask: rows are padded on the right or not at all, where a causal
         model cannot see it. With a cache, the ids go behind what it has, and are added to it."""
+
+    def hiddens(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """`hidden` of each, of a few micro-batches that may be worked on at once."""
+        return [self.hidden(ids) for ids in batches]
+
+    def holds(self, site: str) -> bool:
+        """Whether this process has that layer, or a part of it."""
+        return True
 
     def total(self, gradient: Tensor) -> Tensor:
         """The gradient of an adapter, of which each process that holds a part of the model has a part."""

@@ -26,7 +26,7 @@ def micro_batch_tokens(base: BaseModel) -> int:
     if base.device.type == "cpu":
         return MICRO_BATCH_TOKENS
     room = torch.cuda.get_device_properties(base.device).total_memory - torch.cuda.memory_allocated()
-    fitting = int(room * ACTIVATION_SHARE / _bytes_per_token(base))
+    fitting = int(room * ACTIVATION_SHARE / (_bytes_per_token(base) * base.in_flight))
     fitting = min(max(fitting, MIN_MICRO_BATCH_TOKENS), MAX_MICRO_BATCH_TOKENS)
     tokens = 1 << (fitting.bit_length() - 1)
     return -int(base.head.ranks.max(torch.tensor(-tokens, device=base.device)))

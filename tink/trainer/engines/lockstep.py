@@ -1,12 +1,11 @@
 """One engine on several processes, each of which has a slice of the base model: they do the same calls in
 the same order, since each layer needs all of them.
 
-The first rank is the server's, and leads: it tells the others (by torch's broadcast, pickled among the
-processes of one start) what it is about to do. After each call all compare how it ended, to the last bit of
-the result: a TinkError has changed nothing anywhere, and is raised here. Anything else that one of them
-raises ends its process, whose connections break, and so all of them: nobody waits in a collective for one
-who has left it, and no two go on with different weights. Whoever started them starts them again, and the
-worker restores.
+The first rank is the server's, and leads: it tells the others what it is about to do. After each call all
+compare how it ended, to the last bit of the result: a TinkError has changed nothing anywhere, and is
+raised here. Anything else that one of them raises ends its process, whose connections break, and so all of
+them: nobody waits in a collective for one who has left it, and no two go on with different weights.
+Whoever started them starts them again, and the worker restores.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, get_type_hints
 
 import msgspec
 import structlog
+import torch
 import torch.distributed as dist
 
 from tink.errors import TinkError
-from tink.limits import RANK_IDLE_SECONDS, TURN_BEAT_SECONDS
+from tink.limits import DIGEST_BYTES, RANK_IDLE_SECONDS, TURN_BEAT_SECONDS
 from tink.trainer.engines.base import Engine, Facts, Sampled
 from tink.trainer.progress import beat
 from tink.wire.tink_train import (
@@ -109,10 +109,9 @@ class Leader:
             beat()
         try:
             with to_the_end():
-                dist.broadcast_object_list([(method.__name__, args)], src=0, group=self._group)
+                _tell(self._group, msgspec.msgpack.encode((method.__name__, args)))
                 outcome = _perform(method, args)
-                digests: list[Any] = [None] * dist.get_world_size()
-                dist.gather_object(outcome.digest, digests)
+                digests = _gather(outcome.digest)
             if len(set(digests)) > 1:
                 _end("the ranks disagree", method=method.__name__, digests=digests)
         finally:
@@ -126,21 +125,20 @@ class Leader:
 def follow(engine: Engine, group: Any) -> None:
     """Does what the leader does, until it is gone."""
     while True:
-        told: list[Any] = [None]
         try:
-            dist.broadcast_object_list(told, src=0, group=group)
+            told = _hear(group)
         except RuntimeError as error:  # gloo's, when a connection breaks
             log.info("the first rank is gone", reason=str(error).strip().partition("\n")[0])
             return
-        name, args = told[0]
         with to_the_end():
+            name, args = _understand(told)
             # Whether this was what all others have found is the leader's to tell, and to end.
-            dist.gather_object(_perform(getattr(engine, name), args).digest)
+            _gather(_perform(getattr(engine, name), args).digest)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """`digest`: of the result, or of what the user is told instead of one."""
+    """`digest`: of the result, or what the user is told instead of one."""
 
     digest: str
     result: Any = None
@@ -153,6 +151,45 @@ def _perform(method: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
     except TinkError as error:
         return _Outcome(repr(error), failure=error)
     return _Outcome(hashlib.sha256(msgspec.msgpack.encode(result)).hexdigest(), result)
+
+
+# -- messages -----------------------------------------------------------------------------------------
+
+
+def _tell(group: Any, message: bytes) -> None:
+    dist.broadcast(torch.tensor([len(message)]), src=0, group=group)
+    dist.broadcast(_tensor(message), src=0, group=group)
+
+
+def _hear(group: Any) -> bytes:
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.broadcast(length, src=0, group=group)
+    message = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(message, src=0, group=group)
+    return bytes(message.numpy())
+
+
+def _understand(message: bytes) -> tuple[str, tuple[Any, ...]]:
+    """A method of the leader's, and its arguments."""
+    name, encoded = msgspec.msgpack.decode(message, type=tuple[str, msgspec.Raw])
+    *kinds, _ = get_type_hints(getattr(Leader, name)).values()
+    arguments: Any = tuple.__class_getitem__(tuple(kinds))
+    return name, msgspec.msgpack.decode(encoded, type=arguments)
+
+
+def _gather(digest: str) -> list[str]:
+    """Those of all ranks, on the first one."""
+    mine = _tensor(digest.encode()[:DIGEST_BYTES].ljust(DIGEST_BYTES, b"\0"))
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(mine, found, dst=0)
+    return [one.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for one in found or ()]
+
+
+def _tensor(data: bytes) -> Any:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+# -- the end ------------------------------------------------------------------------------------------
 
 
 @contextmanager

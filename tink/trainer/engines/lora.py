@@ -93,10 +93,13 @@ class Adapter:
     def with_values(self, values: Tensor) -> Adapter:
         return Adapter(self.info, self._sites, values)
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        """d loss / d values, flat, float32. Touches no `.grad`, so that it can be thrown away."""
-        parts = list(self._parts.values())
-        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parts)]).float()
+    def gradient(self, loss: Tensor, holds: Callable[[str], bool]) -> Tensor:
+        """d loss / d values, flat, float32, 0 for layers that this process does not hold. Touches no
+        `.grad`, so that it can be thrown away."""
+        here = {name: part for name, part in self._parts.items() if holds(name.rpartition(".")[0])}
+        found = dict(zip(here, torch.autograd.grad(loss, list(here.values())), strict=True))
+        whole = (found.get(name, torch.zeros_like(part)) for name, part in self._parts.items())
+        return torch.cat([part.reshape(-1) for part in whole]).float()
 
     def pair(self, name: str) -> tuple[Tensor, Tensor] | None:
         return self._pairs.get(name)

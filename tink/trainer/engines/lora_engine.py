@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -189,10 +190,11 @@ class LoraEngine:
         logprobs: list[Tensor] = []
         total = 0.0
         with lora.using(adapter):
-            for group in batches.micro_batches(batch.data, self._micro_batch_tokens):
+            groups = batches.micro_batches(batch.data, self._micro_batch_tokens)
+            while together := list(islice(groups, self._base.in_flight)):
                 if logprobs:
                     crash.point("trainer.micro-batch")
-                each, pieces = self._micro_batch(batch, group)
+                each, pieces = self._micro_batches(batch, together)
                 # Both are waited for once, and not for each datum.
                 found = moved([each.detach(), *(piece.detach() for piece in pieces)], CPU)
                 for value, piece in zip(found[0].tolist(), found[1:], strict=True):
@@ -201,7 +203,7 @@ class LoraEngine:
                     total += value
                 if backward:
                     crash.point("trainer.forward")
-                    gradient += adapter.gradient(each.sum())
+                    gradient += adapter.gradient(each.sum(), self._base.holds)
                 beat()
         if backward:
             gradient = self._base.total(gradient)
@@ -210,16 +212,29 @@ class LoraEngine:
         result = OpResult(body=body, metrics=metrics, loss=total, tokens=batch.tokens)
         return _Run(result, gradient)
 
-    def _micro_batch(self, batch: batches.Batch, group: list[batches.Datum]) -> tuple[Tensor, list[Tensor]]:
+    def _micro_batches(
+        self, batch: batches.Batch, groups: list[list[batches.Datum]]
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss of each datum (D,), and its log-probabilities in the shape of its targets."""
-        lengths = [datum.length for datum in group]
-        width = min(batches.width(max(lengths)), self._base.context)
+        ids = [self._ids(group) for group in groups]
+        with recompute.within(any(one.numel() > self._micro_batch_tokens for one in ids)):
+            hidden = self._base.hiddens(ids)
+        found = [self._losses(batch, *pair) for pair in zip(groups, hidden, strict=True)]
+        return torch.cat([each for each, _ in found]), [piece for _, pieces in found for piece in pieces]
+
+    def _ids(self, group: list[batches.Datum]) -> Tensor:
+        width = min(batches.width(max(datum.length for datum in group)), self._base.context)
         ids = torch.zeros((len(group), width), dtype=torch.int64)
         for row, datum in zip(ids, group, strict=True):
             row[: datum.length] = datum.tokens
+        return ids.to(self._base.device)
+
+    def _losses(
+        self, batch: batches.Batch, group: list[batches.Datum], hidden: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of the data of one micro-batch."""
         device = self._base.device
-        with recompute.within(ids.numel() > self._micro_batch_tokens):
-            hidden = self._base.hidden(ids.to(device))
+        lengths = [datum.length for datum in group]
         packed = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
         targets = torch.cat([datum.targets.reshape(datum.length, -1) for datum in group])
         scored = self._base.head.logprobs(packed, targets.to(device)).split(lengths)

@@ -1,14 +1,16 @@
-"""The base model as megatron-core's GPTModel, alone or in slices on several processes (tensor parallel)."""
+"""The base model of megatron-core's layers, alone or in parts on several processes: slices of the layers
+(tensor parallel), some of the layers (pipeline parallel), or both."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,23 +25,26 @@ from tink.errors import StartupError
 from tink.limits import COLLECTIVE_SECONDS
 from tink.trainer.engines import base_model, lora, recompute, sharded_lora, weights
 from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.head import NAME as HEAD
 from tink.trainer.engines.head import Head
-from tink.trainer.engines.parallel import Ranks
+from tink.trainer.engines.parallel import Mesh, Ranks
+from tink.trainer.engines.pipeline import Pipeline
 
 with warnings.catch_warnings():
     # Of Transformer Engine and Apex, which a CPU lacks, and of names that it deprecates and uses itself.
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlock
 
 Tensor = Any
 
 # Their layers are what this engine builds; others differ in more than their config.json says.
 KNOWN = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 # Of transformers, which imports a class when it is named.
 NAMED = ("AutoConfig", "AutoTokenizer", "DynamicCache", "GenerationConfig")
@@ -49,25 +54,46 @@ _cache: ContextVar[Any] = ContextVar("cache", default=None)
 
 @dataclass(frozen=True, kw_only=True)
 class Megatron(BaseModel):
-    """`frequencies` are the rotary embedding's, (head size / 2)."""
+    """`frequencies` are the rotary embedding's, (head size / 2); `held` are the sites in this process's
+    layers, all but the head."""
 
     engine = "megatron"
 
-    model: Any
+    model: _Model
     frequencies: Tensor
-    ranks: Ranks
+    mesh: Mesh
+    held: frozenset[str]
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
-        start = 0 if cache is None else cache.get_seq_length()
-        angles = self._angles(start, ids.shape[1])
-        # Megatron's order is (S, B, H).
-        x = self.model.embedding(ids, None)
         with _using_cache(cache):
-            for layer in self.model.decoder.layers:
-                # In the place of a mask: Megatron only hands it on, and its own rotation would compute
-                # sines and cosines in each layer anew.
-                x, _ = layer(x, attention_mask=angles)
-        return self.model.decoder.final_layernorm(x).transpose(0, 1)
+            return self._hiddens([ids], 0 if cache is None else cache.get_seq_length())[0]
+
+    def hiddens(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        return self._hiddens(batches)
+
+    def _hiddens(self, batches: Sequence[Tensor], start: int = 0) -> list[Tensor]:
+        # Megatron's order is (S, B, H).
+        embedded = [self.model.embedding(ids.T) for ids in batches]
+        found = self.mesh.pipeline.through(partial(self._layers, start), embedded, self._trained())
+        return [self.model.decoder.final_layernorm(x).transpose(0, 1) for x in found]
+
+    def _layers(self, start: int, x: Tensor) -> Tensor:
+        """Through those of this process."""
+        angles = self._angles(start, len(x))
+        for layer in self.model.decoder.layers:
+            # In the place of a mask: Megatron only hands it on, and its own rotation would compute sines
+            # and cosines in each layer anew.
+            x, _ = layer(x, attention_mask=angles)
+        return x
+
+    def _trained(self) -> Tensor | None:
+        """Any part of the adapter in use that these layers use. It has the same ones in all layers."""
+        adapter = lora.in_use()
+        pairs = (adapter.pair(name) for name in self.held) if adapter is not None else ()
+        return next((pair[0] for pair in pairs if pair is not None), None)
+
+    def holds(self, site: str) -> bool:
+        return site in self.held or site == HEAD
 
     def _angles(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of so many positions, (S, 1, 1, head size) each, for `_rotated`."""
@@ -78,7 +104,25 @@ class Megatron(BaseModel):
         return torch.cat([cosines, cosines], -1).to(dtype), torch.cat([-sines, sines], -1).to(dtype)
 
     def total(self, gradient: Tensor) -> Tensor:
-        return self.ranks.sum(gradient)
+        return self.mesh.all.sum(gradient)
+
+
+class _Model(torch.nn.Module):  # type: ignore[misc]
+    """What GPTModel has, but for where: the embedding and the head are in slices on all ranks, and not on
+    the first stage and the last one. The norm behind the layers is on all of them, too."""
+
+    def __init__(self, shape: TransformerConfig, spec: Any, config: Any, mesh: Mesh) -> None:
+        super().__init__()
+        self.embedding = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            config=shape,
+            init_method=shape.embedding_init_method,
+            tp_group=mesh.all.group,
+        )
+        self.decoder = TransformerBlock(shape, spec)
+        if not config.tie_word_embeddings:
+            self.head = torch.nn.Parameter(torch.empty_like(self.embedding.weight))
 
 
 # -- attention ----------------------------------------------------------------------------------------
@@ -127,9 +171,9 @@ def _using_cache(cache: Any) -> Iterator[None]:
 # -- loading ------------------------------------------------------------------------------------------
 
 
-def join(ranks: int = 1) -> Ranks:
+def join(ranks: int = 1, stages: int = 1) -> Mesh:
     """Meets the other processes of this model, which torchrun has told where; or is alone. Once in a
-    process: the model is in slices on all of them."""
+    process: the model is in parts on all of them, `stages` of layers in slices on as many ranks each."""
     if not dist.is_initialized():
         timeout = timedelta(seconds=COLLECTIVE_SECONDS)
         store, rank, size = dist.HashStore(), 0, 1
@@ -138,10 +182,18 @@ def join(ranks: int = 1) -> Ranks:
             # torchrun starts all of them anew with the same store, which has the addresses of the dead.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
-    ours = Ranks.of(parallel_state.get_tensor_model_parallel_group())
-    assert ours.size == ranks
-    return ours
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=ranks // stages,
+            pipeline_model_parallel_size=stages,
+            distributed_timeout_minutes=COLLECTIVE_SECONDS / 60,
+        )
+    mesh = Mesh(
+        all=Ranks.of(dist.group.WORLD),
+        tensor=Ranks.of(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=Pipeline.of(parallel_state.get_pipeline_model_parallel_group()),
+    )
+    assert (mesh.all.size, mesh.pipeline.stages) == (ranks, stages)
+    return mesh
 
 
 def preload() -> None:
@@ -150,41 +202,41 @@ def preload() -> None:
         getattr(transformers, name)
 
 
-def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> Megatron:
-    """Reads this rank's slices of the model and installs the adapters' hooks. StartupError when the engine
-    does not know its shape, or cannot divide it among so many ranks."""
+def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1, stages: int = 1) -> Megatron:
+    """Reads this rank's part of the model and installs the adapters' hooks. StartupError when the engine
+    does not know its shape, or cannot divide it among so many ranks and stages of them."""
     base_model.require_determinism()
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise base_model.unloadable(directory, error) from error
-    _check(config, ranks)
-    ours = join(ranks)
+    _check(config, ranks, stages)
+    mesh = join(ranks, stages)
     with weights.opened(directory, config.tie_word_embeddings) as files:
-        model = _build(config, getattr(torch, dtype), files, ranks)
-        weights.fill(model, files, config, ours)
+        model = _build(config, getattr(torch, dtype), files, mesh)
+        weights.fill(model, files, config, mesh)
         count = files.count
     device = base_model.device()
     model.to(device).eval().requires_grad_(False)
     for layer in model.decoder.layers:
         layer.forward = recompute.layer(layer.forward)
-    tied = config.tie_word_embeddings
-    head = (model.embedding.word_embeddings if tied else model.output_layer).weight
+    head = model.embedding.weight if config.tie_word_embeddings else model.head
     generation = _generation(directory)
+    sites, held = sharded_lora.install(model, config, _head_size(config), mesh)
     return Megatron(
         model=model,
         frequencies=_frequencies(config).to(device),
-        ranks=ours,
-        head=Head(head, None, ours),
+        mesh=mesh,
+        head=Head(head, None, mesh.all),
+        held=held,
+        in_flight=stages,
         tokenizer=tokenizer,
         name=name,
         path=directory,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
-        sites=lora.Sites(
-            sharded_lora.install(model, config, _head_size(config), ours), device, getattr(torch, dtype)
-        ),
+        sites=lora.Sites(sites, device, getattr(torch, dtype)),
         eos=base_model.eos(generation.eos_token_id, config.eos_token_id),
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
@@ -192,12 +244,13 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1) -> 
         versions={
             "transformers": transformers.__version__,
             "megatron-core": version("megatron-core"),
-            "tensor_parallel": str(ranks),
+            "tensor_parallel": str(mesh.tensor.size),
+            "pipeline_parallel": str(stages),
         },
     )
 
 
-def _check(config: Any, ranks: int) -> None:
+def _check(config: Any, ranks: int, stages: int) -> None:
     def refuse(field: str, value: object) -> StartupError:
         return StartupError(f"the engine 'megatron' does not know config.json's {field} {value!r}")
 
@@ -211,15 +264,17 @@ def _check(config: Any, ranks: int) -> None:
         raise refuse("sliding_window", config.sliding_window)
     if getattr(config, "quantization_config", None) is not None:
         raise refuse("quantization_config", config.quantization_config)
-    for field in DIVIDED:
-        if getattr(config, field) % ranks:
+    if config.num_hidden_layers < stages:
+        raise StartupError(f"num_hidden_layers {config.num_hidden_layers} are fewer than {stages} stages")
+    for field, parts in (*((field, ranks // stages) for field in DIVIDED), ("vocab_size", ranks)):
+        if getattr(config, field) % parts:
             raise StartupError(
-                f"{field} {getattr(config, field)} cannot be divided among {ranks} processes"
+                f"{field} {getattr(config, field)} cannot be divided among {parts} processes"
             )
 
 
-def _build(config: Any, dtype: Any, files: weights.Weights, ranks: int) -> Any:
-    """A GPTModel without weights; which biases and norms it has, the files say."""
+def _build(config: Any, dtype: Any, files: weights.Weights, mesh: Mesh) -> _Model:
+    """A model without weights; which biases and norms it has, the files say."""
     attention = "model.layers.0.self_attn."
     normed = f"{attention}q_norm.weight" in files
     spec = get_gpt_layer_local_spec(qk_layernorm=normed, normalization="RMSNorm")
@@ -227,7 +282,8 @@ def _build(config: Any, dtype: Any, files: weights.Weights, ranks: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shape = TransformerConfig(
-            num_layers=config.num_hidden_layers,
+            # Those of this stage: its layers, and the cache's, are numbered from its first one.
+            num_layers=len(mesh.pipeline.share(config.num_hidden_layers)),
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
             num_query_groups=config.num_key_value_heads,
@@ -242,7 +298,7 @@ def _build(config: Any, dtype: Any, files: weights.Weights, ranks: int) -> Any:
             add_qkv_bias=f"{attention}q_proj.bias" in files,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            tensor_model_parallel_size=ranks,
+            tensor_model_parallel_size=mesh.tensor.size,
             params_dtype=dtype,
             bf16=dtype is torch.bfloat16,
             use_cpu_initialization=True,
@@ -255,17 +311,10 @@ def _build(config: Any, dtype: Any, files: weights.Weights, ranks: int) -> Any:
             apply_rope_fusion=False,
             persist_layer_norm=False,
         )
-        model = GPTModel(
-            shape,
-            spec,
-            vocab_size=config.vocab_size,
-            max_sequence_length=config.max_position_embeddings,
-            share_embeddings_and_output_weights=config.tie_word_embeddings,
-            # Angles are computed here, as transformers does it.
-            position_embedding_type="none",
-        )
+        model = _Model(shape, spec, config, mesh)
     # Norms come in float32 whatever is asked for.
-    return model.to(dtype)
+    converted: _Model = model.to(dtype)
+    return converted
 
 
 def _head_size(config: Any) -> int:

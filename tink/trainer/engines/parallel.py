@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tink.trainer.engines.pipeline import Pipeline
+
 Tensor = Any
 
 
@@ -79,6 +81,16 @@ class Ranks:
         so that the sum over all of them is right. Detaching it there instead would leave them with another
         graph, and a backward pass without the collectives that the first one waits in."""
         return x if self.size == 1 else _Once.apply(x, self)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of one model. `tensor` are those of one stage, each of which has slices of its layers;
+    `all` of them have slices of the vocabulary, so that no stage idles before or behind the layers."""
+
+    all: Ranks
+    tensor: Ranks
+    pipeline: Pipeline
 
 
 class _Summed(torch.autograd.Function):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""LoRA beside the layers of a megatron-core GPTModel, of which each rank has a slice.
+"""LoRA beside megatron-core's layers, of which each rank has a slice, or some.
 
 An adapter is whole on every rank, and its layers are those of transformers. The hooks take what belongs to
 the rank's part of Megatron's layers, so that the gradients of all ranks add up to the whole one; what is
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from tink.trainer.engines import lora
-from tink.trainer.engines.parallel import Ranks
+from tink.trainer.engines.parallel import Mesh, Ranks
 from tink.trainer.engines.weights import interleave
 
 Tensor = Any
@@ -74,14 +74,19 @@ class _Rows:
         return lora.add(whole, inner, self.ranks.once(b), adapter.scale), bias
 
 
-def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, tuple[int, int]]:
-    """Puts the hooks on every layer that an adapter may have, and says which those are, in the order that
-    they have in transformers."""
+def install(
+    model: Any, config: Any, head_size: int, mesh: Mesh
+) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
+    """Which layers an adapter may have, in the order that they have in transformers, and which of them are
+    on this rank: on those it puts the hooks. The head has none (head.py)."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * head_size
     keys = config.num_key_value_heads * head_size
+    ranks = mesh.tensor
     groups = config.num_key_value_heads // ranks.size
+    here = mesh.pipeline.share(config.num_hidden_layers)
     sites: dict[str, tuple[int, int]] = {}
+    held: set[str] = set()
 
     def by_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return interleave(q, k, v, groups)
@@ -89,7 +94,7 @@ def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, 
     def join(*parts: Tensor) -> Tensor:
         return torch.cat(parts)
 
-    for number, layer in enumerate(model.decoder.layers):
+    for number in range(config.num_hidden_layers):
         attention, mlp = f"model.layers.{number}.self_attn", f"model.layers.{number}.mlp"
         qkv = {
             f"{attention}.{leaf}_proj": size
@@ -97,13 +102,16 @@ def install(model: Any, config: Any, head_size: int, ranks: Ranks) -> dict[str, 
         }
         gates = {f"{mlp}.{leaf}_proj": inner for leaf in ("gate", "up")}
         out, down = f"{attention}.o_proj", f"{mlp}.down_proj"
-        layer.self_attention.linear_qkv.register_forward_hook(_Columns(list(qkv), by_group, ranks))
-        layer.self_attention.linear_proj.register_forward_hook(_Rows(out, ranks))
-        layer.mlp.linear_fc1.register_forward_hook(_Columns(list(gates), join, ranks))
-        layer.mlp.linear_fc2.register_forward_hook(_Rows(down, ranks))
         sites |= {name: (size, hidden) for name, size in qkv.items()}
         sites[out] = (hidden, queries)
         sites |= {name: (size, hidden) for name, size in gates.items()}
         sites[down] = (hidden, inner)
+        if number in here:
+            layer = model.decoder.layers[number - here.start]
+            layer.self_attention.linear_qkv.register_forward_hook(_Columns(list(qkv), by_group, ranks))
+            layer.self_attention.linear_proj.register_forward_hook(_Rows(out, ranks))
+            layer.mlp.linear_fc1.register_forward_hook(_Columns(list(gates), join, ranks))
+            layer.mlp.linear_fc2.register_forward_hook(_Rows(down, ranks))
+            held |= {*qkv, out, *gates, down}
     sites["lm_head"] = (config.vocab_size, hidden)
-    return sites
+    return sites, frozenset(held)

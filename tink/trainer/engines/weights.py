@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face directory, tensor by tensor, as a megatron-core GPTModel has them. Each
+"""The weights of a Hugging Face directory, tensor by tensor, as megatron-core's layers have them. Each
 rank reads no more than its slices.
 
 Megatron fuses what transformers keeps apart: q, k and v lie in one matrix, group by group (the queries of
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tink.errors import StartupError
-from tink.trainer.engines.parallel import Ranks
+from tink.trainer.engines.parallel import Mesh, Ranks
 
 Tensor = Any
 
@@ -28,7 +28,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALL = slice(None)
+# Of a layer, here numbered from the first that this rank has, and by transformers.
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+THEIR_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Megatron's name of what every rank has whole -> that of transformers.
 WHOLE = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -95,10 +97,10 @@ def opened(directory: Path, tied: bool) -> Iterator[Weights]:
         yield Weights(files, tied)
 
 
-def fill(model: Any, weights: Weights, config: Any, ranks: Ranks) -> None:
+def fill(model: Any, weights: Weights, config: Any, mesh: Mesh) -> None:
     """Copies this rank's slices into the model's parameters. `config` is transformers'. StartupError if a
     tensor is missing, has another shape, or has no place in the model."""
-    place = _Place(weights, config, ranks)
+    place = _Place(weights, config, mesh)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = place.tensor(name)
@@ -108,39 +110,49 @@ def fill(model: Any, weights: Weights, config: Any, ranks: Ranks) -> None:
                     f"{tuple(parameter.shape)}"
                 )
             parameter.copy_(tensor)
-    if weights.unread:
-        raise StartupError(f"the engine 'megatron' has no place for {min(weights.unread)} of the model")
+    lost = {name for name in weights.unread if not place.is_elsewhere(name)}
+    if lost:
+        raise StartupError(f"the engine 'megatron' has no place for {min(lost)} of the model")
 
 
 class _Place:
     """Where each of Megatron's parameters comes from."""
 
-    def __init__(self, weights: Weights, config: Any, ranks: Ranks) -> None:
-        self._weights, self._config, self._ranks = weights, config, ranks
+    def __init__(self, weights: Weights, config: Any, mesh: Mesh) -> None:
+        self._weights, self._config, self._mesh = weights, config, mesh
+        self._layers = mesh.pipeline.share(config.num_hidden_layers)
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether the tensor is of another stage's layers, which will look at it."""
+        match = THEIR_LAYER.match(name)
+        number = int(match[1]) if match else -1
+        return number in range(self._config.num_hidden_layers) and number not in self._layers
 
     def tensor(self, name: str) -> Tensor:
-        if name == "embedding.word_embeddings.weight":
-            return self._rows(EMBEDDING)
-        if name == "output_layer.weight":
-            return self._rows(HEAD)
+        if name == "embedding.weight":
+            return self._rows(EMBEDDING, self._mesh.all)
+        if name == "head":
+            return self._rows(HEAD, self._mesh.all)
         if name == "decoder.final_layernorm.weight":
             return self._weights.read("model.norm.weight")
         match = LAYER.fullmatch(name)
         assert match, name
-        layer, leaf = f"model.layers.{match[1]}.", match[2]
+        layer, leaf = f"model.layers.{self._layers[int(match[1])]}.", match[2]
         if leaf in WHOLE:
             return self._weights.read(layer + WHOLE[leaf])
+        ranks = self._mesh.tensor
         kind = leaf.rpartition(".")[2]
         if leaf.startswith("self_attention.linear_qkv."):
-            q, k, v = (self._rows(f"{layer}self_attn.{part}_proj.{kind}") for part in "qkv")
-            return interleave(q, k, v, self._config.num_key_value_heads // self._ranks.size)
+            q, k, v = (self._rows(f"{layer}self_attn.{part}_proj.{kind}", ranks) for part in "qkv")
+            return interleave(q, k, v, self._config.num_key_value_heads // ranks.size)
         if leaf.startswith("mlp.linear_fc1."):
-            return torch.cat([self._rows(f"{layer}mlp.{part}_proj.{kind}") for part in ("gate", "up")])
+            gates = (f"{layer}mlp.{part}_proj.{kind}" for part in ("gate", "up"))
+            return torch.cat([self._rows(gate, ranks) for gate in gates])
         name = layer + BY_COLUMNS[leaf]
-        return self._weights.read(name, columns=self._ranks.slice(self._weights.shape(name)[1]))
+        return self._weights.read(name, columns=ranks.slice(self._weights.shape(name)[1]))
 
-    def _rows(self, name: str) -> Tensor:
-        return self._weights.read(name, self._ranks.slice(self._weights.shape(name)[0]))
+    def _rows(self, name: str, ranks: Ranks) -> Tensor:
+        return self._weights.read(name, ranks.slice(self._weights.shape(name)[0]))
 
 
 def interleave(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
