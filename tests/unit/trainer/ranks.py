@@ -105,7 +105,8 @@ def main(
     megatron.COLLECTIVE_SECONDS = float(patience)
     artifacts = Artifacts(Path(folder) / "artifacts", f"rank{rank}")
     base = megatron.load(Path(model), "test/tiny", ranks=ranks, stages=int(stages))
-    engine = LoraEngine(base, artifacts)
+    # Few, so that a request is several micro-batches, and its longest sequences are computed twice.
+    engine = LoraEngine(base, artifacts, micro_batch_tokens=32)
     group = lockstep.gather()
     if rank:
         if spoil and rank == ranks - 1:
