@@ -32,12 +32,13 @@ R = TypeVar("R", bound=rows.Row)
 
 class Base(NamedTuple):
     """The base model that is served. `max_context`: tokens. `path`: a directory with its tokenizer, where
-    there is one on this machine."""
+    there is one on this machine. `trains`: whether its server can train it."""
 
     name: str
     max_context: int
     arch: str = ""
     path: str | None = None
+    trains: bool = True
 
 
 class Backends(NamedTuple):
@@ -228,7 +229,7 @@ class Catalogue:
         model = messages.ServedModel(
             name=base.name,
             max_context=base.max_context,
-            trainable=self._routes.training is not None,
+            trainable=self._routes.training is not None and base.trains,
             sampleable=self._routes.sampling is not None,
         )
         return messages.Capabilities(models=[model])

@@ -1,18 +1,62 @@
-"""A training server that somebody else starts, watches and ends: `tink trainer`, on GPUs of its own."""
+"""A training server that somebody else starts, watches and ends: `tink trainer`, on GPUs of its own, or a
+plain Megatron-LM text generation server, which only samples."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
 import trio
 
+from tink import pretrained
 from tink.actors.trainer_link import Endpoint
+from tink.backends import text_generation
+from tink.backends.trainer import TrainerClient
+from tink.errors import StartupError
+from tink.pretrained import Text
+from tink.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalEndpoint(Endpoint):
+    """`model`: a directory or hub name, of which a plain server's tokenizer is; clients call it `name`."""
+
+    model: str = ""
+    name: str = ""
+
+    @asynccontextmanager
+    async def connect(self, world: World, slots: int) -> AsyncIterator[TrainerClient]:
+        """StartupError if a plain one is there, and not known of which model."""
+        if not await text_generation.recognised(self.url, world):
+            async with super().connect(world, slots) as client:
+                yield client
+            return
+        if not self.model:
+            raise StartupError(
+                f"the server at {self.url} is a plain {text_generation.ENGINE}, which takes text: set "
+                "TINK_HF_MODEL to its model (a directory or hub name), for the tokenizer"
+            )
+        text = await world.run_sync(_load, self.model)
+        async with text_generation.connect(
+            self.url, world, slots=slots, text=text, name=self.name or self.model
+        ) as client:
+            yield client
 
 
 class ExternalTrainer:
-    def __init__(self, url: str, token: str) -> None:
-        self._endpoint = Endpoint(url, token)
+    def __init__(self, endpoint: ExternalEndpoint) -> None:
+        self._endpoint = endpoint
 
     async def find(self, unfit: str | None = None) -> Endpoint:
         """Where it is, running or not. One that is `unfit` is whoever's who started it to end: it is not
         used until another one answers there."""
         await trio.lowlevel.checkpoint()
         return self._endpoint
+
+
+def _load(model: str) -> Text:
+    text = Text.load(pretrained.find(model, pretrained.TEXT_FILES))
+    if not text.context:
+        raise StartupError(f"{text.path / 'config.json'} does not say max_position_embeddings")
+    return text

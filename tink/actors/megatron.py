@@ -117,6 +117,7 @@ class MegatronActor:
         life = await self._link.life()
         context = self._context(life)
         try:
+            life.require_training()
             body = await self._journal.request(job)
             op_no = job.op_no or self._model(job).op_no + 1
             plan = plans.training(job, body, op_no, context)

@@ -7,17 +7,18 @@ server answers again, as the same incarnation or as a new one.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
 import trio
 
 from tink.actors.backoff import Backoff
+from tink.backends import text_generation
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
-from tink.errors import StartupError
+from tink.errors import BackendError, StartupError
 from tink.journal.journal import Journal
 from tink.limits import BEAT_SECONDS, HOLD_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
 from tink.wire import tink_train
@@ -30,6 +31,9 @@ log = structlog.get_logger()
 class Endpoint:
     url: str
     token: str = ""
+
+    def connect(self, world: World, slots: int) -> AbstractAsyncContextManager[TrainerClient]:
+        return TrainerClient.connect(self.url, world, slots=slots, token=self.token)
 
 
 # Makes sure that a server runs, and says where: an embedded one is started, or adopted from the worker
@@ -49,6 +53,14 @@ class Life:
     @property
     def incarnation(self) -> str:
         return self.info.incarnation
+
+    def require_training(self) -> None:
+        """Raises BackendError of a server that only samples."""
+        if self.info.engine == text_generation.ENGINE:
+            raise BackendError(
+                f"the server at {self.client.url} is a plain {text_generation.ENGINE}, which only samples: "
+                "training needs `tink trainer --engine megatron` in its place"
+            )
 
     def request(self, job: rows.Job, op_no: int, op: tink_train.Op) -> tink_train.OpRequest:
         return tink_train.OpRequest(
@@ -158,7 +170,8 @@ class TrainerLink:
     def state(self) -> str:
         """For people: `ready`, or why it is waited for."""
         if self._life is not None:
-            return "ready"
+            plain = self._life.info.engine == text_generation.ENGINE
+            return f"ready: a plain {text_generation.ENGINE}, which only samples" if plain else "ready"
         return f"awaited: {self._told}" if self._told else "awaited"
 
     async def run(self) -> None:
@@ -167,9 +180,7 @@ class TrainerLink:
         while True:
             try:
                 endpoint = await self._find(self._unfit)
-                async with TrainerClient.connect(
-                    endpoint.url, self._world, slots=self._slots, token=endpoint.token
-                ) as client:
+                async with endpoint.connect(self._world, self._slots) as client:
                     await self._keep(client)
             except (TrainerGone, Refused, StartupError) as error:
                 if isinstance(error, StartupError) and not self._arrived_once:

@@ -19,6 +19,7 @@ from tink.actors.snapshots import Snapshots
 from tink.actors.supervisor import supervise
 from tink.actors.trainer_link import Find, TrainerLink
 from tink.actors.trainer_samples import TrainerSamples
+from tink.backends import text_generation
 from tink.journal.journal import Journal
 from tink.limits import (
     SAMPLE_SLOTS,
@@ -132,7 +133,8 @@ def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
             # What is longer could be trained, and not sampled.
             contexts = [replica.served.max_context for replica in replicas if replica.served is not None]
             context = min([served.max_context, *contexts])
-            return Base(served.base_model, context, served.arch, served.base_path)
+            trains = served.engine != text_generation.ENGINE
+            return Base(served.base_model, context, served.arch, served.base_path, trains)
         assert pool is not None, "something serves"
         sampled = await pool.served()
         return Base(sampled.base_model, sampled.max_context)

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 import tink
 from tink.actors.embedded import EmbeddedTrainer
-from tink.actors.external import ExternalTrainer
+from tink.actors.external import ExternalEndpoint, ExternalTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
@@ -42,8 +42,13 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
         home, world, version=tink.__version__, settings_digest=settings.digest
     ) as journal:
         embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
-        external = ExternalTrainer(settings.megatron_server_url, settings.trainer_token)
-        find = external.find if embedded is None else embedded.find
+        endpoint = ExternalEndpoint(
+            settings.megatron_server_url,
+            settings.trainer_token,
+            model=settings.hf_model,
+            name=settings.hf_model_name,
+        )
+        find = ExternalTrainer(endpoint).find if embedded is None else embedded.find
         async with open_worker(journal, find, settings, world) as router:
             app = create_app(
                 router.ask,

@@ -65,6 +65,7 @@ def request_of(
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
         targets=targets,
         wait=HOLD_SECONDS,
+        seeded=params.seed is not None,
     )
 
 

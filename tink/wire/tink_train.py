@@ -213,7 +213,8 @@ class SampleRequest(Message, frozen=True):
     the same answer. `adapter`: an exported directory, or None for the base model. `max_tokens` None:
     what is left of the context. `top_k` -1 and `top_p` 1.0 are off; temperature 0 is greedy.
     `stop_tokens` and `stop_strings` add to the model's end-of-sequence tokens, which `ignore_eos`
-    turns off. Sample i draws from (seed, i). `targets`: len(prompt)-1 rows of K token ids, -1 = none."""
+    turns off. Sample i draws from (seed, i). `seeded`: the client has named the seed; a server that cannot
+    draw by it refuses. `targets`: len(prompt)-1 rows of K token ids, -1 = none."""
 
     sample_id: str
     prompt: list[int]
@@ -234,6 +235,7 @@ class SampleRequest(Message, frozen=True):
     prompt_alt_tokens_k: int = 0
     targets: list[list[int]] | None = None
     wait: float = 20.0
+    seeded: bool = False
 
     @property
     def scores_prompt(self) -> bool:
