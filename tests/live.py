@@ -1,10 +1,14 @@
-"""A real `tink serve` for tests, with its real embedded trainer: started, killed, started again."""
+"""A real `tink serve` for tests, with its real embedded trainer or a `tink trainer` of its own: started,
+killed, started again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,3 +141,52 @@ class LiveServer:
             except subprocess.TimeoutExpired:
                 self.kill()
         kill_trainers(self.home)
+
+
+class LiveTrainer:
+    """`tink trainer` in a process of its own, on a port that stays the same over restarts. Who starts it
+    need not wait for it."""
+
+    def __init__(self, home: Path, *arguments: str | Path, **environment: str) -> None:
+        self.home, self.arguments, self.environment = home, arguments, environment
+        self.log = home.with_name(f"{home.name}.log")
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "tink.cli.main", "trainer", "--port", str(self.port)]
+        command += ["--home", str(self.home), *map(str, self.arguments)]
+        with self.log.open("ab") as log:
+            environment = {**os.environ, **self.environment}
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_ready():
+            assert self.process is not None
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"tink trainer did not come up:\n{self.log.read_text()}")
+            time.sleep(0.05)
+
+    def _is_ready(self) -> bool:
+        try:
+            return bool(httpx.get(f"{self.url}/v1/health").json()["state"] == "ready")
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def free_port() -> int:
+    """Below those that systems give to whoever asks for any: between two lives nobody else gets it."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

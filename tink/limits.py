@@ -198,6 +198,12 @@ AFFINITY_TOKENS = 64
 AFFINITY_SLACK = 16
 AFFINITIES = 50_000
 
+# -- a plain Megatron-LM text generation server -----------------------------------------------------
+
+# Of prompt and answer together, whatever its model could: what such a server is started with by itself
+# (--inference-max-seq-length). It does not tell, and one that is asked for more serves nothing after that.
+TEXT_GENERATION_CONTEXT = 2560
+
 # -- trainer ----------------------------------------------------------------------------------------
 
 TRAINER_QUEUE = 256

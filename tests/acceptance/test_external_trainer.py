@@ -3,10 +3,6 @@ first, and whoever dies, the client goes on."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.live import LiveServer
+from tests.live import LiveServer, LiveTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -23,42 +19,16 @@ TOKEN = "of this test"
 STEP = types.AdamParams(learning_rate=1e-2)
 
 
-class ExternalTrainer:
-    """`tink trainer`, on a port that stays the same over restarts."""
-
-    def __init__(self, folder: Path, artifacts: Path) -> None:
-        self.folder, self.artifacts = folder, artifacts
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "tink.cli.main", "trainer", "--port", str(self.port)]
-        command += ["--home", str(self.folder), "--artifacts", str(self.artifacts)]
-        with (self.folder / "trainer.log").open("ab") as log:
-            environment = {**os.environ, "TINK_TRAINER_TOKEN": TOKEN}
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-
 @pytest.fixture
-def external(tmp_path: Path) -> Iterator[ExternalTrainer]:
-    (tmp_path / "trainer").mkdir()
-    trainer = ExternalTrainer(tmp_path / "trainer", tmp_path / "home" / "artifacts")
+def external(tmp_path: Path) -> Iterator[LiveTrainer]:
+    artifacts = tmp_path / "home" / "artifacts"
+    trainer = LiveTrainer(tmp_path / "trainer", "--artifacts", artifacts, TINK_TRAINER_TOKEN=TOKEN)
     yield trainer
     trainer.kill()
 
 
 @pytest.fixture
-def worker(tmp_path: Path, external: ExternalTrainer) -> Iterator[LiveServer]:
+def worker(tmp_path: Path, external: LiveTrainer) -> Iterator[LiveServer]:
     server = LiveServer(
         tmp_path / "home",
         USE_MEGATRON="true",
@@ -78,7 +48,7 @@ def _datum() -> types.Datum:
 
 
 def test_a_training_server_is_waited_for_and_a_run_goes_on_whoever_dies(
-    worker: LiveServer, external: ExternalTrainer
+    worker: LiveServer, external: LiveTrainer
 ) -> None:
     worker.start(wait=False)
     worker.wait_until_listening()

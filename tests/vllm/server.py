@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+
+from tests.live import free_port
 
 # The first start on a machine compiles, and two share its cores.
 START_SECONDS = 300.0
@@ -58,7 +58,7 @@ class VllmReplica:
         self.python, self.model, self.log = python, model, log
         self.arguments, self.environment = arguments, environment
         self.process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
 
     @property
     def url(self) -> str:
@@ -145,11 +145,3 @@ class VllmReplica:
     def _signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         os.killpg(self.process.pid, number)
-
-
-def _free_port() -> int:
-    """Below those that systems give to whoever asks for any: between two lives nobody else gets it."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

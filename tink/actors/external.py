@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -14,6 +14,7 @@ from tink.actors.trainer_link import Endpoint
 from tink.backends import text_generation
 from tink.backends.trainer import TrainerClient
 from tink.errors import StartupError
+from tink.limits import TEXT_GENERATION_CONTEXT
 from tink.pretrained import Text
 from tink.world import World
 
@@ -59,4 +60,4 @@ def _load(model: str) -> Text:
     text = Text.load(pretrained.find(model, pretrained.TEXT_FILES))
     if not text.context:
         raise StartupError(f"{text.path / 'config.json'} does not say max_position_embeddings")
-    return text
+    return replace(text, context=min(text.context, TEXT_GENERATION_CONTEXT))

@@ -132,7 +132,10 @@ class TextGenerationClient(TrainerClient):
             raise TrainerGone(f"the {ENGINE} at {self.url} answers {answer.status}")
         if answer.status != 200:
             reason = answer.content[:MAX_REASON].decode(errors="replace")
-            raise BackendError(f"the {ENGINE} at {self.url} failed: {answer.status} {reason}")
+            raise BackendError(
+                f"the {ENGINE} at {self.url} failed over it: {answer.status} {reason.strip()}; its log "
+                "says why; if it fails over others too, restart it"
+            )
         try:
             return msgspec.json.decode(answer.content, type=Answer)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
