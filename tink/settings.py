@@ -43,7 +43,8 @@ class Settings:
     hf_model: str = _setting(
         "",
         "TINK_HF_MODEL",
-        "model directory or hub id for the embedded engine (default: a tiny built-in one)",
+        "model directory or hub id for the embedded engine (default: a tiny built-in one), or of a plain "
+        "Megatron-LM server",
     )
     hf_model_name: str = _setting("", "TINK_HF_MODEL_NAME", "the name clients use for TINK_HF_MODEL")
     lora_alpha: float = _setting(
