@@ -41,7 +41,7 @@ class WorkerStatus(msgspec.Struct, kw_only=True):
 
 class TrainerStatus(msgspec.Struct, kw_only=True):
     """`silent`: the process is there, and does not answer. `awaited`: it is none of the worker's own, which
-    waits for it."""
+    waits for it. `detail`: why it is not ready, or what it cannot do."""
 
     state: Literal["ready", "loading", "broken", "silent", "stopped", "awaited"]
     pid: int | None = None

@@ -101,6 +101,20 @@ def test_vllm_servers_are_shown_and_one_that_is_awaited_exits_1(home, runs, tink
     assert tink_json("status", "--home", home.root)[0] == 0
 
 
+def test_a_training_server_of_somebody_elses_is_shown_as_the_worker_sees_it(home, runs, tink, tink_json):
+    home.trainer.unlink()
+    for said, code, shown in (
+        ("awaited: it does not answer", 1, "awaited: it does not answer"),
+        ("ready: a plain one, which only samples", 0, "ready: a plain one, which only samples"),
+        ("ready", 0, "ready"),
+    ):
+        runs["/healthz"] = httpx.Response(200, json={"servers": {"trainer": said}})
+        assert tink_json("status", "--home", home.root)[0] == code
+        lines = tink("status", "--home", home.root)[1].splitlines()
+        (line,) = [line for line in lines if line.startswith("trainer")]
+        assert line.split(maxsplit=1)[1].strip() == shown
+
+
 def test_a_worker_that_does_not_answer_exits_1(home, runs, tink, tink_json):
     runs["/healthz"] = httpx.Response(503)
     code, document = tink_json("status", "--home", home.root)
