@@ -107,8 +107,8 @@ def mode_3(vllm_python: Path, tiny_model: Path, tmp_path: Path) -> Iterator[Mode
 
 
 def train(mode: Mode) -> tinker.TrainingClient:
-    """Two steps of it lower the loss."""
-    training = mode.service().create_lora_training_client(base_model=mode.base_model(), rank=4).result()
+    service, name = mode.service(), mode.base_model()
+    training = service.create_lora_training_client(base_model=name, rank=4, seed=1).result()
     tokens = [413, 266, 161, 539, 276]
     datum = types.Datum(
         model_input=types.ModelInput.from_ints(tokens[:-1]),
@@ -118,7 +118,7 @@ def train(mode: Mode) -> tinker.TrainingClient:
     for _ in range(3):
         losses.append(training.forward_backward([datum], "cross_entropy").result().metrics["loss:sum"])
         training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
-    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 2
     return training
 
 
@@ -169,21 +169,18 @@ def test_mode_1_trains_on_megatron_and_samples_on_vllm(mode_1: Mode) -> None:
     assert mode_1.vllm.metric("generation_tokens_total") >= 8
 
 
-@pytest.mark.parametrize("first", ["worker", "vllm"])
-def test_mode_3_samples_on_vllm_and_trains_nothing(mode_3: Mode, first: str) -> None:
+def test_mode_3_samples_on_vllm_and_trains_nothing(mode_3: Mode) -> None:
     assert mode_3.vllm is not None
     assert mode_3.trainer is None
-    if first == "vllm":
-        mode_3.vllm.start()
     mode_3.tink.start(wait=False)
     mode_3.tink.wait_until_listening()
-    if first == "worker":
-        assert re.search(rf"vllm +\S+, {mode_3.vllm.url}: ", mode_3.status()), mode_3.status()
-        mode_3.vllm.start(wait=False)
+    assert re.search(rf"vllm +\S+, {mode_3.vllm.url}: ", mode_3.status()), mode_3.status()
+    mode_3.vllm.start(wait=False)
     name = mode_3.base_model()
     sampler = mode_3.service().create_sampling_client(base_model=name).result()
     params = types.SamplingParams(max_tokens=8, seed=1)
     assert sampler.sample(PROMPT, num_samples=2, sampling_params=params).result().sequences
-    with pytest.raises(tinker.TinkerError, match="Training not supported in non-Megatron mode"):
+    with pytest.raises(tinker.TinkerError) as error:
         mode_3.service().create_lora_training_client(base_model=name, rank=4).result()
+    assert "Training not supported in non-Megatron mode" in str(error.value)
     assert "training on none, sampling on vLLM" in mode_3.tink.output()
