@@ -43,8 +43,7 @@ class Settings:
     hf_model: str = _setting(
         "",
         "TINK_HF_MODEL",
-        "model directory or hub id for the embedded engine (default: a tiny built-in one), or of a plain "
-        "Megatron-LM server",
+        "model directory or hub id: embedded (default: a tiny one), or a plain server's",
     )
     hf_model_name: str = _setting("", "TINK_HF_MODEL_NAME", "the name clients use for TINK_HF_MODEL")
     lora_alpha: float = _setting(

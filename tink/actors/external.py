@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import trio
 
-from tink import pretrained
 from tink.actors.trainer_link import Endpoint
 from tink.backends import text_generation
 from tink.backends.trainer import TrainerClient
 from tink.errors import StartupError
-from tink.limits import TEXT_GENERATION_CONTEXT
-from tink.pretrained import Text
 from tink.world import World
 
 
@@ -38,7 +35,7 @@ class ExternalEndpoint(Endpoint):
                 f"the server at {self.url} is a plain {text_generation.ENGINE}, which takes text: set "
                 "TINK_HF_MODEL to its model (a directory or hub name), for the tokenizer"
             )
-        text = await world.run_sync(_load, self.model)
+        text = await world.run_sync(text_generation.load, self.model)
         async with text_generation.connect(
             self.url, world, slots=slots, text=text, name=self.name or self.model
         ) as client:
@@ -54,10 +51,3 @@ class ExternalTrainer:
         used until another one answers there."""
         await trio.lowlevel.checkpoint()
         return self._endpoint
-
-
-def _load(model: str) -> Text:
-    text = Text.load(pretrained.find(model, pretrained.TEXT_FILES))
-    if not text.context:
-        raise StartupError(f"{text.path / 'config.json'} does not say max_position_embeddings")
-    return replace(text, context=min(text.context, TEXT_GENERATION_CONTEXT))

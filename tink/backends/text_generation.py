@@ -16,17 +16,26 @@ import struct
 from bisect import bisect_left
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import msgspec
 
+from tink import pretrained
 from tink.backends import exchange
 from tink.backends.completions import EMPTY
 from tink.backends.exchange import NoAnswer
 from tink.backends.trainer import TrainerClient, TrainerGone
-from tink.errors import BackendError, UserError
-from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_NUM_SAMPLES, MAX_REASON, TOKEN_SECONDS
+from tink.errors import BackendError, StartupError, UserError
+from tink.limits import (
+    ANSWER_SECONDS,
+    HEALTH_SECONDS,
+    MAX_NUM_SAMPLES,
+    MAX_REASON,
+    TEXT_GENERATION_CONTEXT,
+    TOKEN_SECONDS,
+)
 from tink.pretrained import Text
 from tink.wire import tink_train
 from tink.wire import tinker_pb2 as pb
@@ -37,7 +46,6 @@ from tink.world import World
 ENGINE = "Megatron-LM text generation server"
 # Numbers go through float32 there.
 SEEDS = 2**24
-_AWAY = (502, 503, 504)
 _LACKS = "a plain Megatron-LM text generation server cannot serve: start `tink trainer` in its place"
 
 
@@ -51,6 +59,14 @@ async def recognised(url: str, world: World) -> bool:
             return await _complains(client)
         except NoAnswer:
             return False
+
+
+def load(model: str) -> Text:
+    """The text side of a model that is named by its directory or on the hub. Blocks. StartupError."""
+    text = Text.load(pretrained.find(model, pretrained.TEXT_FILES))
+    if not text.context:
+        raise StartupError(f"{text.path / 'config.json'} does not say max_position_embeddings")
+    return replace(text, context=min(text.context, TEXT_GENERATION_CONTEXT))
 
 
 @asynccontextmanager
@@ -127,7 +143,7 @@ class TextGenerationClient(TrainerClient):
         complaint = _complaint(answer.content)
         if complaint is not None and answer.status in (200, 400):
             raise UserError(f"the {ENGINE} at {self.url} refuses it: {complaint}")
-        if answer.status in _AWAY:
+        if answer.status in (502, 503, 504):
             self._incarnation = self._world.new_id()
             raise TrainerGone(f"the {ENGINE} at {self.url} answers {answer.status}")
         if answer.status != 200:

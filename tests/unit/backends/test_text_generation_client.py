@@ -474,10 +474,8 @@ async def test_a_lost_call_is_lost(server: Plain, client: TextGenerationClient, 
 
 
 def test_no_more_is_asked_of_it_than_such_servers_are_started_with(tmp_path: Path) -> None:
-    from tink.actors.external import _load
-
     directory = write_model(tmp_path, max_position_embeddings=32768)
-    assert _load(str(directory)).context == TEXT_GENERATION_CONTEXT
+    assert text_generation.load(str(directory)).context == TEXT_GENERATION_CONTEXT
     write_model(tmp_path, max_position_embeddings=None)
     with pytest.raises(StartupError, match="does not say max_position_embeddings"):
-        _load(str(directory))
+        text_generation.load(str(directory))
