@@ -77,7 +77,7 @@ def replace_cuda() -> None:
 def build(directory: Path) -> Any:
     """A Qwen3, as Megatron-LM computes it by itself."""
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    ranks = megatron.join()
+    mesh = megatron.join()
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     shape = TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -115,7 +115,7 @@ def build(directory: Path) -> Any:
         rotary_base=int(config.rope_parameters["rope_theta"]),
     )
     with weights.opened(directory, config.tie_word_embeddings) as files:
-        weights.fill(model, files, config, ranks)
+        weights.fill(model, files, config, mesh)
     return model.eval()
 
 
