@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ def replace_cuda() -> None:
     communication_utils._is_cuda = communication_utils._is_cuda_contiguous = lambda _: None
 
 
+class _Named:
+    """A GPTModel's parameters, by the names that they have where Tink builds a model of its layers."""
+
+    NAMES = types.MappingProxyType(
+        {"embedding.word_embeddings.weight": "embedding.weight", "output_layer.weight": "head"}
+    )
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self._model.named_parameters():
+            yield self.NAMES.get(name, name), parameter
+
+
 def build(directory: Path) -> Any:
     """A Qwen3, as Megatron-LM computes it by itself."""
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -115,7 +131,7 @@ def build(directory: Path) -> Any:
         rotary_base=int(config.rope_parameters["rope_theta"]),
     )
     with weights.opened(directory, config.tie_word_embeddings) as files:
-        weights.fill(model, files, config, mesh)
+        weights.fill(_Named(model), files, config, mesh)
     return model.eval()
 
 
