@@ -5,7 +5,9 @@ rewarded for the real words in it that begin with "s". The loop is the textbook 
 sampler with the present weights, draws a group of samples for each prompt, computes rewards here in
 Python, and makes one importance-sampling update with advantages relative to the group.
 
-With --vllm the samples come from two vLLM servers on the CPU, and one of them is killed half way.
+With --megatron the weights are a training server's of two processes (megatron-core, each with half of every
+layer), one of which is killed half way. With --vllm the samples come from two vLLM servers on the CPU, one
+of which is killed half way, too.
 
 The first run also trains that model, which takes a minute or two; it is kept. The home folder keeps the
 journal of all runs (journal.sqlite), the server's log and the plots.
@@ -38,12 +40,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import tinker
-import vllm_pool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from tinker import types
+
+from tools import megatron_trainer, vllm_pool
+from tools.megatron_trainer import MegatronTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_NAME = "tink/qwen3-tiny-docstrings"
@@ -245,17 +249,25 @@ def make_model(home: Path) -> Path:
     return directory
 
 
+def settings(model: Path, vllm: list[vllm_pool.Server], trainer: MegatronTrainer | None) -> dict[str, str]:
+    """The environment of `tink serve`."""
+    if trainer is not None:
+        found = trainer.settings
+    else:
+        found = {"USE_HF": "true", "TINK_HF_MODEL": str(model), "TINK_HF_MODEL_NAME": MODEL_NAME}
+        # Should this process be killed and the server after it, its trainer will not stay for long.
+        found["TINK_TRAINER_ORPHAN_SECONDS"] = "60"
+    if vllm:
+        found |= {"USE_VLLM": "true", "VLLM_BASE_URL": ",".join(server.url for server in vllm)}
+    return found
+
+
 @contextmanager
-def serving(home: Path, model: Path, vllm: list[vllm_pool.Server]) -> Iterator[str]:
+def serving(home: Path, settings: dict[str, str]) -> Iterator[str]:
     """`tink serve` on a free port; gives its address. In a session of its own, so that Ctrl-C reaches
     only the demo, and the server is always stopped in good order."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TINK_", "USE_", "VLLM_"))}
-    if vllm:
-        urls = ",".join(server.url for server in vllm)
-        environment |= {"USE_HF": "true", "USE_VLLM": "true", "VLLM_BASE_URL": urls}
-    environment |= {"TINK_HF_MODEL": str(model), "TINK_HF_MODEL_NAME": MODEL_NAME}
-    # Should this process be killed and the server after it, its trainer will not stay for long.
-    environment["TINK_TRAINER_ORPHAN_SECONDS"] = "60"
+    others = ("TINK_", "USE_", "VLLM_", "MEGATRON_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(others)} | settings
     log = home / "serve.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -291,6 +303,19 @@ def serving(home: Path, model: Path, vllm: list[vllm_pool.Server]) -> Iterator[s
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def disturb(vllm: list[vllm_pool.Server], trainer: MegatronTrainer | None) -> None:
+    """Kills one of each, a moment later: then samples are on their way."""
+    if vllm:
+        # Its samples move to the other one.
+        console.print(f"  kill -9 {vllm[0].url}, and a new one there")
+        threading.Timer(0.2, vllm[0].kill).start()
+        threading.Timer(2.0, vllm[0].start).start()
+    if trainer is not None:
+        # Not the one that serves: it must notice.
+        console.print(f"  kill -9 {trainer.rank(1)}, one of the two that train: torchrun starts both again")
+        threading.Timer(0.2, trainer.kill_rank, [1]).start()
 
 
 def await_address(home: Path, server: subprocess.Popen[bytes], log: Path) -> str:
@@ -450,12 +475,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Ctrl-C may come while the SDK has made a coroutine and not yet handed it to its loop.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    recipe = Recipe(options.steps or (15 if options.fast else 40), options.seed)
+    # Two processes on the cores of one take twice as long.
+    fast = 8 if options.megatron else 15
+    recipe = Recipe(options.steps or (fast if options.fast else 40), options.seed)
     errors, run, plot = ClientErrors(), Run(), home / "reward.png"
     try:
         model = make_model(home)
         pool = vllm_pool.running(home, model, MODEL_NAME) if options.vllm else nullcontext([])
-        with pool as vllm, serving(home, model, vllm) as url:
+        training = megatron_trainer.running(home, model, MODEL_NAME) if options.megatron else nullcontext()
+        with pool as vllm, training as trainer, serving(home, settings(model, vllm, trainer)) as url:
             print(f"tink serve is at {url}, its log is {home / 'serve.log'}", flush=True)
             figures = (
                 "reward {task.fields[reward]:.3f}  loss {task.fields[loss]:+.4f}"
@@ -472,11 +500,8 @@ def main() -> int:
                         loss=run.losses[-1],
                         speed=run.speed,
                     )
-                    if vllm and step == recipe.steps // 2:
-                        # Its samples are on their way: they move to the other one.
-                        console.print(f"  kill -9 {vllm[0].url}, and a new one there")
-                        threading.Timer(0.2, vllm[0].kill).start()
-                        threading.Timer(2.0, vllm[0].start).start()
+                    if step == recipe.steps // 2:
+                        disturb(vllm, trainer)
 
                 learn(url, recipe, run, show)
             count_jobs(home, run)
@@ -503,8 +528,19 @@ def parse() -> argparse.Namespace:
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # tools/demo looks for whole words.
+        allow_abbrev=False,
     )
-    parser.add_argument("--fast", action="store_true", help="15 steps: under 90 s once the model is there")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="15 steps, with --megatron 8: one or two minutes once the model is there",
+    )
+    parser.add_argument(
+        "--megatron",
+        action="store_true",
+        help="train on two processes with megatron-core, one of which is killed half way",
+    )
     parser.add_argument(
         "--vllm",
         action="store_true",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from tools.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # The first start on a machine compiles, and two share its cores.
@@ -42,7 +42,7 @@ class Server:
 
     def __init__(self, vllm: Path, model: Path, name: str, log: Path) -> None:
         self._vllm, self._model, self._name, self.log = vllm, model, name, log
-        self._port = _free_port()
+        self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -102,11 +102,3 @@ def running(home: Path, model: Path, name: str, count: int = 2) -> Iterator[list
     finally:
         for server in servers:
             server.kill()
-
-
-def _free_port() -> int:
-    """Below those that systems give to whoever asks for any: between two lives nobody else gets it."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

@@ -1,4 +1,5 @@
-"""tools/rl_demo.py, README's first command without its virtual environment: a real server, the real SDK."""
+"""tools/rl_demo.py, README's first command without its virtual environment: a real server, the real SDK.
+With --megatron on a training server of two processes, one of which is killed half way."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ STEPS = 8
 LAST_LINE = r"demo: reward (0\.\d{3}) -> (0\.\d{3}) in (\d+) steps, (\d+) jobs journaled, 0 client errors"
 
 pytestmark = pytest.mark.slow
+needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +36,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def start(home: Path, steps: int = STEPS) -> subprocess.Popen[str]:
+def start(home: Path, *options: str, steps: int = STEPS) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, ROOT / "tools/rl_demo.py", "--home", home, "--steps", str(steps)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "tools.rl_demo", "--home", home, "--steps", str(steps), *options],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_demo_raises_the_reward_and_journals_every_job(home: Path) -> None:
-    out, err = start(home).communicate(timeout=280)
+@pytest.mark.parametrize("options", [[], pytest.param(["--megatron"], marks=needs_megatron)], ids=["hf", "megatron"])
+def test_demo_raises_the_reward_and_journals_every_job(home: Path, options: list[str]) -> None:
+    out, err = start(home, *options).communicate(timeout=280)
+    if options:
+        assert "kill -9" in out
+        assert (home / "trainer.log").read_text().count("event=ready") == 2, "torchrun started both again"
     match = re.fullmatch(LAST_LINE, out.splitlines()[-1])
     assert match, f"{out}\n{err}"
     first, last, steps, jobs = float(match[1]), float(match[2]), int(match[3]), int(match[4])
@@ -59,8 +66,9 @@ def test_demo_raises_the_reward_and_journals_every_job(home: Path) -> None:
     assert not processes_of(home)
 
 
-def test_ctrl_c_leaves_nothing_behind(home: Path) -> None:
-    with start(home, steps=1000) as demo:
+@pytest.mark.parametrize("options", [[], pytest.param(["--megatron"], marks=needs_megatron)], ids=["hf", "megatron"])
+def test_ctrl_c_leaves_nothing_behind(home: Path, options: list[str]) -> None:
+    with start(home, *options, steps=1000) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
             if line.startswith("  1/"):

@@ -207,7 +207,6 @@ def _import_engine(engine: str) -> None:
     engines.preload(engine)
 
 
-@_uncollected()
 def _build(options: Options, incarnation: str, world: World) -> Engine:
     """In a thread: importing torch and reading the model takes seconds."""
     if options.ranks == 1:
@@ -219,6 +218,7 @@ def _build(options: Options, incarnation: str, world: World) -> Engine:
         return lockstep.Leader(_load(options, incarnation), lockstep.gather(), world.lock())
 
 
+@_uncollected()
 def _load(options: Options, incarnation: str) -> Engine:
     from tink.trainer import tiny
     from tink.trainer.engines.lora_engine import LoraEngine
@@ -317,9 +317,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options(arguments: argparse.Namespace) -> Options:
     """What `add_arguments` parsed. The token comes by the environment: everyone can see an option."""
+    # torchrun gives those that it starts again the same environment: a crash point is the first ones'.
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     environment: dict[str, Any] = {
         "token": os.environ.get("TINK_TRAINER_TOKEN") or None,
-        "crash_at": os.environ.get("TINK_CRASH_AT", ""),
+        "crash_at": os.environ.get("TINK_CRASH_AT", "") if first else "",
         "rank": int(os.environ.get("RANK", 0)),
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
     }

@@ -227,6 +227,19 @@ def test_options() -> None:
     )
 
 
+@pytest.mark.parametrize(("restarts", "armed"), [(None, True), ("0", True), ("1", False), ("12", False)])
+def test_a_crash_point_is_for_the_first_processes_that_torchrun_starts(
+    restarts: str | None, armed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them have its environment: else none would ever get beyond that point."""
+    monkeypatch.setenv("TINK_CRASH_AT", "trainer.loading")
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    parser = argparse.ArgumentParser()
+    process.add_arguments(parser)
+    assert process.options(parser.parse_args([])).crash_at == ("trainer.loading" if armed else "")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com"])
 def test_other_machines_need_a_token(tmp_path: Path, host: str) -> None:
     with pytest.raises(StartupError, match="TINK_TRAINER_TOKEN"):

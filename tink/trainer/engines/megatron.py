@@ -30,7 +30,21 @@ from tink.trainer.engines.head import Head
 from tink.trainer.engines.parallel import Mesh, Ranks
 from tink.trainer.engines.pipeline import Pipeline
 
-with warnings.catch_warnings():
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """On a CPU: megatron-core decorates functions with torch.compile when it is imported, for which torch
+    imports the compiler. That is half the time of a start, and none of these functions is called here."""
+    compiling = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compiling
+
+
+with warnings.catch_warnings(), _uncompiled():
     # Of Transformer Engine and Apex, which a CPU lacks, and of names that it deprecates and uses itself.
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
