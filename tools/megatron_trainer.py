@@ -37,8 +37,15 @@ class MegatronTrainer:
         self.log = log
         # It is in the command line of all processes, by which they are found.
         self._ready = home / "trainer.json"
-        self._port, self._token = free_port(), secrets.token_hex()
-        self._options = ["--home", str(home), "--port", str(self._port), "--ready-file", str(self._ready)]
+        port, token = free_port(), secrets.token_hex()
+        self.url = f"http://127.0.0.1:{port}"
+        # For the worker.
+        self.settings = {
+            "USE_MEGATRON": "true",
+            "MEGATRON_SERVER_URL": self.url,
+            "TINK_TRAINER_TOKEN": token,
+        }
+        self._options = ["--home", str(home), "--port", str(port), "--ready-file", str(self._ready)]
         # Should whoever started it be killed, it will not stay for long.
         self._options += ["--orphan-seconds", "60"]
         if model is not None:
@@ -47,19 +54,6 @@ class MegatronTrainer:
             self._options += ["--model-name", name]
         self._torchrun: subprocess.Popen[bytes] | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """What `tink serve` must be told."""
-        return {
-            "USE_MEGATRON": "true",
-            "MEGATRON_SERVER_URL": self.url,
-            "TINK_TRAINER_TOKEN": self._token,
-        }
-
     def start(self, crash_at: str = "") -> None:
         """Does not wait until it is up. `crash_at`: TINK_CRASH_AT."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -67,7 +61,7 @@ class MegatronTrainer:
         command += [f"--monitor-interval={1 / LOOKS_PER_SECOND}"]
         command += ["-m", "tink.trainer", "--engine", "megatron", *self._options]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TINK_")}
-        environment |= {"TINK_TRAINER_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
+        environment |= {"TINK_TRAINER_TOKEN": self.settings["TINK_TRAINER_TOKEN"], "OMP_NUM_THREADS": "1"}
         if crash_at:
             environment["TINK_CRASH_AT"] = crash_at
         with self.log.open("ab") as log:

@@ -46,7 +46,9 @@ def start(home: Path, *options: str, steps: int = STEPS) -> subprocess.Popen[str
     )
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--megatron"], marks=needs_megatron)], ids=["hf", "megatron"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--megatron"], marks=needs_megatron)], ids=["hf", "megatron"]
+)
 def test_demo_raises_the_reward_and_journals_every_job(home: Path, options: list[str]) -> None:
     out, err = start(home, *options).communicate(timeout=280)
     if options:
@@ -66,7 +68,9 @@ def test_demo_raises_the_reward_and_journals_every_job(home: Path, options: list
     assert not processes_of(home)
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--megatron"], marks=needs_megatron)], ids=["hf", "megatron"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--megatron"], marks=needs_megatron)], ids=["hf", "megatron"]
+)
 def test_ctrl_c_leaves_nothing_behind(home: Path, options: list[str]) -> None:
     with start(home, *options, steps=1000) as demo:
         assert demo.stdout is not None

@@ -7,16 +7,16 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.crash.runs import Run, say
+from tests.crash.trainers import Trainer
 from tests.live import LiveServer
 from tests.processes import kill as kill_process
-from tests.processes import kill_trainers, server_of
-from tink.crash import POINTS
+from tools.megatron_trainer import RANKS
 
 # Every second kill is followed by one at a crash point: a third of all are.
 POINTED = 0.5
@@ -39,8 +39,8 @@ RESULTS, DELAY_SECONDS = 6, 0.3
 STUCK_SECONDS = 120.0
 LOOK_SECONDS = 0.01
 
-# "trainer" is the training server; "both" it and the worker; "all" its parent as well, from which the next
-# one would be forked.
+# "trainer" is the training server, or one process of it; "both" it and the worker; "all" its parent as
+# well, by which the next one would be started.
 Victim = Literal["worker", "trainer", "both", "all"]
 VICTIMS: tuple[Victim, ...] = ("worker", "trainer", "both", "worker", "trainer", "both", "all")
 How = Literal["at a random time", "during a recovery", "at a crash point"]
@@ -54,34 +54,38 @@ class Stuck(Exception):
 class Kill:
     """`after`: results to wait for once the last kill is over; None: it does not wait for that. `delay`:
     seconds, from then on. `point`: where the victim kills itself, the `nth` time; it is told when it is
-    started after the kill before, which must therefore have ended it."""
+    started after the kill before, which must therefore have ended it. `rank`: which of a trainer's
+    processes, where it is several."""
 
     victim: Victim
     after: int | None = None
     delay: float = 0.0
     point: str | None = None
     nth: int = 1
+    rank: int = 0
 
 
-def drawn(kills: int, seed: int) -> list[Kill]:
-    draw = random.Random(seed)
+def drawn(kills: int, seed: int, points: Sequence[str]) -> list[Kill]:
+    draw, ranks = random.Random(seed), random.Random(f"{seed} rank")
     planned: list[Kill] = []
     while len(planned) < kills:
-        point = draw.choice(list(POINTS)) if draw.random() < POINTED else None
+        rank = ranks.randrange(RANKS)
+        point = draw.choice(points) if draw.random() < POINTED else None
         victim = _before(point) if point else draw.choice(VICTIMS)
         if planned and draw.random() < OVERLAP:
-            planned.append(Kill(victim, None, draw.uniform(0, OVERLAP_SECONDS)))
+            planned.append(Kill(victim, None, draw.uniform(0, OVERLAP_SECONDS), rank=rank))
         else:
-            planned.append(Kill(victim, draw.randrange(RESULTS), draw.uniform(0, DELAY_SECONDS)))
+            after, delay = draw.randrange(RESULTS), draw.uniform(0, DELAY_SECONDS)
+            planned.append(Kill(victim, after, delay, rank=rank))
         if point:
             planned.append(_at(point, 1 if SELDOM.fullmatch(point) else draw.randint(1, PASSES)))
     return planned[:kills]
 
 
-def each_point() -> list[Kill]:
-    """Every crash point once. A worker that has just died at one can be sent to the next at once."""
+def each_point(points: Sequence[str]) -> list[Kill]:
+    """Every one once. A worker that has just died at one can be sent to the next at once."""
     planned: list[Kill] = []
-    for point in POINTS:
+    for point in points:
         if not planned or planned[-1].victim == "trainer" or _before(point) != "worker":
             planned.append(Kill(_before(point), after=1))
         planned.append(_at(point, 1))
@@ -111,9 +115,10 @@ class Done:
 @dataclass
 class Killer:
     """Kills the server while the runs go on. A worker that is dead is started again at once, as a service
-    manager would do it; a trainer is its worker's affair."""
+    manager would do it; a trainer is its parent's affair, unless that is dead as well."""
 
     server: LiveServer
+    trainer: Trainer
     runs: list[Run]
     done: list[Done] = field(default_factory=list)
     # How long the logs were when the worker was started last; whether it is about to kill itself.
@@ -129,7 +134,7 @@ class Killer:
             if any(run.error for run in self.runs):
                 break
             self.done.append(done)
-            self._start_worker(following)
+            self._start(done.victim, following)
             say(
                 f"kill {number:3} of {len(kills)}: {done.victim:7} {done.how}, {done.point or ''} after "
                 f"{self._count()} results and {done.time - began:.1f} s"
@@ -161,31 +166,35 @@ class Killer:
             results = self._count() + kill.after
             self._wait(lambda: self._count() >= results)
         self._wait(lambda: False, seconds=kill.delay)
-        home = self.server.home
         if kill.victim in ("trainer", "both"):
             # After another kill there may be none for a moment.
-            self._wait(lambda: server_of(home) is not None)
-        server = server_of(home)
+            self._wait(lambda: self.trainer.rank(kill.rank) is not None)
+        process = self.trainer.rank(kill.rank)
         done = Done(kill.victim, how, time.monotonic())
-        if kill.victim in ("trainer", "both") and server is not None:
-            kill_process(server)
+        if kill.victim in ("trainer", "both") and process is not None:
+            kill_process(process)
         if kill.victim == "all":
-            kill_trainers(home)
+            self.trainer.kill()
         if kill.victim != "trainer":
             self.server.kill()
         if kill.victim == "all":
-            kill_trainers(home)  # the worker may have been quick
+            self.trainer.kill()  # the worker may have been quick
         return done
 
-    def _start_worker(self, following: Kill | None) -> None:
-        """Unless it runs. It, or the first trainer that it starts, is told where the next kill is."""
+    def _start(self, killed: Victim, following: Kill | None) -> None:
+        """What does not run and is nobody else's to start. It is told where the next kill is."""
         assert self.server.process is not None
         if self.server.process.poll() is None:
             return
         self.server.environment.pop("TINK_CRASH_AT", None)
+        victim = at = ""
         if following is not None and following.point is not None:
-            self.server.environment["TINK_CRASH_AT"] = f"{following.point}:{following.nth}"
+            victim, at = following.victim, f"{following.point}:{following.nth}"
         self._logged = {log: log.stat().st_size for log in self._logs.values()}
+        if killed == "all":
+            self.trainer.start(at if victim == "trainer" else "")
+        if victim == "worker":
+            self.server.environment["TINK_CRASH_AT"] = at
         self.server.start(wait=False)
 
     def _reached(self, kill: Kill) -> bool:
@@ -211,7 +220,7 @@ class Killer:
 
     @property
     def _logs(self) -> dict[str, Path]:
-        return {"worker": self.server.log, "trainer": self.server.home / "logs" / "trainer.log"}
+        return {"worker": self.server.log, "trainer": self.trainer.log}
 
     # -- the runs -----------------------------------------------------------------------------------
 

@@ -1,15 +1,17 @@
 """The kill loop: two training runs go on while their server is killed again and again.
 
-    tools/crashloop [--kills 20] [--seed 1]
-    tools/crashloop --points
+    tools/crashloop [--kills 20] [--seed 1] [--engine megatron]
+    tools/crashloop --points [--engine megatron]
 
-A real `tink serve` with its embedded trainer serves two models side by side, through the unmodified
+A real `tink serve` with its embedded trainer (or, with --engine megatron, with one of two processes, which
+torchrun starts) serves two models side by side, through the unmodified
 `tinker` SDK: a supervised run and a reinforcement-learning run. Meanwhile the worker, the trainer or both
 get a `kill -9`, as drawn from the seed: at random times, some of them while the kill before is still being
 recovered from, and about a third at a crash point (TINK_CRASH_AT, tink/crash.py), where the process kills
-itself. --points goes through all crash points instead, one after the other. A killed worker is started
-again at once, as a service manager would do it; a killed trainer is its worker's affair. Then the same
-runs are made undisturbed, with a new journal, and everything that the clients got is compared.
+itself. --points goes through all crash points instead, one after the other. A killed worker (and a killed
+torchrun) is started again at once, as a service manager would do it; a killed trainer is its worker's
+affair, or torchrun's. Then the same runs are made undisturbed, with a new journal, and everything that the
+clients got is compared.
 
 The last line says it. `lost`: accepted jobs without exactly one end, and results that a client did not
 get. `doubled`: jobs with two ends or two numbers, and optimizer steps that were applied twice.
@@ -35,18 +37,19 @@ from pathlib import Path
 from tests.crash.judge import ClientErrors, Played, examine, judge, table
 from tests.crash.killer import Kill, Killer, Stuck, drawn, each_point
 from tests.crash.runs import Run, both, say
+from tests.crash.trainers import ENGINES, Trainer, points
 from tests.live import LiveServer
 
 # Short, so that there is often a snapshot to take and to put back.
 SNAPSHOT_SECONDS = 0.3
 
 
-def play(home: Path, runs: list[Run], kills: list[Kill]) -> Played:
+def play(home: Path, engine: str, runs: list[Run], kills: list[Kill]) -> Played:
     """Both runs, with a server of their own, and the kills."""
-    with serving(home, len(kills)) as server:
+    with serving(home, engine, len(kills)) as (server, trainer):
         for run in runs:
             run.start(server.url)
-        killer = Killer(server, runs)
+        killer = Killer(server, trainer, runs)
         if kills:
             killer.work(kills)
         killer.await_end()
@@ -59,8 +62,8 @@ def play(home: Path, runs: list[Run], kills: list[Kill]) -> Played:
 
 
 @contextmanager
-def serving(home: Path, kills: int) -> Iterator[LiveServer]:
-    """A `tink serve`, ready; it and its trainers are gone afterwards."""
+def serving(home: Path, engine: str, kills: int) -> Iterator[tuple[LiveServer, Trainer]]:
+    """A `tink serve` and its trainer, ready; they are gone afterwards."""
     server = LiveServer(
         home,
         TINK_SNAPSHOT_SECONDS=str(SNAPSHOT_SECONDS),
@@ -70,30 +73,34 @@ def serving(home: Path, kills: int) -> Iterator[LiveServer]:
         # Every start deletes what it may, while the rest begins to work again.
         TINK_RETENTION_HOURS="0",
     )
+    trainer = ENGINES[engine](server)
+    server.environment |= trainer.settings
     try:
+        trainer.start()
         server.start()
-        yield server
+        yield server, trainer
     finally:
         # Not to be interrupted: whoever presses Ctrl-C twice wants nothing left behind either.
         former = {
             number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
         }
         server.close()
+        trainer.stop()
         for number, handler in former.items():
             signal.signal(number, handler)
 
 
-def loop(root: Path, kills: list[Kill], seed: int, *, strict: bool) -> bool:
+def loop(root: Path, engine: str, kills: list[Kill], seed: int, *, strict: bool) -> bool:
     """Prints the last line; True if all is as promised. `strict`: a crash point that was not reached is
     not. Raises Stuck."""
     logged = ClientErrors()
     began = time.monotonic()
     runs = both(seed)
-    disturbed = play(root / "disturbed", runs, kills)
+    disturbed = play(root / "disturbed", engine, runs, kills)
     say(f"{len(kills)} kills in {time.monotonic() - began:.0f} s; now undisturbed")
     # It takes seconds to make, and is the same.
     shutil.copytree(root / "disturbed" / "models", root / "undisturbed" / "models")
-    undisturbed = play(root / "undisturbed", both(seed, [run.made for run in runs]), [])
+    undisturbed = play(root / "undisturbed", engine, both(seed, [run.made for run in runs]), [])
     count = sum(len(values) for values in undisturbed.numbers.values())
     line, well = judge(disturbed, undisturbed, logged.count)
     say(f"{time.monotonic() - began:.0f} s in all; {count} numbers compared\n{table(disturbed.kills)}")
@@ -116,19 +123,23 @@ def main() -> int:
     which.add_argument("--kills", type=int, default=20, help="default: %(default)s")
     which.add_argument("--points", action="store_true", help="every crash point once")
     parser.add_argument("--seed", type=int, default=1, help="of the kills and of both runs (%(default)s)")
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), default="hf", help="of the training server (%(default)s)"
+    )
     options = parser.parse_args()
     if options.kills < 1:
         parser.error("--kills must be at least 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = Path(tempfile.mkdtemp(prefix="tink-crashloop-"))
-    for name in [name for name in os.environ if name.startswith(("TINK_", "USE_"))]:
+    for name in [name for name in os.environ if name.startswith(("TINK_", "USE_", "MEGATRON_"))]:
         del os.environ[name]
     # The user's Hugging Face cache is not ours to fill.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0", "HF_HOME": str(root / "hf")}
     status = 1
     try:
-        planned = each_point() if options.points else drawn(options.kills, options.seed)
-        if loop(root, planned, options.seed, strict=options.points):
+        reachable = points(options.engine)
+        planned = each_point(reachable) if options.points else drawn(options.kills, options.seed, reachable)
+        if loop(root, options.engine, planned, options.seed, strict=options.points):
             status = 0
     except Stuck as error:
         say(f"crashloop: {error}")
