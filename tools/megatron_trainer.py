@@ -52,13 +52,15 @@ class MegatronTrainer:
             self._options += ["--model", str(model)]
         if name is not None:
             self._options += ["--model-name", name]
+        # torchrun makes directories there, else under /tmp, and leaves them.
+        self._logs = home / "logs" / "torchrun"
         self._torchrun: subprocess.Popen[bytes] | None = None
 
     def start(self, crash_at: str = "") -> None:
         """Does not wait until it is up. `crash_at`: TINK_CRASH_AT."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={RANKS}", f"--max-restarts={RESTARTS}"]
-        command += [f"--monitor-interval={1 / LOOKS_PER_SECOND}"]
+        command += [f"--monitor-interval={1 / LOOKS_PER_SECOND}", f"--log-dir={self._logs}"]
         command += ["-m", "tink.trainer", "--engine", "megatron", *self._options]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TINK_")}
         environment |= {"TINK_TRAINER_TOKEN": self.settings["TINK_TRAINER_TOKEN"], "OMP_NUM_THREADS": "1"}

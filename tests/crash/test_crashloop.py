@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,20 @@ import pytest
 from tests.processes import processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 20
-# One whose kills are of all kinds: every victim, during a recovery, and at crash points of both processes.
-SEED = 14
+# Seeds whose kills are of all kinds: every victim (either of two training processes), during a recovery, and
+# at crash points of worker and trainer. With megatron few end the trainer: its start takes many seconds.
+EMBEDDED = ["--kills", "20", "--seed", "14"]
+MEGATRON = ["--kills", "10", "--seed", "1781", "--engine", "megatron"]
+ENGINES = [
+    pytest.param(EMBEDDED, id="hf"),
+    pytest.param(
+        MEGATRON,
+        id="megatron",
+        marks=pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
+    ),
+]
 LAST_LINE = (
-    rf"kills={KILLS} lost=0 doubled=0 client_errors=0 max_abs_diff=0\.0 "
+    r"kills={kills} lost=0 doubled=0 client_errors=0 max_abs_diff=0\.0 "
     r"recovery_p50=\d+\.\ds recovery_max=\d+\.\ds"
 )
 
@@ -36,17 +46,19 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_nothing_is_lost_doubled_or_different_after_kills(tmp_path: Path) -> None:
-    out, err = start(tmp_path, "--kills", str(KILLS), "--seed", str(SEED)).communicate(timeout=600)
+@pytest.mark.parametrize("options", ENGINES)
+def test_nothing_is_lost_doubled_or_different_after_kills(tmp_path: Path, options: list[str]) -> None:
+    out, err = start(tmp_path, *options).communicate(timeout=600)
     lines = out.splitlines()
     assert lines, err
-    assert re.fullmatch(LAST_LINE, lines[-1]), f"{out}\n{err}"
+    assert re.fullmatch(LAST_LINE.format(kills=options[1]), lines[-1]), f"{out}\n{err}"
     assert not processes_of(tmp_path)
     assert not list(tmp_path.glob("tink-crashloop-*")), "a run that went well leaves nothing behind"
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    loop = start(tmp_path, "--kills", str(KILLS), "--seed", str(SEED))
+@pytest.mark.parametrize("options", ENGINES)
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, options: list[str]) -> None:
+    loop = start(tmp_path, *options)
     assert loop.stderr is not None
     for line in loop.stderr:
         if line.startswith("kill "):

@@ -34,7 +34,7 @@ from tink.trainer.engines.pipeline import Pipeline
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """On a CPU: megatron-core decorates functions with torch.compile when it is imported, for which torch
-    imports the compiler. That is half the time of a start, and none of these functions is called here."""
+    imports the compiler. That takes seconds of each start, and none of these functions is called here."""
     compiling = torch.compile
     if not torch.cuda.is_available():
         torch.compile = lambda function: function
