@@ -15,8 +15,8 @@ import pytest
 from tests.processes import processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seeds whose kills are of all kinds: every victim (either of two training processes), during a recovery, and
-# at crash points of worker and trainer. With megatron few end the trainer: its start takes many seconds.
+# Seeds whose kills are of all kinds: every victim (either of two training processes), during a recovery,
+# and at crash points of worker and trainer. With megatron few end the trainer, whose start takes seconds.
 EMBEDDED = ["--kills", "20", "--seed", "14"]
 MEGATRON = ["--kills", "10", "--seed", "1781", "--engine", "megatron"]
 ENGINES = [
