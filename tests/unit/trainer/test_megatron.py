@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -186,6 +188,14 @@ def test_a_tensor_without_a_place_is_refused(models: dict[str, Path], tmp_path: 
     )
     with pytest.raises(StartupError, match=r"no place for model.layers.1.mlp.up_proj.bias"):
         megatron.load(tmp_path, "new")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU megatron-core may compile")
+def test_a_start_leaves_torchs_compiler_out() -> None:
+    """Each process that torchrun starts after a kill would spend seconds on importing it."""
+    program = "import sys, tink.trainer.engines.megatron; sys.exit('torch._inductor' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(
