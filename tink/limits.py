@@ -134,8 +134,8 @@ LONGEST_PAUSE_SECONDS = 5.0
 # Between two starts of an actor that crashed, at most; one that ran for so long starts again at once.
 LONGEST_ACTOR_PAUSE_SECONDS = 10.0
 CALM_SECONDS = 60.0
-# Calls of the worker to its trainer beside operations and samples: looks, and snapshots.
-TRAINER_OWN_SLOTS = 2
+# Calls of the worker to its trainer beside operations and samples: looks, snapshots, and a body ahead.
+TRAINER_OWN_SLOTS = 3
 # A trainer whose health is well and whose answers to one job are not, so often in a row, is replaced.
 WRONG_ANSWERS = 12
 # An operation without progress for so long is told of. (TINK_HANG_SECONDS ends it.)
@@ -209,6 +209,13 @@ TEXT_GENERATION_CONTEXT = 2560
 TRAINER_QUEUE = 256
 # Ops of one model that the trainer may hold behind the running one.
 TRAINER_AHEAD = 4
+# Bodies that the worker holds for jobs to come, in bytes, beside one more: the longest batch, or a dozen of
+# the SDK's. Of as many jobs as may run at once, twice: one behind may be a step, which has none.
+AHEAD_BYTES = MAX_TRAINING_BODY
+AHEAD_JOBS_PER_SLOT = 2
+# And those that the trainer keeps: what one worker has sent ahead, and not yet named, fits.
+TRAINER_BODIES = 1024
+TRAINER_BODIES_BYTES = AHEAD_BYTES + MAX_TRAINING_BODY
 MAX_RANK = 512
 MAX_OP_WAIT = 30.0
 SAMPLE_SLOTS = 2
@@ -262,6 +269,8 @@ MAX_TRAINER_BODY = MAX_TRAINING_BODY + 64 * 1024
 
 # Upper bounds of a histogram's buckets: from one small optimizer step to a long batch of long rollouts.
 RUN_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+# From the commits between two operations to a pause for people.
+IDLE_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0)
 
 # -- retention --------------------------------------------------------------------------------------
 

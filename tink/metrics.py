@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from tink.domain import events, rows
 from tink.domain.projection import Ledger
-from tink.limits import RUN_SECONDS_BUCKETS
+from tink.limits import IDLE_SECONDS_BUCKETS, RUN_SECONDS_BUCKETS
 
 # A second series beside each counter, which Prometheus does not use.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -43,6 +43,19 @@ class Metrics:
             ["op"],
             registry=registry,
             buckets=RUN_SECONDS_BUCKETS,
+        )
+        self._queue = Histogram(
+            "tink_job_queue_seconds",
+            "How long jobs waited before they were sent to a backend.",
+            ["op"],
+            registry=registry,
+            buckets=RUN_SECONDS_BUCKETS,
+        )
+        self._idle = Histogram(
+            "tink_trainer_idle_seconds",
+            "How long the training server had nothing to do while the job that it did next was waiting.",
+            registry=registry,
+            buckets=IDLE_SECONDS_BUCKETS,
         )
         self._diverged = Counter(
             "tink_diverged",
@@ -67,15 +80,20 @@ class Metrics:
             case events.JobAccepted():
                 self._accepted.labels(event.op).inc()
             case events.JobStarted():
-                self._attempts.labels(self._op(job_id)).inc()
+                op = self._job(job_id).op
+                self._attempts.labels(op).inc()
+                if event.attempt == 1 and event.queue_ms is not None:
+                    self._queue.labels(op).observe(event.queue_ms / 1000)
             case events.JobDone():
-                op = self._op(job_id)
-                self._ended.labels(op, "done").inc()
-                self._run.labels(op).observe(event.run_ms / 1000)
+                job = self._job(job_id)
+                self._ended.labels(job.op, "done").inc()
+                self._run.labels(job.op).observe(event.run_ms / 1000)
+                if event.idle_ms is not None and job.queue_ms is not None:
+                    self._idle.observe(min(event.idle_ms, job.queue_ms) / 1000)
             case events.JobFailed():
-                self._ended.labels(self._op(job_id), "failed").inc()
+                self._ended.labels(self._job(job_id).op, "failed").inc()
             case events.JobCancelled():
-                self._ended.labels(self._op(job_id), "cancelled").inc()
+                self._ended.labels(self._job(job_id).op, "cancelled").inc()
             case events.Diverged():
                 self._diverged.inc()
             case events.TrainerStarted():
@@ -89,8 +107,8 @@ class Metrics:
         """Prometheus's text format, version 0.0.4."""
         return generate_latest(self.registry)
 
-    def _op(self, job_id: str | None) -> str:
-        return self._ledger.table("jobs", rows.Job)[(job_id,)].op
+    def _job(self, job_id: str | None) -> rows.Job:
+        return self._ledger.table("jobs", rows.Job)[(job_id,)]
 
 
 class _OpenJobs(Collector):

@@ -1,4 +1,5 @@
-"""The jobs of an actor: those that wait for it, in the order in which they came, and those that it runs."""
+"""The jobs of an actor: those that wait for it, in the order in which they came, those that it runs, and
+those that it is told to expect."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ class Jobs:
     it is sent."""
 
     def __init__(self, slots: int) -> None:
-        self._slots = slots
+        self.slots = slots
         self._waiting: dict[str, None] = {}
+        self._expected: dict[str, None] = {}
         self._running: set[str] = set()
         self._aside: set[str] = set()
         self._changed = trio.Event()
@@ -27,7 +29,23 @@ class Jobs:
         """Never blocks: open jobs are bounded where they are accepted."""
         if job_id not in self._running:
             self._waiting.setdefault(job_id)
-            self._changed.set()
+            self._expected.pop(job_id, None)
+            self._change()
+
+    def expect(self, job_id: str) -> None:
+        """It will be sent once another one, which runs or waits here, has ended: until then it is not run,
+        but it is among those that are `coming`."""
+        if job_id not in self._running and job_id not in self._waiting:
+            self._expected.setdefault(job_id)
+            self._change()
+
+    def coming(self) -> list[str]:
+        """Those that cannot run yet, and will, in about that order."""
+        return [*(self._waiting if self._full else ()), *self._expected]
+
+    async def changed(self) -> None:
+        """Returns when a job has come, begun or ended."""
+        await self._changed.wait()
 
     def withdraw(self, job_id: str) -> bool:
         """Takes back a job that waits; False if it is run already, or is not here."""
@@ -39,22 +57,23 @@ class Jobs:
         """What is left to do for a job that runs needs no slot."""
         if job_id in self._running:
             self._aside.add(job_id)
-            self._changed.set()
+            self._change()
 
     def clear(self) -> None:
-        """Forgets those that wait."""
+        """Forgets those that it does not run."""
         self._waiting.clear()
+        self._expected.clear()
 
     async def run(self, run_one: Callable[[str], Awaitable[None]]) -> None:
         """Runs them for ever. What `run_one` raises ends all that run."""
         async with trio.open_nursery() as nursery:
             while True:
-                while not self._waiting or len(self._running) - len(self._aside) >= self._slots:
-                    self._changed = trio.Event()
+                while not self._waiting or self._full:
                     await self._changed.wait()
                 job_id = next(iter(self._waiting))
                 del self._waiting[job_id]
                 self._running.add(job_id)
+                self._change()
                 nursery.start_soon(self._run_one, run_one, job_id)
 
     async def _run_one(self, run_one: Callable[[str], Awaitable[None]], job_id: str) -> None:
@@ -63,4 +82,12 @@ class Jobs:
         finally:
             self._running.discard(job_id)
             self._aside.discard(job_id)
-            self._changed.set()
+            self._change()
+
+    @property
+    def _full(self) -> bool:
+        return len(self._running) - len(self._aside) >= self.slots
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()

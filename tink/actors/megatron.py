@@ -4,6 +4,8 @@ A slot is one operation in flight: one for Megatron, MAX_WORKERS for the Hugging
 hands it at most one job of a model at a time, so the queue is fair between models by its order alone:
 a model's next job joins at the end.
 
+While operations run, the bodies of those behind them go to the server (ahead.py).
+
 A server that has lost state (it was restarted) is brought up to date before anything new is sent: the
 model's journaled operations since are applied again, in order, and compared with what they gave.
 """
@@ -14,11 +16,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
 
+import msgspec
 import structlog
 import trio
 
 from tink import crash
 from tink.actors import placements
+from tink.actors.ahead import Ahead, Shipped
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.jobs import Jobs, Release, Settle
@@ -66,9 +70,12 @@ class MegatronActor:
         self._redo = Redo(journal, snapshots)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
         self.jobs = Jobs(slots)
+        self._ahead = Ahead(journal, link, self.jobs, world)
 
     async def run(self) -> None:
-        await self.jobs.run(self._run_one)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._ahead.run)
+            await self.jobs.run(self._run_one)
 
     async def _run_one(self, job_id: str) -> None:
         job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
@@ -114,11 +121,12 @@ class MegatronActor:
     async def _outcome(self, job: rows.Job) -> Callable[[], list[Entry]]:
         """Runs the job. The call that it returns gives the events that end it, the terminal one first;
         or raises UserError."""
+        shipped = self._ahead.take(job.job_id)
         life = await self._link.life()
         context = self._context(life)
         try:
             life.require_training()
-            body = await self._journal.request(job)
+            body = await self._journal.request(job) if shipped is None else shipped.body
             op_no = job.op_no or self._model(job).op_no + 1
             plan = plans.training(job, body, op_no, context)
         except (UserError, BackendError) as error:
@@ -127,7 +135,7 @@ class MegatronActor:
         try:
             # What it reads or writes stays, from now until its row says so.
             with self._folder.use(plan.directory), self._folder.use(plan.export):
-                reply = await self._send(job, op_no, plan)
+                reply = await self._send(job, op_no, plan, shipped)
                 crash.point("worker.answered")
                 if reply.failure is not None:
                     failed = [self._failed(job, reply.failure.category, reply.failure.message)]
@@ -155,6 +163,7 @@ class MegatronActor:
                 loss_sum=result.loss,
                 metrics=result.metrics,
                 run_ms=result.run_ms,
+                idle_ms=result.idle_ms,
             )
             return [(rows.about(job), done), *placed, *more]
 
@@ -181,6 +190,7 @@ class MegatronActor:
             op_no=op_no,
             seq_id=job.seq_id,
             directory=plan.directory,
+            queue_ms=job.queued_ms(self._world.now()),
         )
         await self._journal.append((rows.about(job), started))
 
@@ -198,7 +208,9 @@ class MegatronActor:
 
     # -- talking to the server ----------------------------------------------------------------------
 
-    async def _send(self, job: rows.Job, op_no: int, plan: plans.Plan) -> tink_train.OpReply:
+    async def _send(
+        self, job: rows.Job, op_no: int, plan: plans.Plan, shipped: Shipped | None
+    ) -> tink_train.OpReply:
         """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
         a server that came back without its state is brought up to date first, and one that knows another
         history is replaced. Raises BackendError when the job's attempts are used up, or the op is one that
@@ -216,7 +228,7 @@ class MegatronActor:
                         )
                     if not isinstance(plan.op, tink_train.RemoveModel):  # which needs nothing of the redo
                         await self._redo.bring_up(life, model_id, op_no - 1)
-                    reply = await life.client.op(life.request(job, op_no, plan.op))
+                    reply = await self._call(life, life.request(job, op_no, plan.op), shipped)
                     life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                     return reply
             except TrainerGone as error:
@@ -234,3 +246,16 @@ class MegatronActor:
                     life.applied.pop(model_id, None)
                 elif error.refusal.error != "busy":
                     self._link.lost(life)
+
+    async def _call(
+        self, life: Life, request: tink_train.OpRequest, shipped: Shipped | None
+    ) -> tink_train.OpReply:
+        """Without the body, if this life has it already."""
+        if shipped is not None and shipped.incarnation == life.incarnation:
+            named = msgspec.structs.replace(request.op, body=b"", body_sha256=shipped.digest)
+            try:
+                return await life.client.op(msgspec.structs.replace(request, op=named))
+            except Refused as error:
+                if not error.lacks_body:
+                    raise
+        return await life.client.op(request)

@@ -196,7 +196,11 @@ class VLLMPool:
             try:
                 exposure = self._exposure(deaths)
                 async with self._server(request, adapter, exposure, patience) as replica:
-                    started = JobStarted(attempt=job.attempts + 1, backend=replica.url)
+                    started = JobStarted(
+                        attempt=job.attempts + 1,
+                        backend=replica.url,
+                        queue_ms=job.queued_ms(self._world.now()),
+                    )
                     await self._journal.append((rows.about(job), started))
                     began = self._world.monotonic()
                     sampled = await replica.sample(request, adapter)

@@ -30,6 +30,7 @@ from tink.errors import NotFound, Overloaded, TinkError, UserError
 from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import (
+    AHEAD_JOBS_PER_SLOT,
     GAP_LOOKS,
     MAILBOX,
     MAX_COMMAND_BODY,
@@ -40,10 +41,17 @@ from tink.world import World
 
 log = structlog.get_logger()
 
-# Jobs.send and Jobs.withdraw, of the actor that runs the job.
+# Jobs.send, Jobs.expect and Jobs.withdraw, of the actor that runs the job.
 Send = Callable[[str], None]
+Expect = Callable[[str], None]
 Withdraw = Callable[[str], bool]
 Actor = Literal["train", "sample"]
+
+# Of a job's row, in its log line.
+JOB_FIGURES = (
+    *("op_no", "queue_ms", "run_ms", "idle_ms"),
+    *("tokens_in", "tokens_out", "loss_sum", "error_category"),
+)
 
 SKIPPED = "this sequence number was skipped: it had not come {seconds:.0f} s after later ones; submit again"
 
@@ -89,12 +97,21 @@ class Router:
         self._cancelling: set[str] = set()
         self._unloading: dict[str, str] = {}  # by model, while the job is being accepted
         self._train: Send | None = None
+        self._expect: Expect | None = None
         self._sample: Send | None = None
         self._withdraw: Withdraw | None = None
 
-    def connect(self, *, train: Send | None, sample: Send | None, withdraw: Withdraw | None) -> None:
-        """Says which actors run the jobs; None for what is not served. Before `run`."""
-        self._train, self._sample, self._withdraw = train, sample, withdraw
+    def connect(
+        self,
+        *,
+        train: Send | None,
+        expect: Expect | None,
+        sample: Send | None,
+        withdraw: Withdraw | None,
+    ) -> None:
+        """Says which actors run the jobs; None for what is not served. `expect` is told of training jobs
+        whose turn comes next in their models. Before `run`."""
+        self._train, self._expect, self._sample, self._withdraw = train, expect, sample, withdraw
 
     async def ask(self, question: messages.Question) -> Any:
         """The answer that the message names. Raises TinkError. Cancelled: a job that was being accepted
@@ -468,6 +485,9 @@ class Router:
         elif lane.gap() is not None and model_id not in self._gap_watched:
             self._gap_watched.add(model_id)
             self._nursery.start_soon(self._watch_gap, model_id)
+        if self._expect is not None:
+            for following in lane.behind(AHEAD_JOBS_PER_SLOT):
+                self._expect(following)
 
     async def _watch_gap(self, model_id: str) -> None:
         """Skips numbers that do not come while later ones wait."""
@@ -503,9 +523,8 @@ def job_line(job: rows.Job) -> dict[str, Any]:
     """An ended job in one log line: ids, times (ms) and counts; never a body."""
     line: dict[str, Any] = {"id": job.job_id, "op": job.op, "state": job.state}
     if job.started_at is not None and job.finished_at is not None:
-        line["queue_ms"] = round((job.started_at - job.submitted_at) * 1000, 1)
         line["total_ms"] = round((job.finished_at - job.submitted_at) * 1000, 1)
-    for name in ("op_no", "run_ms", "tokens_in", "tokens_out", "loss_sum", "error_category"):
+    for name in JOB_FIGURES:
         value = getattr(job, name)
         if value:
             line[name] = round(value, 3) if isinstance(value, float) else value

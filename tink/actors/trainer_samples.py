@@ -12,6 +12,7 @@ from tink.domain.events import JobStarted
 from tink.journal.journal import Journal
 from tink.limits import SAMPLE_SLOTS
 from tink.wire import tink_train
+from tink.world import World
 
 log = structlog.get_logger()
 
@@ -21,8 +22,9 @@ class TrainerSamples:
 
     slots = SAMPLE_SLOTS
 
-    def __init__(self, journal: Journal, link: TrainerLink, *, max_attempts: int) -> None:
-        self._journal, self._link, self._max_attempts = journal, link, max_attempts
+    def __init__(self, journal: Journal, link: TrainerLink, world: World, *, max_attempts: int) -> None:
+        self._journal, self._link, self._world = journal, link, world
+        self._max_attempts = max_attempts
 
     async def sample(
         self, job: rows.Job, request: tink_train.SampleRequest, adapter: rows.Adapter | None
@@ -30,7 +32,9 @@ class TrainerSamples:
         """The trainer knows the adapter by its directory, which the request names."""
 
         async def begin() -> None:
-            started = JobStarted(attempt=job.attempts + 1, backend="trainer")
+            started = JobStarted(
+                attempt=job.attempts + 1, backend="trainer", queue_ms=job.queued_ms(self._world.now())
+            )
             await self._journal.append((rows.about(job), started))
 
         attempts = Attempts(self._link, job, begin, most=self._max_attempts)

@@ -78,7 +78,7 @@ async def open_worker(
         max_attempts=settings.max_attempts,
         place=None if pool is None else pool.place,
     )
-    by_trainer = TrainerSamples(journal, link, max_attempts=settings.max_attempts)
+    by_trainer = TrainerSamples(journal, link, world, max_attempts=settings.max_attempts)
     sampler = SamplerActor(
         journal,
         by_trainer if pool is None else pool,
@@ -95,6 +95,7 @@ async def open_worker(
     trains, sampled = routes.training is not None, routes.sampling is not None
     router.connect(
         train=megatron.jobs.send if trains else None,
+        expect=megatron.jobs.expect if trains else None,
         sample=sampler.jobs.send if sampled else None,
         withdraw=sampler.jobs.withdraw,
     )

@@ -13,7 +13,7 @@ import trio
 
 from tink.backends.exchange import NoAnswer, exchange
 from tink.errors import BackendError
-from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, POLL_SECONDS, STATE_SECONDS
+from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, HOLD_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.wire import tink_train
 from tink.wire.tink_train import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
 from tink.world import World
@@ -39,6 +39,11 @@ class Refused(BackendError):
     def invalid(self) -> bool:
         """The request will never be taken, and nothing was done."""
         return self.refusal.error in ("malformed", "too_large")
+
+    @property
+    def lacks_body(self) -> bool:
+        """The operation named a body that is not there: nothing was done."""
+        return self.refusal.error == "no_body"
 
     @property
     def contradicts(self) -> bool:
@@ -81,6 +86,12 @@ class TrainerClient:
         return await self._to_its_end(
             "/v1/ops", tink_train.encode(request), poll, OpReply, request.wait, check
         )
+
+    async def keep(self, digest: str, body: bytes) -> None:
+        """Gives it the body of an operation to come, which may then name it by its sha256. It may be lost
+        there: then that operation is refused (`lacks_body`), and has to carry it."""
+        seconds = HOLD_SECONDS + GRACE_SECONDS
+        await self._exchange("PUT", f"/v1/bodies/{digest}", body, seconds, "application/octet-stream")
 
     async def sample(self, request: SampleRequest) -> SampleReply:
         """Sends a sample and waits for its end. A pure function of the request: may be sent again."""
@@ -146,10 +157,17 @@ class TrainerClient:
         with self._decoding():
             return msgspec.msgpack.decode(answer, type=kind)
 
-    async def _exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> bytes:
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        seconds: float,
+        media_type: str = tink_train.MEDIA_TYPE,
+    ) -> bytes:
         try:
             answer = await exchange(
-                self._client, method, path, seconds=seconds, content=body, media_type=tink_train.MEDIA_TYPE
+                self._client, method, path, seconds=seconds, content=body, media_type=media_type
             )
         except NoAnswer as error:
             raise TrainerGone(f"the trainer at {self.url} does not answer: {error}") from error

@@ -42,10 +42,12 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 class Times(NamedTuple):
     """`queue_seconds`: from a job's acceptance to the start of its last attempt, or until now;
-    `run_seconds`: what the backend says it took; `total_seconds`: from its acceptance to its end."""
+    `run_seconds`: what the backend says it took; `idle_seconds`: for how long the trainer had nothing to do
+    just before; `total_seconds`: from its acceptance to its end."""
 
     queue_seconds: float | None
     run_seconds: float | None
+    idle_seconds: float | None
     total_seconds: float | None
 
 
@@ -67,6 +69,7 @@ class JobLine(msgspec.Struct, kw_only=True):
     finished_at: float | None
     queue_seconds: float | None
     run_seconds: float | None
+    idle_seconds: float | None
     total_seconds: float | None
     tokens_in: int
     tokens_out: int
@@ -172,10 +175,11 @@ def job_line(job: rows.Job, now: float) -> JobLine:
 
 
 def times(job: rows.Job, now: float) -> Times:
-    waited_until = job.started_at or job.finished_at or now
+    queue_ms = job.queued_ms(job.finished_at or now) if job.queue_ms is None else job.queue_ms
     return Times(
-        queue_seconds=waited_until - job.submitted_at,
+        queue_seconds=queue_ms / 1000,
         run_seconds=None if job.run_ms is None else job.run_ms / 1000,
+        idle_seconds=None if job.idle_ms is None else job.idle_ms / 1000,
         total_seconds=None if job.finished_at is None else job.finished_at - job.submitted_at,
     )
 
@@ -244,6 +248,8 @@ def _print_job(job: rows.Job, records: list[Record], now: float) -> None:
         f"queue {printing.duration(taken.queue_seconds)}, run {printing.duration(taken.run_seconds)}, "
         f"total {printing.duration(taken.total_seconds)}",
     )
+    if taken.idle_seconds is not None:
+        facts.add_row("trainer", f"idle for {printing.duration(taken.idle_seconds)} before it")
     facts.add_row("tokens", f"{job.tokens_in:,} in, {job.tokens_out:,} out")
     if job.loss_sum is not None:
         facts.add_row("loss sum", repr(job.loss_sum))

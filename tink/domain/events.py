@@ -99,17 +99,20 @@ class JobAccepted(Event, frozen=True, kw_only=True, tag="job_accepted"):
 
 class JobStarted(Event, frozen=True, kw_only=True, tag="job_started"):
     """About to be sent to a backend. A training job gets its op_no with attempt 1 and keeps it, and
-    the `directory` it reads or writes: a redo takes them from here, whatever has happened since."""
+    the `directory` it reads or writes: a redo takes them from here, whatever has happened since.
+    `queue_ms`: since the job was accepted."""
 
     attempt: int
     backend: str
     op_no: int | None = None
     seq_id: int | None = None
     directory: str | None = None
+    queue_ms: float | None = None
 
 
 class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
-    """Final. The answer is `result` (JSON) or the body `result_sha256` (protobuf)."""
+    """Final. The answer is `result` (JSON) or the body `result_sha256` (protobuf). `idle_ms`: for how long
+    the trainer had nothing to do just before it; None if nobody said."""
 
     result: dict[str, Any] | None = None
     result_sha256: str | None = None
@@ -119,6 +122,7 @@ class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
     loss_sum: float | None = None
     metrics: dict[str, float] = {}
     run_ms: float = 0.0
+    idle_ms: float | None = None
 
 
 class JobFailed(Event, frozen=True, kw_only=True, tag="job_failed"):

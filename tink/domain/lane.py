@@ -28,6 +28,16 @@ class Lane:
         self.running = self.waiting.pop(self.next_seq, None)
         return self.running
 
+    def behind(self, count: int) -> list[str]:
+        """Up to `count` jobs that come right behind the running one, in their order."""
+        jobs: list[str] = []
+        while self.running is not None and len(jobs) < count:
+            seq = self.next_seq + 1 + len(jobs)
+            if seq not in self.waiting:
+                break
+            jobs.append(self.waiting[seq])
+        return jobs
+
     def end(self) -> int:
         """The number behind all that have come."""
         return max([self.next_seq + (self.running is not None), *(seq + 1 for seq in self.waiting)])

@@ -145,6 +145,7 @@ def _(event: events.JobStarted, record: Record) -> Iterator[Change]:
         "op_no": event.op_no,
         "directory": event.directory,
         "started_at": record.at,
+        "queue_ms": event.queue_ms,
     }
     yield Update("jobs", (record.subject.job_id,), values)
     if event.op_no is not None and event.seq_id is not None and event.attempt == 1:
@@ -161,6 +162,7 @@ def _(event: events.JobDone, record: Record) -> Iterator[Change]:
         "tokens_out": event.tokens_out,
         "loss_sum": event.loss_sum,
         "run_ms": event.run_ms,
+        "idle_ms": event.idle_ms,
         "result": event.result,
         "result_sha256": event.result_sha256,
         "result_bytes": event.result_bytes,

@@ -97,7 +97,9 @@ class Job(Row, kw_only=True):
     tokens_in: int = 0
     tokens_out: int = 0
     loss_sum: float | None = None
+    queue_ms: float | None = None
     run_ms: float | None = None
+    idle_ms: float | None = None
     result: dict[str, Any] | None = None
     result_sha256: str | None = None
     result_bytes: int = 0
@@ -107,6 +109,10 @@ class Job(Row, kw_only=True):
     @property
     def ended(self) -> bool:
         return self.state not in OPEN
+
+    def queued_ms(self, now: float) -> float:
+        """For how long it has waited, if it begins now. A wall clock may have been set back."""
+        return max(0.0, now - self.submitted_at) * 1000
 
 
 class Sampler(Row, kw_only=True):

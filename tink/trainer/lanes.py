@@ -19,9 +19,10 @@ import trio
 from tink import crash
 from tink.errors import TinkError
 from tink.limits import MAX_OP_WAIT
+from tink.trainer.bodies import Bodies
 from tink.trainer.books import CANCELLED, Book, Books, Outcome, failure_of
 from tink.trainer.engines.base import Engine
-from tink.trainer.progress import Work, working
+from tink.trainer.progress import Idleness, Work, working
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -48,7 +49,8 @@ log = structlog.get_logger("tink.trainer")
 
 
 class Lanes:
-    """Performs what the books allow. All methods raise Refused as the protocol's table says."""
+    """Performs what the books allow. All methods raise Refused as the protocol's table says. `bodies`: of
+    operations to come, which may name them."""
 
     def __init__(
         self, world: World, engine: Engine, books: Books, slots: int, nursery: trio.Nursery
@@ -58,6 +60,8 @@ class Lanes:
         self._books = books
         self._nursery = nursery
         self._slots = trio.CapacityLimiter(slots)
+        self.bodies = Bodies()
+        self._idleness = Idleness(world.monotonic)
         self._finishing = False
         self._moving: set[str] = set()
         self._ended: dict[tuple[str, int], trio.Event] = {}
@@ -72,7 +76,7 @@ class Lanes:
         self._books.ack(model_id, min(request.acked, op_no - 1))
         verdict = self._books.decide(request)
         if verdict == "accept":
-            self._books.accept(request)
+            self._books.accept(self._whole(request))
             self._ended[model_id, op_no] = trio.Event()
             if model_id not in self._moving:
                 self._moving.add(model_id)
@@ -130,6 +134,19 @@ class Lanes:
 
     # -- the inside ---------------------------------------------------------------------------------
 
+    def _whole(self, request: OpRequest) -> OpRequest:
+        """With the body that it names, which is not kept any longer."""
+        op = request.op
+        if not isinstance(op, Forward | ForwardBackward) or op.body_sha256 is None:
+            return request
+        body = self.bodies.take(op.body_sha256)
+        if body is None:
+            raise self._books.refused(
+                404, "no_body", f"the body {op.body_sha256} is not here", retryable=True
+            )
+        whole = msgspec.structs.replace(op, body=body, body_sha256=None)
+        return msgspec.structs.replace(request, op=whole)
+
     async def _wait(self, model_id: str, op_no: int, wait: float) -> None:
         ended = self._ended.get((model_id, op_no))
         if ended is not None:
@@ -148,7 +165,7 @@ class Lanes:
         """Within `_turn`: a model has one work at a time."""
         work = self._work[model_id] = Work(self._world.monotonic, model_id, op_no, job_id)
         try:
-            with working(work):
+            with self._idleness.interrupted(), working(work):
                 yield work
         finally:
             del self._work[model_id]
@@ -170,6 +187,7 @@ class Lanes:
             return Outcome(request.job_id, "failed", failure=CANCELLED)
         result = failure = None
         with self._working(request.model_id, request.op_no, request.job_id) as work:
+            idle_ms = self._idleness.take() * 1000
             try:
                 result = await self._world.run_sync(apply, self._engine, request)
             except TinkError as error:
@@ -185,12 +203,14 @@ class Lanes:
             op=type(request.op).__name__,
             job=request.job_id,
             ms=round(run_ms, 1),
+            idle_ms=round(idle_ms, 1),
             loss=result.loss if result else None,
             failure=failure.message if failure else None,
         )
         if result is None:
             return Outcome(request.job_id, "failed", failure=failure)
-        return Outcome(request.job_id, "done", msgspec.structs.replace(result, run_ms=run_ms))
+        timed = msgspec.structs.replace(result, run_ms=run_ms, idle_ms=idle_ms)
+        return Outcome(request.job_id, "done", timed)
 
 
 def apply(engine: Engine, request: OpRequest) -> OpResult:

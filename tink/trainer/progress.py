@@ -14,6 +14,33 @@ from contextvars import ContextVar
 from tink.wire.tink_train import Running
 
 
+class Idleness:
+    """For how long a server does nothing, between the works of its lanes. `clock` as that of a Work."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._works = 0
+        self._since: float | None = None  # its first work has not ended
+        self._seconds = 0.0
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While the body runs, there is work."""
+        if self._since is not None and not self._works:
+            self._seconds += self._clock() - self._since
+        self._works += 1
+        try:
+            yield
+        finally:
+            self._works -= 1
+            self._since = self._clock()
+
+    def take(self) -> float:
+        """The idle seconds until now that nobody has taken."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class Work:
     """What the server computes for one model or sample. `clock` is monotonic, in seconds."""
 

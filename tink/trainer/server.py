@@ -6,6 +6,7 @@ is answered at once whatever goes on.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -29,6 +30,7 @@ from tink.trainer.samples import Samples
 from tink.trainer.text_generation import TextGeneration
 from tink.wire import text_generation
 from tink.wire.tink_train import (
+    BODIES,
     MEDIA_TYPE,
     PROTOCOL,
     Health,
@@ -120,7 +122,17 @@ class Trainer:
 
     @property
     def info(self) -> Info:
-        return Info(PROTOCOL, self.incarnation, **asdict(self.serving.facts))
+        facts = asdict(self.serving.facts)
+        facts["capabilities"] = [*facts["capabilities"], BODIES]
+        return Info(PROTOCOL, self.incarnation, **facts)
+
+    async def keep(self, digest: str, body: bytes) -> None:
+        """Keeps the body of an operation to come. MalformedRequest if that is not its sha256."""
+        lanes = self.lanes
+        # In a thread: a long one would be felt here.
+        if await self._world.run_sync(_sha256, body) != digest:
+            raise MalformedRequest(f"these {len(body)} bytes are not the body {digest}")
+        lanes.bodies.keep(digest, body)
 
     @property
     def lanes(self) -> Lanes:
@@ -152,6 +164,10 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
 
     async def cancel_op(request: Request) -> Response:
         return _reply(trainer.lanes.cancel(*_op(request)))
+
+    async def put_body(request: Request) -> Response:
+        await trainer.keep(request.path_params["sha256"], bytes(await _body(request)))
+        return Response()
 
     async def post_sample(request: Request) -> Response:
         return _reply(await trainer.samples.submit(await _read(request, SampleRequest)))
@@ -215,6 +231,7 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
             Route("/v1/ops", guarded(post_op), methods=["POST"]),
             Route("/v1/ops/{model_id}/{op_no:int}", guarded(get_op)),
             Route("/v1/ops/{model_id}/{op_no:int}/cancel", guarded(cancel_op), methods=["POST"]),
+            Route("/v1/bodies/{sha256}", guarded(put_body), methods=["PUT"]),
             Route("/v1/samples", guarded(post_sample), methods=["POST"]),
             Route("/v1/samples/{sample_id}", guarded(get_sample)),
             Route("/v1/snapshots", guarded(post_snapshot), methods=["POST"]),
@@ -228,6 +245,10 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
 def _carries(request: Request, token: str) -> bool:
     given = request.headers.get("authorization", "")
     return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
 
 
 async def _body(request: Request) -> bytearray:

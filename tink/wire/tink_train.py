@@ -17,6 +17,7 @@ result change together or not at all, so that any call can be sent again:
 | op_no further ahead | 409 `gap` with `applied` |
 | op_no further ahead, of a `remove_model` | runs it, or 429 `busy` while another op of the model is open |
 | a model it does not have, and the op does not create it | 404 `no_model` |
+| a new op that names a body which is not kept | 404 `no_body` |
 | a full queue | 429 `busy` |
 
 A job that fails (bad input, out of memory, a loss that is not finite) is answered 200 with
@@ -31,6 +32,7 @@ Endpoints (health, info and state answer JSON, off the training thread):
     GET  /v1/state                           State            503 while loading
     POST /v1/ops                             OpRequest -> OpReply (200 ended, 202 still running)
     GET  /v1/ops/{model_id}/{op_no}?wait=S   OpReply          long poll of at most S seconds
+    PUT  /v1/bodies/{sha256}                 bytes -> nothing  kept for an op to come
     POST /v1/ops/{model_id}/{op_no}/cancel   OpReply          a queued op ends as failed
     POST /v1/samples                         SampleRequest -> SampleReply (200 or 202)
     GET  /v1/samples/{sample_id}?wait=S      SampleReply
@@ -51,6 +53,8 @@ import msgspec
 
 PROTOCOL = "tink-train/1"
 MEDIA_TYPE = "application/msgpack"
+# Among a server's capabilities: it keeps bodies for ops to come.
+BODIES = "bodies"
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -77,15 +81,18 @@ class CreateModel(Message, frozen=True, tag="create_model"):
 
 
 class Forward(Message, frozen=True, tag="forward"):
-    """Log-probabilities and loss; touches no gradient. `body` is the SDK's ForwardBackwardRequest."""
+    """Log-probabilities and loss; touches no gradient. `body` is the SDK's ForwardBackwardRequest.
+    `body_sha256`, in its place, names one that the server was given before."""
 
-    body: bytes
+    body: bytes = b""
+    body_sha256: str | None = None
 
 
 class ForwardBackward(Message, frozen=True, tag="forward_backward"):
-    """Adds the gradient of the summed loss to what the model has accumulated."""
+    """Adds the gradient of the summed loss to what the model has accumulated. As Forward's, its body."""
 
-    body: bytes
+    body: bytes = b""
+    body_sha256: str | None = None
 
 
 class OptimStep(Message, frozen=True, tag="optim_step"):
@@ -166,8 +173,9 @@ class File(Message, frozen=True):
 
 class OpResult(Message, frozen=True):
     """What an op gave. `body`: the ForwardBackwardOutput protobuf of forward and forward_backward,
-    to be passed on untouched. `tokens`: input tokens. `run_ms` is the only part that a redo of the
-    same op may change."""
+    to be passed on untouched. `tokens`: input tokens. `idle_ms`: for how long since the end of the op
+    before, of any model, the server had nothing to do; 0 for its first. Left out by one that cannot
+    tell. `run_ms` and `idle_ms` are the only parts that a redo of the same op may change."""
 
     body: bytes = b""
     metrics: dict[str, float] = {}
@@ -176,6 +184,7 @@ class OpResult(Message, frozen=True):
     files: list[File] = []
     model: ModelInfo | None = None
     run_ms: float = 0.0
+    idle_ms: float | None = None
 
 
 class ModelInfo(Message, frozen=True):

@@ -236,7 +236,9 @@ def upgrade() -> None:
         sa.Column("tokens_in", sa.BigInteger(), nullable=False),
         sa.Column("tokens_out", sa.BigInteger(), nullable=False),
         sa.Column("loss_sum", sa.Double(), nullable=True),
+        sa.Column("queue_ms", sa.Double(), nullable=True),
         sa.Column("run_ms", sa.Double(), nullable=True),
+        sa.Column("idle_ms", sa.Double(), nullable=True),
         sa.Column(
             "result",
             sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql"),
