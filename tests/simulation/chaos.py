@@ -224,7 +224,7 @@ def _summary(counts: Counter[str]) -> str:
     """What the programs have reached."""
     struck = {
         occasion: sum(counts[f"{what} during {occasion}"] for what in get_args(What))
-        for occasion in ("redo", "restore", "snapshot", "op", "sample", "commit", "boot")
+        for occasion in ("redo", "restore", "snapshot", "op", "sample", "body", "commit", "boot")
     }
     rows = {
         "faults": {what: counts[what] for what in get_args(What)},
@@ -247,6 +247,8 @@ def _summary(counts: Counter[str]) -> str:
                 "operations redone",
                 "long polls",
                 "requests come twice",
+                "bodies ahead",
+                "bodies forgotten",
             )
         },
     }

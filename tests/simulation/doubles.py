@@ -177,15 +177,19 @@ class Network(httpx.AsyncBaseTransport):
         content = await request.aread()
         if request.method == "POST" and self._rng.random() < self._duplicates:
             trainer.nursery.start_soon(self._come_again, trainer, request)
-        if trainer.deadly is not None and trainer.deadly in content:
+        if trainer.would_die_of(request, content):
             trainer.kill()
         with self._nature.during(trainer.kind_of(request, content)):
             answer = await trainer.handle(request)
         if answer is None:
             raise httpx.ReadError("connection reset", request=request)
+        if request.method == "PUT" and self._rng.random() < self.loss:
+            trainer.forget_bodies()
         if self._rng.random() < self.loss:
             raise httpx.ReadError("the answer was lost", request=request)
         self._nature.counts["long polls"] += answer.status_code == 202
+        self._nature.counts["bodies ahead"] += request.method == "PUT"
+        self._nature.counts["bodies forgotten"] += answer.status_code == 404 and b"body_sha256" in content
         return answer
 
     async def _come_again(self, trainer: SimulatedTrainer, request: httpx.Request) -> None:
@@ -203,7 +207,7 @@ class SimulatedTrainer:
         network.trainer = self
         self.app: Any = None
         self.lives = 0
-        # A request that holds these bytes kills it.
+        # An operation or a sample that holds these bytes kills it.
         self.deadly: bytes | None = None
         self.disk_full = False
         # Where it says that its base model is.
@@ -232,7 +236,7 @@ class SimulatedTrainer:
             with world.scope:
                 async with trio.open_nursery() as self.nursery:
                     await trio.lowlevel.checkpoint_if_cancelled()
-                    trainer = Trainer(world, 2, self.nursery)
+                    trainer = self._trainer = Trainer(world, 2, self.nursery)
                     self.app = application(trainer, None)
                     self.incarnation = trainer.incarnation
                     world.settled.set()
@@ -271,11 +275,26 @@ class SimulatedTrainer:
                     self._connections.discard(connection)
         return answer if self.app is not None and self.lives == life else None
 
+    def would_die_of(self, request: httpx.Request, content: bytes) -> bool:
+        if self.deadly is None or request.method != "POST":
+            return False
+        names = [body for digest, body in self._bodies.items() if digest.encode() in content]
+        return any(self.deadly in held for held in (content, *names))
+
+    def forget_bodies(self) -> None:
+        """As if others had taken the place of those that were sent ahead."""
+        for digest in self._bodies:
+            self._trainer.lanes.bodies.take(digest)
+
+    @property
+    def _bodies(self) -> dict[str, bytes]:
+        return self._trainer.lanes.bodies._kept.copy() if self._trainer.health.state == "ready" else {}
+
     def kind_of(self, request: httpx.Request, content: bytes) -> str:
         """For faults: what this request makes the server do."""
         kind = request.url.path.removeprefix("/v1/").partition("/")[0].removesuffix("s")
         if kind != "op":
-            return kind
+            return "body" if kind == "bodie" else kind
         if request.method == "GET":
             return "poll"
         op = msgspec.msgpack.decode(content, type=tink_train.OpRequest)

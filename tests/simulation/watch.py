@@ -264,6 +264,11 @@ class Watch:
         require(job is not None, f"X7: {request.job_id} runs, and is not journaled")
         assert job is not None
         require(job.op_no == op_no, f"X7: {job.job_id} runs as op {op_no}, and is journaled as {job.op_no}")
+        if isinstance(request.op, tink_train.Forward | tink_train.ForwardBackward):
+            digest = hashlib.sha256(request.op.body).hexdigest()
+            require(
+                digest == job.body_sha256, f"X7: {job.job_id} runs with another body: {request.op.body!r}"
+            )
         before = self.at.get(model_id, 0)
         # Nobody needs what a removal leaves out.
         is_next = op_no > before if isinstance(request.op, tink_train.RemoveModel) else op_no == before + 1
