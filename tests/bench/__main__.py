@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import affinity, calls, recovery, sampling
+from tests.bench import affinity, calls, lane, recovery, sampling
 
 BENCHES: dict[str, ModuleType] = {
     "affinity": affinity,
     "calls": calls,
+    "lane": lane,
     "recovery": recovery,
     "sampling": sampling,
 }

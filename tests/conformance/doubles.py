@@ -21,6 +21,7 @@ import trio
 
 from tests.conformance.suite import Server
 from tink.errors import BackendError, NotFound, UserError
+from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.server import Trainer, application
@@ -195,7 +196,10 @@ class Engine:
 
 @asynccontextmanager
 async def conformance(
-    engine: type[Engine] = Engine, books: type[Books] = Books, token: str | None = None
+    engine: type[Engine] = Engine,
+    books: type[Books] = Books,
+    bodies: type[Bodies] = Bodies,
+    token: str | None = None,
 ) -> AsyncIterator[Server]:
     """The suite's view of such a server, connected."""
     disk, transport = Disk(), Switch()
@@ -205,6 +209,7 @@ async def conformance(
             trainer = Trainer(World(), 4, nursery)
             trainer.books = books(trainer.incarnation)
             await trainer.load(lambda: engine(disk))
+            trainer.lanes.bodies = bodies()
             transport.to = httpx.ASGITransport(application(trainer, token))
 
         await restart()
@@ -266,6 +271,24 @@ class RunsWhatWasCancelled(Books):
     def start(self, model_id: str) -> bool:
         self._accounts[model_id].open[0].cancelled = False
         return super().start(model_id)
+
+
+class LosesBodies(Bodies):
+    def take(self, digest: str) -> bytes | None:
+        super().take(digest)
+        return None
+
+
+class TakesAnyBody(Bodies):
+    def take(self, digest: str) -> bytes | None:
+        return super().take(next(reversed(self._kept), digest))
+
+
+class KeepsNothingApart(Bodies):
+    """What is not there is empty."""
+
+    def take(self, digest: str) -> bytes | None:
+        return super().take(digest) or b""
 
 
 class ForwardAddsGradient(Engine):

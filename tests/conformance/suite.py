@@ -5,6 +5,7 @@ Of Tink only the protocol and the SDK's messages are used here: the server may b
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import struct
@@ -116,12 +117,12 @@ class Server:
         self,
         method: str,
         path: str,
-        kind: type,
+        kind: type | None,
         message: Any = None,
         wait: float = 0.0,
         token: str | None = None,
     ) -> Answer:
-        """`message`: bytes are sent as they are."""
+        """`message`: bytes are sent as they are. `kind`: of the answer's message; None: it has none."""
         content = message if isinstance(message, bytes | None) else encode(message)
         headers = {"Content-Type": MEDIA_TYPE} if content is not None else {}
         token = self.token if token is None else token
@@ -133,6 +134,8 @@ class Server:
         if scope.cancelled_caught:
             raise Wrong(f"{method} {path}: no answer within {seconds:g} s")
         wanted = kind if answer.status_code in (200, 202) else Refusal
+        if wanted is None:
+            return Answer(answer.status_code, None)
         json = wanted in (Health, Info, State)
         try:
             decode: Any = msgspec.json.decode if json else msgspec.msgpack.decode
@@ -180,6 +183,13 @@ class Server:
         await self.restart()
         await self.connect(other_than=before)
         return before
+
+    async def keep(self, body: bytes, digest: str | None = None) -> tuple[str, Answer]:
+        """Sends a body ahead, under its own sha256 unless told otherwise."""
+        if "bodies" not in self.info.capabilities:
+            raise NotRun("info.capabilities has no `bodies`")
+        digest = digest or hashlib.sha256(body).hexdigest()
+        return digest, await self.call("PUT", f"/v1/bodies/{digest}", None, body)
 
     async def snapshot(self, model: Model, path: str, **fields: Any) -> Answer:
         request = SnapshotRequest(**self._envelope(model, path) | fields)
@@ -264,7 +274,7 @@ class Server:
     # -- comparing ----------------------------------------------------------------------------------
 
     def same(self, what: str, expected: Sequence[OpResult], got: Sequence[OpResult]) -> None:
-        """Bit for bit, but for `run_ms`. A difference within the tolerance is a warning."""
+        """Bit for bit, but for `run_ms` and `idle_ms`. A difference within the tolerance is a warning."""
         expect(f"{what}: number of results", len(expected), len(got))
         worst = max((_difference(one, other) for one, other in zip(expected, got, strict=True)), default=0)
         if worst == 0.0:

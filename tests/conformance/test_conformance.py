@@ -17,9 +17,11 @@ import pytest
 from tests.conformance import doubles
 from tests.conformance.__main__ import outcome
 from tests.conformance.checks import CHECKS
+from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 
 ROOT = Path(__file__).parents[2]
+PARTS = {"books": Books, "bodies": Bodies}
 
 
 def named(words: str):
@@ -50,6 +52,9 @@ async def test_a_right_server_passes_every_check() -> None:
         (doubles.TakesAnyIncarnation, "another incarnation is refused"),
         (doubles.TakesAnyJob, "a number known under another job"),
         (doubles.RunsWhatWasCancelled, "a queued op that is cancelled"),
+        (doubles.LosesBodies, "names a body sent ahead"),
+        (doubles.TakesAnyBody, "names a body sent ahead"),
+        (doubles.KeepsNothingApart, "a body that is not there"),
         (doubles.ForwardAddsGradient, "forward touches no gradient"),
         (doubles.FailsHalfWay, "a failed op is answered 200"),
         (doubles.KeepsTheGradient, "a step uses the gradient up"),
@@ -67,7 +72,7 @@ async def test_a_right_server_passes_every_check() -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 async def test_a_wrong_server_fails(wrong: type, words: str) -> None:
-    part = "books" if issubclass(wrong, Books) else "engine"
+    part = next((name for name, kind in PARTS.items() if issubclass(wrong, kind)), "engine")
     async with doubles.conformance(**{part: wrong}) as server:
         found = await outcome(server, named(words))
     assert found.state == "FAIL"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tink.domain.events import (
     AnyEvent,
     Diverged,
@@ -69,6 +71,17 @@ def test_jobs_are_counted_by_operation_and_end() -> None:
     assert counted.of("tink_job_run_seconds_sum", op="sample") == 0.3
     assert counted.of("tink_job_run_seconds_bucket", op="sample", le="0.25") == 0
     assert counted.of("tink_job_run_seconds_bucket", op="sample", le="0.5") == 1
+
+
+def test_the_trainer_is_idle_for_as_long_as_a_job_waited_for_it() -> None:
+    counted = Counted()
+    for job, queue_ms, idle_ms in (("a", 10.0, 60_000.0), ("b", 3_000.0, 20.0), ("c", 5.0, None)):
+        counted.happen(_accepted("forward_backward"), job)
+        counted.happen(JobStarted(attempt=1, backend="trainer", queue_ms=queue_ms), job)
+        counted.happen(JobDone(run_ms=1.0, idle_ms=idle_ms), job)
+    assert counted.of("tink_trainer_idle_seconds_sum") == pytest.approx(0.03)
+    assert counted.of("tink_trainer_idle_seconds_count") == 2
+    assert counted.of("tink_job_queue_seconds_sum", op="forward_backward") == pytest.approx(3.015)
 
 
 def test_what_diverged_is_counted_over_the_whole_journal() -> None:

@@ -9,6 +9,8 @@ whose body did not arrive, or was lost there, carries it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import structlog
@@ -43,6 +45,8 @@ class Ahead:
         self._journal, self._link, self._jobs, self._world = journal, link, jobs, world
         # By job; None: it is on its way, or could not be shipped.
         self._shipped: dict[str, Shipped | None] = {}
+        self._calls = 0
+        self._time = trio.Event()
         self._on_its_way: str | None = None
         self._way = trio.CancelScope()
 
@@ -53,10 +57,24 @@ class Ahead:
             self._way.cancel()
         return self._shipped.pop(job_id, None)
 
+    @contextmanager
+    def time(self) -> Iterator[None]:
+        """While the body runs, the server has an operation: there is time for those behind it. Between two
+        of them there is none."""
+        self._calls += 1
+        self._time.set()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._time = trio.Event()
+
     async def run(self) -> None:
         """For ever."""
         self._shipped.clear()
         while True:
+            await self._time.wait()
             job = self._next()
             if job is None:
                 await self._jobs.changed()

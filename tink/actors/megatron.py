@@ -228,7 +228,8 @@ class MegatronActor:
                         )
                     if not isinstance(plan.op, tink_train.RemoveModel):  # which needs nothing of the redo
                         await self._redo.bring_up(life, model_id, op_no - 1)
-                    reply = await self._call(life, life.request(job, op_no, plan.op), shipped)
+                    with self._ahead.time():
+                        reply = await self._call(life, life.request(job, op_no, plan.op), shipped)
                     life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                     return reply
             except TrainerGone as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -136,3 +138,48 @@ async def test_a_suspect_gets_its_turn_however_busy_the_others_are(autojump_cloc
         await trio.sleep(1.1)
         assert out, "the others go on"
         nursery.cancel_scope.cancel()
+
+
+async def test_jobs_that_cannot_run_yet_are_coming_and_those_expected_come_last(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    jobs = Jobs(1)
+    runs = Runs(jobs)
+    jobs.send("a")
+    assert jobs.coming() == []  # it can
+    nursery.start_soon(jobs.run, runs)
+    await wait_all_tasks_blocked()
+    jobs.expect("a2")
+    jobs.send("b")
+    jobs.expect("b")
+    assert jobs.coming() == ["b", "a2"]
+    await wait_all_tasks_blocked()
+    assert runs.begun == ["a"]
+    runs.gate.set()
+    await wait_all_tasks_blocked()
+    assert runs.begun == ["a", "b"]  # an expected one is not run before it is sent
+    jobs.send("a2")
+    assert jobs.coming() == []
+    await wait_all_tasks_blocked()
+    assert runs.begun == ["a", "b", "a2"]
+
+
+async def test_whoever_waits_for_a_change_hears_of_each(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    jobs = Jobs(1)
+    heard = 0
+
+    async def listen() -> None:
+        nonlocal heard
+        while True:
+            await jobs.changed()
+            heard += 1
+
+    nursery.start_soon(listen)
+    await wait_all_tasks_blocked()
+    for change in (partial(jobs.send, "a"), partial(jobs.expect, "b")):
+        before = heard
+        change()
+        await wait_all_tasks_blocked()
+        assert heard == before + 1

@@ -115,10 +115,17 @@ async def _events(journal: Journal) -> None:
     accepted = JobAccepted(op="forward_backward", seq_id=1, body_sha256=body, body_bytes=len(REQUEST))
     await journal.append((_about(TRAINED), accepted))
     StillWorld.time = BEGAN + 12
-    await journal.append((_about(TRAINED), JobStarted(attempt=1, backend="trainer", op_no=2, seq_id=1)))
+    await journal.append(
+        (_about(TRAINED), JobStarted(attempt=1, backend="trainer", op_no=2, seq_id=1, queue_ms=2000.0))
+    )
     StillWorld.time = BEGAN + 15
     done = JobDone(
-        result_sha256=result, result_bytes=len(RESULT), tokens_in=1234, loss_sum=2.5, run_ms=2900.0
+        result_sha256=result,
+        result_bytes=len(RESULT),
+        tokens_in=1234,
+        loss_sum=2.5,
+        run_ms=2900.0,
+        idle_ms=40.0,
     )
     await journal.append((_about(TRAINED), done))
     StillWorld.time = BEGAN + 20

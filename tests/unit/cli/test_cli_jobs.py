@@ -73,6 +73,7 @@ def test_times_are_those_of_the_journal(home, tink_json):
     trained = tink_json("jobs", "--home", home.root, "--op", "forward_backward")[1]["jobs"][0]
     assert trained["submitted_at"] == BEGAN + 10
     assert (trained["queue_seconds"], trained["run_seconds"], trained["total_seconds"]) == (2.0, 2.9, 5.0)
+    assert trained["idle_seconds"] == 0.04
     assert (trained["tokens_in"], trained["loss_sum"], trained["attempts"]) == (1234, 2.5, 1)
     waiting = tink_json("jobs", "--home", home.root, "--state", "accepted")[1]["jobs"][0]
     assert (waiting["queue_seconds"], waiting["total_seconds"]) == (170.0, None)
@@ -121,14 +122,15 @@ def test_the_keys_of_the_documents_are_these(home, tink_json):
     assert list(listed) == ["jobs", "more"]
     keys = (
         "job_id tenant op state session_id model_id sampler_id seq_id op_no attempts submitted_at "
-        "started_at finished_at queue_seconds run_seconds total_seconds tokens_in tokens_out loss_sum "
-        "error_category error"
+        "started_at finished_at queue_seconds run_seconds idle_seconds total_seconds tokens_in tokens_out "
+        "loss_sum error_category error"
     )
     assert {tuple(job) for job in listed["jobs"]} == {tuple(keys.split())}
     shown = tink_json("jobs", "show", TRAINED, "--home", home.root)[1]
     assert list(shown) == ["job", "events"]
     columns = [column.name for column in schema.jobs.columns]
-    assert set(shown["job"]) == {*columns, "queue_seconds", "run_seconds", "total_seconds"}
+    times = {"queue_seconds", "run_seconds", "idle_seconds", "total_seconds"}
+    assert set(shown["job"]) == {*columns, *times}
     assert {frozenset(event) for event in shown["events"]} == {frozenset(schema.events.columns.keys())}
 
 

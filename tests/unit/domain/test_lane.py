@@ -85,3 +85,16 @@ class AnyLane(RuleBasedStateMachine):
 
 AnyLane.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAnyLane = AnyLane.TestCase
+
+
+def test_what_runs_next_is_what_has_come_right_behind_the_running_one() -> None:
+    lane = Lane()
+    for seq in (0, 1, 2, 3, 5):
+        lane.arrive(seq, f"job {seq}")
+    assert lane.behind(2) == []
+    lane.start()
+    assert lane.behind(2) == ["job 1", "job 2"]
+    assert lane.behind(9) == ["job 1", "job 2", "job 3"]
+    lane.finish("job 0")
+    lane.start()
+    assert lane.behind(2) == ["job 2", "job 3"]

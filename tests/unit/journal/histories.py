@@ -152,7 +152,12 @@ def _job_goes_on(draw: st.DrawFn, state: _State) -> Entry:
         if model_id is not None:
             op_no = state.op_no[model_id] = state.op_no.get(model_id, 0) + 1
         return subject, events.JobStarted(
-            attempt=1, backend="trainer", op_no=op_no, seq_id=seq, directory=draw(st.none() | texts)
+            attempt=1,
+            backend="trainer",
+            op_no=op_no,
+            seq_id=seq,
+            directory=draw(st.none() | texts),
+            queue_ms=draw(st.none() | floats),
         )
     del state.open[index]
     done = events.JobDone(
@@ -164,6 +169,7 @@ def _job_goes_on(draw: st.DrawFn, state: _State) -> Entry:
         loss_sum=draw(st.none() | floats),
         metrics=draw(st.dictionaries(texts, floats, max_size=2)),
         run_ms=draw(floats),
+        idle_ms=draw(st.none() | floats),
     )
     failed = events.JobFailed(
         category=draw(st.sampled_from(["user", "server"])),

@@ -25,6 +25,23 @@ def clock() -> Clock:
     return Clock()
 
 
+def test_a_server_is_idle_between_its_works_and_not_before_the_first(clock: Clock) -> None:
+    idleness = progress.Idleness(clock)
+    clock.now = 10.0
+    with idleness.interrupted():
+        assert idleness.take() == 0.0
+        clock.now = 11.0
+        with idleness.interrupted():  # beside it
+            clock.now = 12.0
+    clock.now = 15.0
+    with idleness.interrupted():  # a snapshot, say
+        clock.now = 20.0
+    clock.now = 21.0
+    with idleness.interrupted():
+        assert idleness.take() == 3.0 + 1.0
+        assert idleness.take() == 0.0
+
+
 @pytest.fixture
 def beats(clock: Clock) -> Iterator[list[float]]:
     """One for each sign of life."""

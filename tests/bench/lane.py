@@ -1,0 +1,142 @@
+"""How long the training server has nothing to do between two operations, though jobs wait: its own word, as
+the journal has it (`idle_ms`), with bodies sent ahead. The baseline is a server that keeps none: every
+operation carries its own.
+
+A real worker without its HTTP side; a real training server in another process, over loopback, and in
+it an engine that only waits `--op-ms` for each operation. All jobs are there before the first one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+import trio
+
+from tests.bench import still
+from tests.bench.figures import Figure
+from tink.actors.external import ExternalTrainer
+from tink.actors.router import Router
+from tink.actors.worker import open_worker
+from tink.domain import ids, messages
+from tink.domain.requests import OpName
+from tink.journal.home import Home
+from tink.journal.journal import Journal
+from tink.logs import configure_logs
+from tink.settings import Settings
+from tink.world import World
+
+SUMMARY = "how long the trainer idles between two jobs, with bodies ahead and without"
+TENANT = "bench"
+START_SECONDS = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=40, help="forward_backward jobs of a round (40)")
+    parser.add_argument("--op-ms", type=float, default=50.0, help="what each takes in the engine (50)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each, in turn (3)")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Figure]:
+    configure_logs("error")
+    for size, name in ((1_000_000, "1MB"), (10_000, "10kB")):
+        for models in (1, 4):
+            ahead: list[float] = []
+            carried: list[float] = []
+            for _ in range(arguments.rounds):
+                for idle, bodies in ((carried, False), (ahead, True)):
+                    idle += trio.run(measure, arguments, size, models, bodies)
+            yield Figure(
+                f"idle_{name}_{models}_model{'s'[: models > 1]}", median(ahead), "ms", median(carried)
+            )
+
+
+async def measure(arguments: argparse.Namespace, size: int, models: int, bodies: bool) -> list[float]:
+    """`idle_ms` of each job but the first."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
+        _server(Path(name), arguments.op_ms / 1000, bodies) as url,
+    ):
+        async with _worker(Path(name) / "home", url) as (journal, router):
+            created: messages.Created = await router.ask(messages.CreateSession(TENANT))
+            made = [await _create(router, created.id, number) for number in range(models)]
+            last = arguments.jobs // models
+            # The first ones come last: until then the lanes wait for them.
+            order = [(seq, model) for seq in range(last, 0, -1) for model in made]
+            promises = [await _submit(router, model, seq, os.urandom(size)) for seq, model in order]
+            for job_id in promises:
+                await router.ask(messages.AwaitOutcome(TENANT, job_id))
+            ended = [await journal.job(job_id) for job_id in promises if not job_id.endswith(":1")]
+    assert all(job is not None and job.state == "done" for job in ended)
+    return [job.idle_ms for job in ended if job is not None and job.idle_ms is not None]
+
+
+async def _create(router: Router, session_id: str, number: int) -> str:
+    model_id = ids.model_id(session_id, number)
+    body = {"session_id": session_id, "model_seq_id": number, "base_model": still.MODEL}
+    config = msgspec.json.encode(body | {"lora_config": {"rank": 8}})
+    job_id = await _submit(router, model_id, 0, config, "create_model", number)
+    await router.ask(messages.AwaitOutcome(TENANT, job_id))
+    return model_id
+
+
+async def _submit(
+    router: Router,
+    model_id: str,
+    seq: int,
+    body: bytes,
+    op: OpName = "forward_backward",
+    number: Any = None,
+) -> str:
+    promise: messages.Promise = await router.ask(
+        messages.SubmitTraining(
+            TENANT,
+            op=op,
+            session_id=model_id.partition(":")[0],
+            model_id=model_id,
+            seq_id=seq,
+            model_seq_id=number,
+            body=body,
+        )
+    )
+    return promise.request_id
+
+
+@asynccontextmanager
+async def _worker(folder: Path, url: str) -> AsyncIterator[tuple[Journal, Router]]:
+    settings, world, home = Settings(home=folder, use_megatron=True), World(), Home(folder)
+    home.make()
+    async with (
+        Journal.open(home, world, version="bench", settings_digest="bench") as journal,
+        open_worker(journal, ExternalTrainer(url, "").find, settings, world) as router,
+    ):
+        yield journal, router
+
+
+@contextmanager
+def _server(folder: Path, seconds: float, bodies: bool) -> Iterator[str]:
+    ready = folder / "trainer" / "ready.json"
+    ready.parent.mkdir()
+    command = [sys.executable, "-m", "tests.bench.still", str(ready), str(seconds)]
+    with (folder / "trainer.log").open("wb") as log:
+        server = subprocess.Popen([*command, *([] if bodies else ["--no-bodies"])], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not ready.exists():
+            assert time.monotonic() < deadline, (folder / "trainer.log").read_text()
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{json.loads(ready.read_text())['port']}"
+    finally:
+        server.kill()
+        server.wait()
