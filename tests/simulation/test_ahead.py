@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,22 +152,38 @@ async def test_bodies_ahead_never_change_what_runs_or_in_which_order(
     assert any(call.op is None for call in calls)
 
 
-async def test_a_body_that_hangs_on_its_way_delays_nothing(
-    autojump_clock: MockClock, tmp_path: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+async def _hang(request: httpx.Request) -> httpx.Response:
+    await trio.sleep_forever()
+    raise AssertionError
+
+
+async def _break(request: httpx.Request) -> httpx.Response:
+    raise httpx.WriteError("connection reset", request=request)
+
+
+async def _know_nothing(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(404, text="Not Found", request=request)
+
+
+@pytest.mark.parametrize("way", [_hang, _break, _know_nothing])
+async def test_a_body_that_does_not_arrive_delays_nothing(
+    autojump_clock: MockClock,
+    tmp_path: Path,
+    calls: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+    way: Callable[[httpx.Request], Awaitable[httpx.Response]],
 ) -> None:
     handle = Network.handle_async_request
 
-    async def hanging(self: Network, request: httpx.Request) -> httpx.Response:
-        if request.method == "PUT":
-            await trio.sleep_forever()
-        return await handle(self, request)
+    async def lossy(self: Network, request: httpx.Request) -> httpx.Response:
+        return await (way(request) if request.method == "PUT" else handle(self, request))
 
-    monkeypatch.setattr(Network, "handle_async_request", hanging)
+    monkeypatch.setattr(Network, "handle_async_request", lossy)
     async with Cluster.running(tmp_path, max_workers=1) as cluster:
         (model,) = await _models(cluster, 1)
         await answers(cluster, [await batch(cluster, model, seq) for seq in (1, 2, 3, 4)])
     ops = _ops(calls)
-    assert len(ops) == 4
+    assert [call.op.op.body for call in ops] == [f"batch {seq}".encode() for seq in (1, 2, 3, 4)]
     assert ops[-1].ended - ops[0].began < 4 * (OP_SECONDS + 1)
 
 
