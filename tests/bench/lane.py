@@ -43,9 +43,9 @@ START_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=40, help="forward_backward jobs of a round (40)")
-    parser.add_argument("--op-ms", type=float, default=50.0, help="what each takes in the engine (50)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each, in turn (3)")
+    parser.add_argument("--jobs", type=int, default=20, help="forward_backward jobs of a round (20)")
+    parser.add_argument("--op-ms", type=float, default=200.0, help="what each takes in the engine (200)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each, in turn (4)")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
@@ -54,8 +54,10 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
         for models in (1, 4):
             ahead: list[float] = []
             carried: list[float] = []
-            for _ in range(arguments.rounds):
-                for idle, bodies in ((carried, False), (ahead, True)):
+            for number in range(arguments.rounds):
+                # In turn, and each as often first: the machine may get slower or faster meanwhile.
+                turns = [(carried, False), (ahead, True)][:: -1 if number % 2 else 1]
+                for idle, bodies in turns:
                     idle += trio.run(measure, arguments, size, models, bodies)
             yield Figure(
                 f"idle_{name}_{models}_model{'s'[: models > 1]}", median(ahead), "ms", median(carried)
