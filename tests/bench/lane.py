@@ -26,7 +26,7 @@ import trio
 
 from tests.bench import still
 from tests.bench.figures import Figure
-from tink.actors.external import ExternalTrainer
+from tink.actors.external import ExternalEndpoint, ExternalTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.domain import ids, messages
@@ -121,7 +121,7 @@ async def _worker(folder: Path, url: str) -> AsyncIterator[tuple[Journal, Router
     home.make()
     async with (
         Journal.open(home, world, version="bench", settings_digest="bench") as journal,
-        open_worker(journal, ExternalTrainer(url, "").find, settings, world) as router,
+        open_worker(journal, ExternalTrainer(ExternalEndpoint(url)).find, settings, world) as router,
     ):
         yield journal, router
 
