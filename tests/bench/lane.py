@@ -43,14 +43,14 @@ START_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=20, help="forward_backward jobs of a round (20)")
-    parser.add_argument("--op-ms", type=float, default=200.0, help="what each takes in the engine (200)")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each, in turn (4)")
+    parser.add_argument("--jobs", type=int, default=12, help="forward_backward jobs of a round (12)")
+    parser.add_argument("--op-ms", type=float, default=400.0, help="what each takes in the engine (400)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of each, in turn (2)")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
     configure_logs("error")
-    for size, name in ((1_000_000, "1MB"), (10_000, "10kB")):
+    for size, name in ((5_000_000, "5MB"), (1_000_000, "1MB"), (10_000, "10kB")):
         for models in (1, 4):
             ahead: list[float] = []
             carried: list[float] = []
