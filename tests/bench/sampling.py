@@ -33,7 +33,6 @@ from tink.backends.transport import SlotTransport
 from tink.trainer import tiny
 
 SUMMARY = "tokens a second through Tink, against straight to vLLM"
-PROMPT_TOKENS = 32
 # As many as the worker holds a poll.
 POLL_SECONDS = 60.0
 
@@ -58,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at-once", type=int, default=64, help="requests in flight (64)")
     parser.add_argument("--requests", type=int, default=128, help="requests of a round (128)")
     parser.add_argument("--samples", type=int, default=8, help="samples of a request (8)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (32)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a sample (32)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of each; the median counts (8)")
     parser.add_argument("--replicas", type=int, default=1, help="vLLM servers (1)")
@@ -86,15 +86,15 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
 def _compare(arguments: argparse.Namespace, tink: str, pid: int, urls: list[str]) -> Iterator[Figure]:
     _wait_for(tink)
     weights = _adapters(tink, urls, arguments.adapters) or [Weights(tiny.NAME)]
-    through, straight, cpu = [], [], 0.0
+    tinks, vllms, cpu = [], [], 0.0
     for _ in range(arguments.rounds):
-        straight.append(trio.run(_straight, urls, weights, arguments))
+        vllms.append(trio.run(straight, urls, weights, arguments))
         before = cpu_seconds(pid)
-        through.append(trio.run(_through, tink, weights, arguments))
+        tinks.append(trio.run(through, tink, weights, arguments))
         cpu += cpu_seconds(pid) - before
-    speed, base = (median(one.speed for one in some) for some in (through, straight))
+    speed, base = (median(one.speed for one in some) for some in (tinks, vllms))
     yield Figure("tokens_per_second", speed, "tokens/s", base)
-    p50, base = (median(one.p50 for one in some) for some in (through, straight))
+    p50, base = (median(one.p50 for one in some) for some in (tinks, vllms))
     yield Figure("request_p50", p50, "s", base)
     yield Figure("worker_cpu", cpu / arguments.rounds / arguments.requests * 1000, "ms/request")
 
@@ -112,11 +112,11 @@ def _adapters(tink: str, urls: list[str], wanted: int) -> list[Weights]:
     for seed in range(wanted):
         client = service.create_lora_training_client(tiny.NAME, rank=8, seed=seed).result()
         path = client.save_weights_for_sampler("bench").result().path
-        found.append(Weights(_served(urls, f"/{client.model_id}@1-"), path))
+        found.append(Weights(served_name(urls, f"/{client.model_id}@1-"), path))
     return found
 
 
-def _served(urls: list[str], part: str) -> str:
+def served_name(urls: list[str], part: str) -> str:
     """The adapter with that in its name, which all servers have."""
     names = [
         {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"] if part in model["id"]}
@@ -126,7 +126,7 @@ def _served(urls: list[str], part: str) -> str:
     return str(name)
 
 
-async def _straight(urls: list[str], weights: list[Weights], arguments: argparse.Namespace) -> Round:
+async def straight(urls: list[str], weights: list[Weights], arguments: argparse.Namespace) -> Round:
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(_client(url, arguments.at_once)) for url in urls]
 
@@ -136,7 +136,7 @@ async def _straight(urls: list[str], weights: list[Weights], arguments: argparse
             seed = next(_seeds)
             body = {
                 "model": weights[turn % len(weights)].served,
-                "prompt": _prompt(seed),
+                "prompt": _prompt(seed, arguments.prompt),
                 "n": arguments.samples,
                 "max_tokens": arguments.tokens,
                 "seed": seed,
@@ -151,7 +151,7 @@ async def _straight(urls: list[str], weights: list[Weights], arguments: argparse
         return await _timed(ask, arguments)
 
 
-async def _through(url: str, weights: list[Weights], arguments: argparse.Namespace) -> Round:
+async def through(url: str, weights: list[Weights], arguments: argparse.Namespace) -> Round:
     async with _client(url, arguments.at_once) as client:
 
         async def post(path: str, body: dict[str, Any]) -> Any:
@@ -173,7 +173,7 @@ async def _through(url: str, weights: list[Weights], arguments: argparse.Namespa
                 "sampling_session_id": samplers[number % len(samplers)],
                 "seq_id": number,
                 "num_samples": arguments.samples,
-                "prompt": {"chunks": [{"type": "encoded_text", "tokens": _prompt(seed)}]},
+                "prompt": {"chunks": [{"type": "encoded_text", "tokens": _prompt(seed, arguments.prompt)}]},
                 "sampling_params": {"max_tokens": arguments.tokens, "seed": seed, "stop": []},
             }
             promise = (await post("asample", body)).json()["request_id"]
@@ -186,8 +186,8 @@ async def _through(url: str, weights: list[Weights], arguments: argparse.Namespa
         return await _timed(ask, arguments)
 
 
-def _prompt(seed: int) -> list[int]:
-    return random.Random(seed).choices(range(10, 1000), k=PROMPT_TOKENS)
+def _prompt(seed: int, tokens: int) -> list[int]:
+    return random.Random(seed).choices(range(10, 1000), k=tokens)
 
 
 def _client(url: str, at_once: int) -> httpx.AsyncClient:
