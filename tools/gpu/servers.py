@@ -90,7 +90,8 @@ def vllm(shape: Shape, model: Path, out: Path, program: str, on_gpu: bool) -> Se
     if on_gpu:
         words += ["--max-model-len", "4096", "--max-num-seqs", "256", "--disable-uvicorn-access-log"]
     else:
-        words += vllm_pool.OPTIONS.split()
+        # With the latter, a seeded prompt that is cut in two would kill the engine (docs/vllm.md).
+        words += [*vllm_pool.OPTIONS.split(), "--no-enable-chunked-prefill"]
         environment |= vllm_pool.ENVIRONMENT
     return Server(words, port, "/health", out / "vllm.log", **environment)
 
