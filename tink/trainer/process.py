@@ -202,6 +202,8 @@ def _uncollected() -> Iterator[None]:
 @_uncollected()
 def _import_engine(engine: str) -> None:
     """What `_build` would import, but for the classes of the model itself."""
+    # How to look whether there is a GPU. The other way, a process that is forked later could not use it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import_module("tink.trainer.tiny")
     import_module("tink.trainer.engines.lora_engine")
     engines.preload(engine)

@@ -51,7 +51,8 @@ class Server:
         began = time.monotonic()
         while not self._is_ready():
             assert self._process is not None
-            if self._process.poll() is not None or time.monotonic() - began > START_SECONDS:
+            ended = self._process.poll() is not None or self._broken()
+            if ended or time.monotonic() - began > START_SECONDS:
                 end = self._log.read_text(errors="replace")[-3000:]
                 raise SystemExit(f"measure: {self._words[:4]} is not ready:\n{end}")
             time.sleep(0.05)
@@ -60,6 +61,13 @@ class Server:
     def _is_ready(self) -> bool:
         try:
             return httpx.get(f"{self.url}{self._path}", trust_env=False, timeout=5).is_success
+        except httpx.TransportError:
+            return False
+
+    def _broken(self) -> bool:
+        """Whether it says that it will never be ready."""
+        try:
+            return b"broken" in httpx.get(f"{self.url}/v1/health", trust_env=False, timeout=5).content
         except httpx.TransportError:
             return False
 
@@ -89,8 +97,10 @@ def vllm(shape: Shape, model: Path, out: Path, program: str, on_gpu: bool) -> Se
     environment = {"VLLM_GPU_MEMORY_UTIL": str(shape.share), "VLLM_MAX_LORA_RANK": "32"}
     if on_gpu:
         words += ["--max-model-len", "4096", "--max-num-seqs", "256", "--disable-uvicorn-access-log"]
+        # FlashInfer's is compiled at the start, for over a minute, and not used where seeds are given.
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     else:
-        # With the latter, a seeded prompt that is cut in two would kill the engine (docs/vllm.md).
+        # Without the latter a seeded prompt that is cut in two would kill the engine (docs/vllm.md).
         words += [*vllm_pool.OPTIONS.split(), "--no-enable-chunked-prefill"]
         environment |= vllm_pool.ENVIRONMENT
     return Server(words, port, "/health", out / "vllm.log", **environment)

@@ -191,7 +191,6 @@ def test_a_tensor_without_a_place_is_refused(models: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU megatron-core may compile")
 def test_a_start_leaves_torchs_compiler_out() -> None:
     """Each process that torchrun starts after a kill would spend seconds on importing it."""
     program = "import sys, tink.trainer.engines.megatron; sys.exit('torch._inductor' in sys.modules)"

@@ -33,11 +33,10 @@ from tink.trainer.engines.pipeline import Pipeline
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """On a CPU: megatron-core decorates functions with torch.compile when it is imported, for which torch
-    imports the compiler. That takes seconds of each start, and none of these functions is called here."""
+    """megatron-core decorates functions with torch.compile when it is imported, for which torch imports the
+    compiler. That takes seconds of each start, and none of these functions is called here."""
     compiling = torch.compile
-    if not torch.cuda.is_available():
-        torch.compile = lambda function: function
+    torch.compile = lambda function: function
     try:
         yield
     finally:
@@ -195,7 +194,11 @@ def join(ranks: int = 1, stages: int = 1) -> Mesh:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             # torchrun starts all of them anew with the same store, which has the addresses of the dead.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        backend = "gloo"
+        if ranks > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=ranks // stages,
             pipeline_model_parallel_size=stages,
