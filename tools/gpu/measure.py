@@ -285,7 +285,8 @@ def recover(shape: Shape, tink: Tink) -> Iterator[tuple[str, float]]:
     undisturbed = steps(shape, [tink.model(200)], 2 * REDONE)
     model = tink.model(200)
     losses = steps(shape, [model], REDONE)
-    os.kill(json.loads((tink.out / servers.READY).read_text())["pid"], signal.SIGKILL)
+    tink.trainer.kill()
+    tink.trainer.start()
     began = time.monotonic()
     losses += steps(shape, [model], 1, first=REDONE)
     yield "recovery_seconds", time.monotonic() - began

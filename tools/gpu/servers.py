@@ -108,7 +108,7 @@ def vllm(shape: Shape, model: Path, out: Path, program: str, on_gpu: bool) -> Se
 
 def trainer(shape: Shape, model: Path, out: Path) -> Server:
     port = free_port()
-    words = [sys.executable, "-m", "tink.trainer", "--engine", "megatron", "--port", str(port), "--preload"]
+    words = [sys.executable, "-m", "tink.trainer", "--engine", "megatron", "--port", str(port)]
     words += ["--model", str(model), "--model-name", shape.name, "--dtype", shape.dtype]
     words += ["--home", str(out / "home"), "--ready-file", str(out / READY)]
     return Server(words, port, "/v1/info", out / "trainer.log")
