@@ -19,6 +19,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -106,9 +107,24 @@ def run(options: Options, world: World | None = None) -> int:
 
 
 def _listen(options: Options, world: World) -> int:
+    if options.preload:
+        _begin_anew_for_cuda()
     with world.listen(options.host, options.port) as listener:
         trio.run(_serve, options, listener, world)
     return 0
+
+
+def _begin_anew_for_cuda() -> None:
+    """A process that was forked from one in which torch has looked at a GPU cannot use it. It becomes one
+    that has imported nothing: the same in all but the seconds that this takes."""
+    import torch
+
+    if torch.cuda._is_in_bad_fork():
+        log.info("torch is imported anew, for the GPU")
+        words = [word for word in sys.orig_argv[1:] if word != "--preload"]
+        # Where to crash was for the first process.
+        environment = {name: value for name, value in os.environ.items() if name != "TINK_CRASH_AT"}
+        os.execve(sys.executable, [sys.executable, *words], environment)  # noqa: S606  no shell
 
 
 def _follow(options: Options, world: World) -> int:
@@ -202,8 +218,6 @@ def _uncollected() -> Iterator[None]:
 @_uncollected()
 def _import_engine(engine: str) -> None:
     """What `_build` would import, but for the classes of the model itself."""
-    # How to look whether there is a GPU. The other way, a process that is forked later could not use it.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import_module("tink.trainer.tiny")
     import_module("tink.trainer.engines.lora_engine")
     engines.preload(engine)

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import sqlite3
 import statistics
 import subprocess
@@ -30,16 +29,15 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
 
-import servers
 import tinker
 import torch
 import trio
-from shapes import SHAPES, Shape
 from tinker import types
 
 from tests.bench import sampling
+from tools.gpu import servers
+from tools.gpu.shapes import SHAPES, Shape
 
-HERE = Path(__file__).parent
 STEPS, TENANTS, RL_STEPS, REDONE = 12, 8, 4, 6
 GROUPS, GROUP, NEW_TOKENS = 16, 8, 64
 
@@ -99,7 +97,7 @@ def environment() -> dict[str, str]:
 
 def plain(*words: str) -> dict[str, Any]:
     """What plain.py says, in a process of its own."""
-    command = [sys.executable, str(HERE / "plain.py"), *words]
+    command = [sys.executable, "-m", "tools.gpu.plain", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -186,7 +184,8 @@ def through_tink(shape: Shape, tink: Tink, ceiling: float) -> Iterator[tuple[str
     path = one.save_weights_for_sampler("bench").result().path
     served = sampling.served_name([tink.vllm.url], f"/{one.model_id}@1-")
     weights = [sampling.Weights(served, path)]
-    asked = argparse.Namespace(at_once=64, requests=256, samples=1, tokens=128, prompt=128)
+    requests = 256 if torch.cuda.is_available() else 16
+    asked = argparse.Namespace(at_once=64, requests=requests, samples=1, tokens=128, prompt=128)
     trio.run(sampling.straight, [tink.vllm.url], weights, asked)
     straight = trio.run(sampling.straight, [tink.vllm.url], weights, asked)
     through = trio.run(sampling.through, tink.worker.url, weights, asked)

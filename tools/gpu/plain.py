@@ -14,7 +14,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from shapes import SHAPES, Shape, make
+
+from tools.gpu.shapes import SHAPES, Shape, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

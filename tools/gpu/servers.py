@@ -6,21 +6,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import httpx
-import vllm_pool
-from shapes import Shape
+
+from tools import vllm_pool
+from tools.gpu.shapes import Shape
+from tools.ports import free_port
 
 # vLLM's first start on a machine compiles.
 START_SECONDS = 400.0
 STOP_SECONDS = 30.0
-# In it the training server says which process it is.
-READY = "trainer.json"
 
 
 class Server:
@@ -110,7 +109,7 @@ def trainer(shape: Shape, model: Path, out: Path) -> Server:
     port = free_port()
     words = [sys.executable, "-m", "tink.trainer", "--engine", "megatron", "--port", str(port)]
     words += ["--model", str(model), "--model-name", shape.name, "--dtype", shape.dtype]
-    words += ["--home", str(out / "home"), "--ready-file", str(out / READY)]
+    words += ["--home", str(out / "home")]
     return Server(words, port, "/v1/info", out / "trainer.log")
 
 
@@ -137,13 +136,3 @@ def worker(shape: Shape, trainer: Server, sampler: Server, out: Path) -> Server:
         VLLM_BASE_URL=sampler.url,
         VLLM_MAX_LORA_RANK="32",
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def healthy(worker: Server) -> bool:
-    servers = httpx.get(f"{worker.url}/healthz", trust_env=False, timeout=5).json().get("servers", {})
-    return set(servers.values()) == {"ready"}

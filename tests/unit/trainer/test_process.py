@@ -211,6 +211,34 @@ def test_a_preloaded_server_that_is_killed_is_followed_by_another(
         assert child.process.wait(20) == 0
 
 
+# torch here cannot lose a GPU by being forked: this one says that it has.
+FORKED = """
+import os, sys, torch
+first = os.getpid()
+torch.cuda._is_in_bad_fork = lambda: os.getpid() != first
+from tink.trainer import process
+sys.exit(process.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_server_whose_fork_cannot_use_the_gpu_begins_anew(tmp_path: Path, model_dir: Path) -> None:
+    ready = tmp_path / "ready.json"
+    words = ["--home", str(tmp_path), "--model", str(model_dir), "--preload", "--ready-file", str(ready)]
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKED, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        try:
+            child = Child(parent)
+            child.wait_for("torch is imported anew")
+            child.wait_for("event=ready")
+            server = json.loads(ready.read_bytes())["pid"]
+            assert server != parent.pid
+            assert "--preload" not in Path(f"/proc/{server}/cmdline").read_text().split("\0")
+        finally:
+            parent.terminate()
+
+
 @pytest.mark.slow
 def test_an_orphan_exits_by_itself(tmp_path: Path, model_dir: Path) -> None:
     with started(tmp_path, "--model", str(model_dir), "--orphan-seconds", "0.2") as child:
