@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.live import LiveServer
+from tests.vllm.server import VllmReplica
+from tools.megatron_trainer import MegatronTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,14 +30,45 @@ def test_every_example_is_here() -> None:
     assert {path.stem for path in (ROOT / "tools/examples").glob("*.py")} == set(LAST_LINES)
 
 
+@pytest.fixture(scope="module")
+def split_server(
+    vllm_replica: VllmReplica, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A worker that trains on two processes with megatron-core, and samples on vLLM."""
+    folder = tmp_path_factory.mktemp("split")
+    trainer = MegatronTrainer(folder / "home", folder / "trainer.log")
+    sampling = {"USE_VLLM": "true", "VLLM_BASE_URL": vllm_replica.url}
+    server = LiveServer(folder / "home", **trainer.settings, **sampling)
+    try:
+        trainer.start()
+        server.start()
+        yield server
+    finally:
+        server.close()
+        trainer.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAST_LINES)
 def test_example_does_what_it_says(name: str, live_server: LiveServer, tmp_path: Path) -> None:
+    run_example(name, live_server, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_example_runs_on_two_training_processes_and_vllm(
+    name: str, split_server: LiveServer, tmp_path: Path
+) -> None:
+    run_example(name, split_server, tmp_path)
+
+
+def run_example(name: str, server: LiveServer, folder: Path) -> None:
     run = subprocess.run(
         [sys.executable, ROOT / "tools/examples" / f"{name}.py"],
         # Not the checkout: an example needs the SDK alone, and Tink through its address only.
-        cwd=tmp_path,
-        env={**os.environ, "TINKER_BASE_URL": live_server.url, "TINKER_API_KEY": "tml-local"},
+        cwd=folder,
+        env={**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"},
         capture_output=True,
         text=True,
         timeout=240,
