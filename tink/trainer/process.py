@@ -67,7 +67,7 @@ class Options:
     artifacts: Path | None = None
     model: str | None = None
     model_name: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     pipeline_parallel: int = 1
     slots: int = 4
     threads: int = 1
@@ -299,7 +299,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory or hub name; default: the built-in tiny one")
     parser.add_argument("--model-name", help="the name it is served under; default: MODEL")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of the frozen base ({shown})"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the frozen base (default: float32 on a CPU, bfloat16 on a GPU)",
     )
     parser.add_argument(
         "--pipeline-parallel",

@@ -55,7 +55,9 @@ def preload(engine: str) -> None:
     _module(engine).preload()
 
 
-def load(engine: str, directory: Path, name: str, dtype: str, ranks: int = 1, stages: int = 1) -> BaseModel:
+def load(
+    engine: str, directory: Path, name: str, dtype: str | None, ranks: int = 1, stages: int = 1
+) -> BaseModel:
     """The base model in a directory, or this process's part of it. StartupError if it cannot be loaded."""
     parallel = {"ranks": ranks, "stages": stages} if KINDS[engine].parallel else {}
     base: BaseModel = _module(engine).load(directory, name, dtype, **parallel)

@@ -77,6 +77,11 @@ def device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype(name: str | None) -> Any:
+    """The one of that name, or else what suits the device."""
+    return getattr(torch, name or ("float32" if device().type == "cpu" else "bfloat16"))
+
+
 def require_determinism() -> None:
     """For this process: an operation without a deterministic kernel raises. What
     torch.use_deterministic_algorithms does, without its import of the compiler (seconds)."""

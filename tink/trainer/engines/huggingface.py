@@ -47,14 +47,14 @@ def preload() -> None:
         getattr(transformers, name)
 
 
-def load(directory: Path, name: str, dtype: str = "float32") -> HuggingFace:
+def load(directory: Path, name: str, dtype: str | None = None) -> HuggingFace:
     """Reads the model and installs the adapters' hooks. StartupError when it is not a causal language
     model of the shape that Tink can train."""
     base_model.require_determinism()
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), local_files_only=True
+            directory, dtype=base_model.dtype(dtype), local_files_only=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -70,6 +70,7 @@ class LoraEngine:
                 "torch": str(torch.__version__),
                 **base.versions,
                 "device": _device_name(base.device),
+                "dtype": str(base.sites.dtype).removeprefix("torch."),
                 "threads": str(threads),
                 "micro_batch_tokens": str(self._micro_batch_tokens),
             },

@@ -219,7 +219,7 @@ def preload() -> None:
         getattr(transformers, name)
 
 
-def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1, stages: int = 1) -> Megatron:
+def load(directory: Path, name: str, dtype: str | None = None, ranks: int = 1, stages: int = 1) -> Megatron:
     """Reads this rank's part of the model and installs the adapters' hooks. StartupError when the engine
     does not know its shape, or cannot divide it among so many ranks and stages of them."""
     base_model.require_determinism()
@@ -231,7 +231,7 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1, sta
     _check(config, ranks, stages)
     mesh = join(ranks, stages)
     with weights.opened(directory, config.tie_word_embeddings) as files:
-        model = _build(config, getattr(torch, dtype), files, mesh)
+        model = _build(config, base_model.dtype(dtype), files, mesh)
         weights.fill(model, files, config, mesh)
         count = files.count
     device = base_model.device()
@@ -253,7 +253,7 @@ def load(directory: Path, name: str, dtype: str = "float32", ranks: int = 1, sta
         path=directory,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
-        sites=lora.Sites(sites, device, getattr(torch, dtype)),
+        sites=lora.Sites(sites, device, base_model.dtype(dtype)),
         eos=base_model.eos(generation.eos_token_id, config.eos_token_id),
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
