@@ -219,7 +219,11 @@ TRAINER_BODIES_BYTES = AHEAD_BYTES + MAX_TRAINING_BODY
 MAX_RANK = 512
 MAX_OP_WAIT = 30.0
 SAMPLE_SLOTS = 2
+# Of a text in pieces: tokens that may wait for the end of a character.
+MAX_PIECE_TOKENS = 64
+# Adapters that are kept for sampling; on a GPU no more than take so many bytes.
 ADAPTER_CACHE = 64
+ADAPTER_CACHE_BYTES = 4 * 1024**3
 # Results of samples are kept this long for the poll that was lost.
 SAMPLE_KEEP_SECONDS = 600.0
 SAMPLE_KEEP_BYTES = 64 * 1024 * 1024

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tink.errors import StartupError, UserError
+from tink.limits import MAX_PIECE_TOKENS
 
 # What of a hub's repository tells of a model without its weights.
 TEXT_FILES = ("*.json",)
@@ -63,6 +64,9 @@ class Text:
             generation = directory / "generation_config.json"
             said = _read(generation) if generation.is_file() else {}
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            # Left there by whoever saved it last; transformers sets them anew with each call.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         except (OSError, msgspec.DecodeError) as error:
             raise StartupError(f"{directory} has no model's config and tokenizer: {error}") from error
         except Exception as error:  # tokenizers raises no class of its own
@@ -121,7 +125,9 @@ class Text:
         begin = told = 0  # so far it was told; a tokenizer may need some of that to read on
         for end in range(1, len(tokens) + 1):
             before, after = self.decode(tokens[begin:told]), self.decode(tokens[begin:end])
-            if after.endswith(INCOMPLETE) and end < len(tokens):
+            # Else a text of nothing but such signs would be read from its beginning for each of them.
+            waits = after.endswith(INCOMPLETE) and end - told < MAX_PIECE_TOKENS
+            if waits and end < len(tokens):
                 pieces.append("")
                 continue
             pieces.append(after[len(before) :])

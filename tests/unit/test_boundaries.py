@@ -28,7 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "files": frozenset(),
     "limits": frozenset(),
     "logs": frozenset(),
-    "pretrained": frozenset({"errors"}),
+    "pretrained": frozenset({"errors", "limits"}),
     "wire": frozenset(),
     "domain": BASE,
     "world": BASE | {"domain"},

@@ -61,7 +61,7 @@ async def exchange(
                                 scope.cancel()  # not a break: httpx's generators end by exceptions alone
                     return Answer(answer.status_code, bytes(received))
                 except _STALE:
-                    if not again:
+                    if not again or client.is_closed:
                         raise
                     # It may have been the call that has killed the server.
                     again, broken = False, True

@@ -184,6 +184,10 @@ class TextGenerationClient(TrainerClient):
             values = [value for value in scored if value is not None]
             if len(values) != len(row) - 1:
                 raise self._odd(f"{len(values)} logprobs for {len(row)} tokens")
+            if not all(0 <= token < self._text.vocab_size for token in row):
+                raise self._odd(f"a token id outside of its vocabulary of {self._text.vocab_size}")
+            if not all(abs(value) < 1e30 for value in values):  # nor NaN
+                raise self._odd("a log-probability that is none")
             rows.append((row, values))
         return rows
 
@@ -224,6 +228,7 @@ class TextGenerationClient(TrainerClient):
     ) -> pb.SampledSequence:
         if request.max_tokens == 0:
             return EMPTY
+        tokens, logprobs = tokens[:most], logprobs[:most]
         end = self._end(request, tokens)
         stopped = end is not None or len(tokens) < most or tokens[-1] in self._text.eos
         tokens, logprobs = tokens[:end], logprobs[:end]

@@ -1,4 +1,4 @@
-"""The worker's side of `tink-train/1` (tink/trainer/protocol.py)."""
+"""The worker's side of `tink-train/1` (tink/wire/tink_train.py)."""
 
 from __future__ import annotations
 

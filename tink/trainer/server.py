@@ -17,7 +17,7 @@ import msgspec
 import structlog
 import trio
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -63,7 +63,8 @@ class Serving:
 
 
 class Trainer:
-    """What the routes serve. `slots`: how many models may compute at once. `nursery` owns the work."""
+    """What the routes serve. `slots`: how many models may compute at once on a CPU. `nursery` owns the
+    work."""
 
     def __init__(self, world: World, slots: int, nursery: trio.Nursery) -> None:
         self.incarnation = world.new_id()
@@ -83,10 +84,12 @@ class Trainer:
             log.exception("the engine could not be built")
             self._broken = f"{type(error).__name__}: {error}"
             return
+        # A GPU has room for the activations of one model, and is no faster with two.
+        slots = self._slots if engine.facts.versions.get("device", "cpu") == "cpu" else 1
         samples = Samples(self._world, engine, self.books.refused, self._nursery)
         self._serving = Serving(
             engine.facts,
-            Lanes(self._world, engine, self.books, self._slots, self._nursery),
+            Lanes(self._world, engine, self.books, slots, self._nursery),
             samples,
             TextGeneration(self._world, samples, engine.facts),
         )
@@ -198,17 +201,28 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
 
         return call
 
-    def guarded(handler: Handler) -> Handler:
+    def authorized(handler: Handler) -> Handler:
         async def call(request: Request) -> Response:
             if token is not None and not _carries(request, token):
                 raise Unauthorized("pass TINK_TRAINER_TOKEN as a bearer token")
+            try:
+                return await handler(request)
+            except ClientDisconnect:
+                return Response()  # to nobody: it has given its request up
+
+        return call
+
+    def guarded(handler: Handler) -> Handler:
+        """For workers."""
+
+        async def call(request: Request) -> Response:
             trainer.touch()
             try:
                 return await handler(request)
             finally:
                 trainer.touch()
 
-        return call
+        return authorized(call)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
@@ -236,7 +250,7 @@ def application(trainer: Trainer, token: str | None = None) -> Starlette:
             Route("/v1/samples/{sample_id}", guarded(get_sample)),
             Route("/v1/snapshots", guarded(post_snapshot), methods=["POST"]),
             Route("/v1/restores", guarded(post_restore), methods=["POST"]),
-            Route(text_generation.PATH, plain(guarded(put_text)), methods=["PUT"]),
+            Route(text_generation.PATH, plain(authorized(put_text)), methods=["PUT"]),
         ],
         exception_handlers={Refused: refused, TinkError: failed, Exception: crashed},
     )

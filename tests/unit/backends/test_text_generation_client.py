@@ -214,6 +214,25 @@ def test_the_text_side_of_a_model_is_read_or_refused(tmp_path: Path) -> None:
         Text.load(directory)
 
 
+def test_what_a_tokenizer_was_last_used_for_is_not_done_again(tmp_path: Path) -> None:
+    """Transformers saves how it last cut and padded texts."""
+    directory = write_model(tmp_path)
+    saved = bytes_tokenizer(False)
+    saved.enable_truncation(3)
+    saved.enable_padding(length=8)
+    saved.save(str(directory / "tokenizer.json"))
+    found = Text.load(directory)
+    assert found.added == ()
+    assert len(found.encode("abcdef")) == 6
+
+
+def test_a_text_of_signs_for_no_character_is_cut_in_pieces_in_time(text: Text) -> None:
+    tokens = text.encode("\ufffd" * 3000)
+    pieces = text.pieces(tokens)
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == "\ufffd" * 3000
+
+
 # -- samples --------------------------------------------------------------------------------------
 
 
@@ -465,6 +484,37 @@ async def test_logprobs_that_are_not_those_of_the_tokens_are_refused(
     )
     with pytest.raises(BackendError, match="1 logprobs for 6 tokens"):
         await client.sample(request(text))
+
+
+@pytest.mark.parametrize(
+    ("row", "scored", "says"),
+    [
+        ("Once" + "a", [-1.0] * 3 + [1e300], "a log-probability that is none"),
+        (2**40, [-1.0] * 4, "a token id outside of its vocabulary of 258"),
+        (-1, [-1.0] * 4, "a token id outside"),
+    ],
+)
+async def test_numbers_that_cannot_be_are_refused(
+    server: Plain, client: TextGenerationClient, text: Text, row: str | int, scored: list[float], says: str
+) -> None:
+    tokens = text.encode(row) if isinstance(row, str) else [*text.encode("Once"), row]
+    server.answer = lambda _: httpx.Response(
+        200, json={"text": ["Oncea"], "tokens": [tokens], "logprobs": [scored]}
+    )
+    with pytest.raises(BackendError, match=says):
+        await client.sample(request(text))
+
+
+async def test_more_than_was_asked_for_is_cut(
+    server: Plain, client: TextGenerationClient, text: Text
+) -> None:
+    tokens = text.encode("Once" + "a" * 50)
+    server.answer = lambda _: httpx.Response(
+        200, json={"text": ["x"], "tokens": [tokens], "logprobs": [[-1.0] * (len(tokens) - 1)]}
+    )
+    reply = await client.sample(request(text, max_tokens=3))
+    (sequence,) = pb.SampleResponse.FromString(reply.body).sequences
+    assert (len(sequence.tokens), len(sequence.logprobs)) == (12, 12)
 
 
 async def test_a_lost_call_is_lost(server: Plain, client: TextGenerationClient, text: Text) -> None:

@@ -26,7 +26,9 @@ from tink.trainer import batch
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import lora, recompute
 from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.head import Head
 from tink.trainer.engines.lora_engine import LoraEngine
+from tink.trainer.engines.parallel import Ranks
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -465,6 +467,41 @@ def test_a_model_that_diverged_says_so(engine: LoraEngine) -> None:
     engine.export_adapter("m", ExportAdapter("x"), "o")
     with pytest.raises(UserError, match="training has diverged"):
         engine.sample(SampleRequest("s", [1, 2, 3], 1, adapter="x", max_tokens=3))
+
+
+def test_in_bfloat16_a_new_model_learns_from_its_first_step_and_the_same_after_a_snapshot(
+    kind: ModuleType, model_dir: Path, artifacts: Artifacts
+) -> None:
+    engine = LoraEngine(kind.load(model_dir, "test", "bfloat16"), artifacts)
+    engine.create("m", CREATE)
+    engine.snapshot("m", "new", b"", "o")
+    steps = []
+    for _ in range(2):
+        result = engine.forward_backward("m", ForwardBackward(body(supervised())))
+        steps.append((result.body, engine.optim_step("m", STEP)))
+        engine.restore("m", "new")
+    assert steps[0] == steps[1]
+    assert steps[0][1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("likely", [0.0, 6.0, 12.0])
+def test_the_gradient_of_a_likely_token_is_as_exact_as_bfloat16_is(likely: float) -> None:
+    """Where p is almost 1 all that is left of it is 1 - p."""
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(512, 64, generator=draw, dtype=torch.bfloat16) / 8
+    targets = torch.randint(512, (40, 1), generator=draw)
+    hidden = torch.randn(40, 64, generator=draw, dtype=torch.bfloat16)
+    hidden += (likely * weight[targets[:, 0]]).to(torch.bfloat16)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x = hidden.to(dtype).requires_grad_()
+        if dtype is torch.bfloat16:
+            found = Head(weight, None, Ranks.alone()).logprobs(x, targets)
+        else:
+            found = (x @ weight.to(dtype).T).log_softmax(-1).gather(-1, targets)
+        gradients.append(torch.autograd.grad(found.sum(), x)[0].double())
+    ours, exact = gradients
+    assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_base_in_bfloat16_trains_too(kind: ModuleType, model_dir: Path, artifacts: Artifacts) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -330,6 +331,20 @@ async def test_models_run_side_by_side_up_to_the_slots(double: EngineDouble) -> 
         for model in "abc":
             assert (await caller.get(f"/v1/ops/{model}/1?wait=5", OpReply))[0] == 200
         assert double.most_at_once == 2
+
+
+async def test_a_gpu_computes_one_model_at_a_time(double: EngineDouble) -> None:
+    """The memory that a batch may take there is there once."""
+    double.facts = replace(FACTS, versions={"device": "NVIDIA H200"})
+    async with serving(double, slots=4) as caller:
+        double.gate.clear()
+        for model in "abc":
+            await caller.op(1, model_id=model, wait=0.0)
+        await caller.get("/v1/ops/a/1?wait=0.05", OpReply)
+        double.gate.set()
+        for model in "abc":
+            assert (await caller.get(f"/v1/ops/{model}/1?wait=5", OpReply))[0] == 200
+        assert double.most_at_once == 1
 
 
 # -- refusals -------------------------------------------------------------------------------------

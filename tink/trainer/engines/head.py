@@ -1,12 +1,12 @@
 """The output head: logits and log-probabilities over the vocabulary, of which each rank may have a slice.
 
 Logits of a whole batch would be the largest thing in memory by far. They are made so many rows at a time,
-and none are kept for the backward pass: for a head that is not trained itself,
+and none are kept for the backward pass: for one target at each position and a head that is not trained,
 
     d log p(t) / d hidden = W[t] - sum over v of p(v) W[v]
 
-and that mean row of W is found beside the logits, at the price of the product that the backward pass would
-need anyway.
+is found beside the logits, at the price of the product that the backward pass would need anyway. Else the
+backward pass makes them again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Head:
         """hidden (T, H), targets (T, K) -> log p(target), float32 (T, K). K targets of one position share
         its row of logits."""
         adapter = lora.in_use()
-        if adapter is None or adapter.pair(NAME) is None:
+        if targets.shape[1] == 1 and (adapter is None or adapter.pair(NAME) is None):
             return _Frozen.apply(hidden, targets, self)
         pieces = zip(hidden.split(self.rows), targets.split(self.rows), strict=True)
         if not torch.is_grad_enabled():
@@ -98,39 +98,30 @@ class Head:
         absent = (ids < 0) | (ids >= size)
         return ids.masked_fill(absent, 0), absent
 
-    def _chosen(self, targets: Tensor, weights: Tensor) -> Tensor:
-        """sum over k of weights (T, K) * W[targets (T, K)], float32 (T, H), of this rank's rows of W."""
-        ids, absent = self._local(targets)
-        weights = weights.masked_fill(absent, 0.0).unsqueeze(1)
-        rows = max(self._cells // (ids.shape[1] * self.weight.shape[1]), 1)
-        return torch.cat(
-            [
-                torch.bmm(some, self.weight[picked].float()).squeeze(1)
-                for some, picked in zip(weights.split(rows), ids.split(rows), strict=True)
-            ]
-        )
-
 
 class _Frozen(torch.autograd.Function):  # type: ignore[misc]
-    """log p(target) of a head that is not trained."""
+    """log p(target) of one target at each position, of a head that is not trained."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-        found, means = [], []
+        found, slopes = [], []
         for rows, wanted in zip(hidden.split(head.rows), targets.split(head.rows), strict=True):
             logits = head._slice(rows)
             logprobs, total = head._summary(logits, wanted)
             found.append(logprobs)
             if ctx.needs_input_grad[0]:
-                means.append(logits.sub_(total).exp_().to(hidden.dtype) @ head.weight)
-        if means:
+                less = logits.sub_(total).exp_()
+                # p - 1 at the target, while it is in float32: what is left of a likely one would be lost.
+                (ids,), (absent,) = (x.T for x in head._local(wanted))
+                every = torch.arange(len(less), device=less.device)
+                less.index_put_((every, ids), less[every, ids] - (~absent).float())
+                slopes.append(less.to(hidden.dtype) @ head.weight)
+        if slopes:
             ctx.head = head
-            ctx.save_for_backward(targets, torch.cat(means))
+            ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(found)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Sequence[Tensor | None]:
-        targets, mean = ctx.saved_tensors
-        total = gradient.sum(-1, keepdim=True)
-        mine = ctx.head._chosen(targets, gradient) - total * mean
-        return ctx.head.ranks.sum(mine).to(mean.dtype), None, None
+        (slope,) = ctx.saved_tensors
+        return ctx.head.ranks.sum((-gradient * slope).to(slope.dtype)), None, None

@@ -5,8 +5,9 @@ that is in use in the calling context, `alpha / rank * B (A x)`. Which one that 
 that threads that train or sample different adapters never see each other's.
 
 All of an adapter's numbers lie in one flat float32 vector, in the order of the model's layers, A
-before B; A and B are views of it. The optimizer's moments and the accumulated gradient are vectors of
-the same layout, and their arithmetic is a handful of operations whatever the number of layers.
+before B; A and B are views of it, or of a copy in the base's dtype. The optimizer's moments and the
+accumulated gradient are vectors of the same layout, and their arithmetic is a handful of operations
+whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Adapter:
         size = sum(rows * columns for rows, columns in self.shapes.values())
         self.values = torch.zeros(size, device=sites.device) if values is None else values
         assert self.values.shape == (size,)
-        # The matrices that compute: views of the values themselves, if the base is in float32.
+        # The matrices that compute: views of the values themselves if the base is in float32, else copies,
+        # which is why the values are never written to.
         self._parts = self.split(self.values.to(sites.dtype))
         for part in self._parts.values():
             part.requires_grad_()
@@ -108,15 +110,15 @@ class Adapter:
 def fresh(info: ModelInfo, sites: Sites) -> Adapter:
     """B = 0, and A uniform in ±1/sqrt(in_features) from a generator that the seed and the layer's name
     start: the same numbers in every engine, whatever the order in which they are drawn."""
-    adapter = Adapter(info, sites)
-    for name, part in adapter.split(adapter.values).items():
+    empty = Adapter(info, sites)
+    for name, part in empty.split(empty.values).items():
         layer, _, kind = name.rpartition(".")
         if kind == "lora_A":
             # Of a seed torch uses the lower 32 bits alone: this one is a digest of both.
             stream = drawing.generator(info.seed, layer)
             uniform = torch.rand(part.shape, generator=stream) * 2 - 1
             part.copy_(uniform / math.sqrt(part.shape[1]))
-    return adapter
+    return empty.with_values(empty.values)
 
 
 def targets(info: ModelInfo, sites: Sites) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tink import crash
 from tink.errors import BackendError, UserError
-from tink.limits import ADAPTER_CACHE
+from tink.limits import ADAPTER_CACHE, ADAPTER_CACHE_BYTES
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import lora
 from tink.trainer.engines.adamw import Moments
@@ -154,13 +154,22 @@ class States:
             raise BackendError(f"{path} is not a snapshot: {error}") from error
 
     def exported(self, path: str) -> Adapter:
-        """An exported adapter; the last ADAPTER_CACHE are kept. Two threads may read the same path at once:
+        """An exported adapter; the last few are kept. Two threads may read the same path at once:
         each operation on the dict is atomic, and the adapters they read are equal."""
         adapter = self._exported.pop(path, None) or self._read_exported(path)
         self._exported[path] = adapter
-        while len(self._exported) > ADAPTER_CACHE:
+        while len(self._exported) > self._most(adapter):
             self._exported.popitem(last=False)
         return adapter
+
+    @staticmethod
+    def _most(like: Adapter) -> int:
+        """How many are kept: on a GPU what is left of its memory is for models that train."""
+        values = like.values
+        if values.device.type == "cpu":
+            return ADAPTER_CACHE
+        size: int = values.numel() * values.element_size()
+        return min(max(ADAPTER_CACHE_BYTES // size, 1), ADAPTER_CACHE)
 
     def _read_exported(self, path: str) -> Adapter:
         directory, manifest = self._artifacts.open(path)
