@@ -75,7 +75,8 @@ def test_training_is_what_peft_and_adamw_do(
     engine.create("m", CreateModel(4, 8.0, 7, attn, mlp, unembed))
     start = export(engine, artifacts, "m", "start")
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    peft = PeftModel.from_pretrained(base, start, is_trainable=True)
+    # In float64: what differs is our own rounding, which AdamW makes much of where a gradient is small.
+    peft = PeftModel.from_pretrained(base, start, is_trainable=True).double()
     parameters = [p for p in peft.parameters() if p.requires_grad]
     assert sum(p.numel() for p in parameters) == sum(
         t.numel() for t in load_file(start / "adapter_model.safetensors").values()
@@ -110,7 +111,7 @@ def test_training_is_what_peft_and_adamw_do(
     }
     assert trained.keys() == theirs.keys()
     for name, value in trained.items():
-        torch.testing.assert_close(value, theirs[name].detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(value.double(), theirs[name].detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
