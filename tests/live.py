@@ -3,12 +3,9 @@ killed, started again."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +16,7 @@ from typing import IO
 import httpx
 
 from tests.processes import kill_trainers
+from tools.ports import free_port
 
 START_SECONDS = 120.0
 
@@ -182,11 +180,3 @@ class LiveTrainer:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-
-
-def free_port() -> int:
-    """Below those that systems give to whoever asks for any: between two lives nobody else gets it."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

@@ -25,7 +25,8 @@ import tinker
 from tinker import types
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.live import START_SECONDS, LiveServer, LiveTrainer, free_port
+from tests.live import START_SECONDS, LiveServer, LiveTrainer
+from tools.ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from tests.bench.figures import Figure
 from tests.live import LiveServer
 from tests.processes import cpu_seconds
 from tink.journal.home import Home
+from tools.ports import free_port
 
 SUMMARY = "the time to serve again after a crash, with a long journal"
 GIVE_UP_SECONDS = 300.0
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
 def start(home: Home) -> Start:
     """One start of a worker on the home, up to its first answer; then it is gone, and its trainer too."""
     server = LiveServer(home.root)
-    server.port = _free_port()
+    server.port = free_port()
     began = time.monotonic()
     server.start(wait=False)
     process = server.process
@@ -100,11 +100,6 @@ def check(home: Home) -> float:
     command = [sys.executable, "-m", "tink.cli.main", "db", "check", "--home", str(home.root)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.monotonic() - began
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _answers(port: int) -> bool:

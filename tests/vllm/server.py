@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.live import free_port
+from tools.ports import free_port
 
 # The first start on a machine compiles, and two share its cores.
 START_SECONDS = 300.0

@@ -37,6 +37,7 @@ from tinker import types
 from tests.bench import sampling
 from tools.gpu import servers
 from tools.gpu.shapes import SHAPES, Shape
+from tools.rl_demo import datum
 
 STEPS, TENANTS, RL_STEPS, REDONE = 12, 8, 4, 6
 GROUPS, GROUP, NEW_TOKENS = 16, 8, 64
@@ -265,18 +266,6 @@ def reinforce(shape: Shape, tink: Tink) -> Iterator[tuple[str, float]]:
     yield "rl_reward_last", rewards[-1]
     yield "logprob_difference_mean", statistics.fmean(differences)
     yield "logprob_difference_max", max(differences)
-
-
-def datum(prompt: list[int], tokens: list[int], logprobs: list[float], advantage: float) -> types.Datum:
-    given = len(prompt) - 1
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(prompt + tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": prompt[1:] + tokens,
-            "logprobs": [0.0] * given + logprobs,
-            "advantages": [0.0] * given + [advantage] * len(tokens),
-        },
-    )
 
 
 def recover(shape: Shape, tink: Tink) -> Iterator[tuple[str, float]]:

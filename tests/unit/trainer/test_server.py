@@ -321,7 +321,12 @@ async def test_a_queued_op_can_be_cancelled(caller: Caller, double: EngineDouble
     assert [what for _, what in double.ran] == ["create", "optim_step"]
 
 
-async def test_models_run_side_by_side_up_to_the_slots(double: EngineDouble) -> None:
+@pytest.mark.parametrize(("device", "most"), [("cpu", 2), ("NVIDIA H200", 1)])
+async def test_models_run_side_by_side_up_to_the_slots_and_one_at_a_time_on_a_gpu(
+    double: EngineDouble, device: str, most: int
+) -> None:
+    """The memory that a batch may take there is there once."""
+    double.facts = replace(FACTS, versions={"device": device})
     async with serving(double, slots=2) as caller:
         double.gate.clear()
         for model in "abc":
@@ -330,21 +335,7 @@ async def test_models_run_side_by_side_up_to_the_slots(double: EngineDouble) -> 
         double.gate.set()
         for model in "abc":
             assert (await caller.get(f"/v1/ops/{model}/1?wait=5", OpReply))[0] == 200
-        assert double.most_at_once == 2
-
-
-async def test_a_gpu_computes_one_model_at_a_time(double: EngineDouble) -> None:
-    """The memory that a batch may take there is there once."""
-    double.facts = replace(FACTS, versions={"device": "NVIDIA H200"})
-    async with serving(double, slots=4) as caller:
-        double.gate.clear()
-        for model in "abc":
-            await caller.op(1, model_id=model, wait=0.0)
-        await caller.get("/v1/ops/a/1?wait=0.05", OpReply)
-        double.gate.set()
-        for model in "abc":
-            assert (await caller.get(f"/v1/ops/{model}/1?wait=5", OpReply))[0] == 200
-        assert double.most_at_once == 1
+        assert double.most_at_once == most
 
 
 # -- refusals -------------------------------------------------------------------------------------
