@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from tink.errors import StartupError, UserError
 from tink.limits import MAX_PIECE_TOKENS
 
+T = TypeVar("T")
+
 # What of a hub's repository tells of a model without its weights.
-TEXT_FILES = ("*.json",)
+TEXT_FILES = ("*.json", "*.jinja")
 # What a decoder shows for bytes that are no character, or not yet one.
 INCOMPLETE = "\ufffd"
 
@@ -35,6 +37,37 @@ def find(model: str, patterns: Iterable[str]) -> Path:
         raise StartupError(
             f"there is no model {model}, neither as a directory nor on the hub: {reason}"
         ) from error
+
+
+class Config(msgspec.Struct, frozen=True):
+    """What its config.json says of sequences, where generation_config.json does not say otherwise."""
+
+    model_type: str = ""
+    max_position_embeddings: int | None = None
+    vocab_size: int | None = None
+    eos_token_id: int | list[int] | None = None
+    bos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def load(cls, directory: Path) -> Config:
+        """StartupError if there is none that can be read."""
+        config = _read(directory / "config.json", cls)
+        generation = directory / "generation_config.json"
+        if not generation.is_file():
+            return config
+        said = _read(generation, _Generation)
+        if said.eos_token_id is msgspec.UNSET:
+            return config
+        return msgspec.structs.replace(config, eos_token_id=said.eos_token_id)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The ids that end a sequence."""
+        return frozenset(_ids(self.eos_token_id))
+
+
+class _Generation(msgspec.Struct, frozen=True):
+    eos_token_id: int | list[int] | msgspec.UnsetType | None = msgspec.UNSET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +92,21 @@ class Text:
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
             raise _lacks(error) from error
+        config = Config.load(directory)
         try:
-            config = _read(directory / "config.json")
-            generation = directory / "generation_config.json"
-            said = _read(generation) if generation.is_file() else {}
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             # Left there by whoever saved it last; transformers sets them anew with each call.
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        except (OSError, msgspec.DecodeError) as error:
-            raise StartupError(f"{directory} has no model's config and tokenizer: {error}") from error
         except Exception as error:  # tokenizers raises no class of its own
             raise StartupError(f"{directory / 'tokenizer.json'} is no tokenizer: {error}") from error
-        eos = _ids(said.get("eos_token_id", config.get("eos_token_id")))
-        begins = _ids(config.get("bos_token_id")) or eos
+        begins = _ids(config.bos_token_id) or _ids(config.eos_token_id)
         return cls(
             path=directory,
-            arch=str(config.get("model_type", "")),
-            context=int(config.get("max_position_embeddings") or 0),
-            vocab_size=int(config.get("vocab_size") or tokenizer.get_vocab_size()),
-            eos=frozenset(eos),
+            arch=config.model_type,
+            context=config.max_position_embeddings or 0,
+            vocab_size=config.vocab_size or tokenizer.get_vocab_size(),
+            eos=config.eos,
             bos=begins[0] if begins else None,
             added=tuple(tokenizer.encode("").ids),
             _tokenizer=tokenizer,
@@ -98,6 +126,15 @@ class Text:
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no Unicode: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=whole).ids)
+
+    def encode_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Without that, and from where to where in the text each token is."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def plain(self, tokens: Sequence[int]) -> str:
+        """Without special tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Special tokens by their names."""
@@ -140,8 +177,11 @@ def _lacks(error: ModuleNotFoundError) -> StartupError:
     return StartupError(f"No module named '{error.name}', which text needs: pip install '.[hf]'")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+def _read(file: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError) as error:
+        raise StartupError(f"{file} cannot be read: {error}") from error
 
 
 def _ids(said: int | list[int] | None) -> list[int]:

@@ -200,7 +200,7 @@ async def test_a_server_that_is_another_one_by_now_is_lost(
 
 
 def test_the_text_side_of_a_model_is_read_or_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="has no model's config and tokenizer"):
+    with pytest.raises(StartupError, match=r"config\.json cannot be read: .*No such file"):
         Text.load(tmp_path)
     directory = write_model(tmp_path, eos_token_id=[0, 1], bos_token_id=1)
     found = Text.load(directory)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,10 +60,6 @@ class BaseModel(ABC):
         """`hidden` of each, of a few micro-batches that may be worked on at once."""
         return [self.hidden(ids) for ids in batches]
 
-    def holds(self, site: str) -> bool:
-        """Whether this process has that layer, or a part of it."""
-        return True
-
     def total(self, gradient: Tensor) -> Tensor:
         """The gradient of an adapter, of which each process that holds a part of the model has a part."""
         return gradient
@@ -92,16 +89,17 @@ def require_determinism() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def unloadable(directory: Path, error: Exception) -> StartupError:
-    return StartupError(f"{directory} is no model that can be loaded: {error}")
-
-
-def eos(*sources: int | list[int] | None) -> frozenset[int]:
-    """The first that says anything."""
-    for source in sources:
-        if source is not None:
-            return frozenset([source] if isinstance(source, int) else source)
-    return frozenset()
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """StartupError for whatever a library raises over a model's files, for which they have all kinds of
+    exceptions."""
+    try:
+        yield
+    except StartupError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise StartupError(f"{directory} is no model that can be loaded: {reason}") from error
 
 
 def digest(directory: Path) -> str:

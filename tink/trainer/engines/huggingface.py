@@ -13,9 +13,11 @@ import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tink.errors import StartupError
+from tink.pretrained import Config
 from tink.trainer.engines import base_model, lora, recompute
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.head import Head
+from tink.trainer.engines.joints import Joint
 from tink.trainer.engines.parallel import Ranks
 
 Tensor = Any
@@ -52,13 +54,11 @@ def load(directory: Path, name: str, dtype: str | None = None) -> HuggingFace:
     model of the shape that Tink can train."""
     base_model.require_determinism()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with base_model.reading(directory):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=base_model.dtype(dtype), local_files_only=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise base_model.unloadable(directory, error) from error
     device = base_model.device()
     model.to(device).eval().requires_grad_(False)
     sites = _install(model)
@@ -78,7 +78,7 @@ def load(directory: Path, name: str, dtype: str | None = None) -> HuggingFace:
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
         sites=sites,
-        eos=base_model.eos(model.generation_config.eos_token_id, config.eos_token_id),
+        eos=Config.load(directory).eos,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
         parameters=sum(math.prod(p.shape) for p in model.parameters()),
@@ -97,7 +97,7 @@ def _install(model: Any) -> lora.Sites:
             shapes[name] = (module.out_features, module.in_features)
             if leaf not in lora.UNEMBED:
                 module.register_forward_hook(partial(_add, name))
-    return lora.Sites(shapes, model.device, model.dtype)
+    return lora.Sites(shapes, [Joint((name,)) for name in shapes], model.device, model.dtype)
 
 
 def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -5,15 +5,15 @@ that is in use in the calling context, `alpha / rank * B (A x)`. Which one that 
 that threads that train or sample different adapters never see each other's.
 
 All of an adapter's numbers lie in one flat float32 vector, in the order of the model's layers, A
-before B; A and B are views of it, or of a copy in the base's dtype. The optimizer's moments and the
-accumulated gradient are vectors of the same layout, and their arithmetic is a handful of operations
-whatever the number of layers.
+before B. The optimizer's moments and the accumulated gradient are vectors of the same layout, and their
+arithmetic is a handful of operations whatever the number of layers. What computes is made of the values in
+the base's dtype, as the base's layers need it (joints.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ import torch
 from tink.errors import BackendError, UserError
 from tink.limits import MAX_RANK
 from tink.trainer.engines import drawing
+from tink.trainer.engines.joints import Joint
 from tink.wire.tink_train import ModelInfo
 
 Tensor = Any
@@ -40,9 +41,11 @@ LEAVES = ATTENTION | MLP | UNEMBED
 @dataclass(frozen=True)
 class Sites:
     """The layers of a base model that an adapter may have. `shapes`: name -> (out_features, in_features),
-    in the model's order; `device` and `dtype` are those of their weights, and the adapter's products'."""
+    in the model's order; `joints` are what this process has of them; `device` and `dtype` are those of
+    their weights, and the adapter's products'."""
 
     shapes: Mapping[str, tuple[int, int]]
+    joints: Sequence[Joint]
     device: Any
     dtype: Any
 
@@ -65,15 +68,17 @@ class Adapter:
         size = sum(rows * columns for rows, columns in self.shapes.values())
         self.values = torch.zeros(size, device=sites.device) if values is None else values
         assert self.values.shape == (size,)
-        # The matrices that compute: views of the values themselves if the base is in float32, else copies,
-        # which is why the values are never written to.
-        self._parts = self.split(self.values.to(sites.dtype))
-        for part in self._parts.values():
-            part.requires_grad_()
+        # The matrices that compute may be views of the values, which is why these are never written to.
+        parts = self.split(self.values.to(sites.dtype))
         self._pairs = {
-            name: (self._parts[f"{name}.lora_A"], self._parts[f"{name}.lora_B"])
-            for name in targets(info, sites)
+            joint.name: tuple(part.detach().requires_grad_() for part in joint.pack(_pairs(joint, parts)))
+            for joint in self._joints
         }
+
+    @property
+    def _joints(self) -> list[Joint]:
+        """All of a joint's layers are in the adapter, or none."""
+        return [joint for joint in self._sites.joints if f"{joint.name}.lora_A" in self.shapes]
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A flat vector of this layout as named matrices, which share its memory."""
@@ -95,16 +100,24 @@ class Adapter:
     def with_values(self, values: Tensor) -> Adapter:
         return Adapter(self.info, self._sites, values)
 
-    def gradient(self, loss: Tensor, holds: Callable[[str], bool]) -> Tensor:
-        """d loss / d values, flat, float32, 0 for layers that this process does not hold. Touches no
+    def gradient(self, loss: Tensor) -> Tensor:
+        """d loss / d values, flat, float32: this process's part, 0 for what it does not hold. Touches no
         `.grad`, so that it can be thrown away."""
-        here = {name: part for name, part in self._parts.items() if holds(name.rpartition(".")[0])}
-        found = dict(zip(here, torch.autograd.grad(loss, list(here.values())), strict=True))
-        whole = (found.get(name, torch.zeros_like(part)) for name, part in self._parts.items())
-        return torch.cat([part.reshape(-1) for part in whole]).float()
+        packed = [part for pair in self._pairs.values() for part in pair]
+        found = iter(torch.autograd.grad(loss, packed))
+        whole = torch.zeros_like(self.values)
+        parts = self.split(whole)
+        for joint in self._joints:
+            joint.unpack((next(found), next(found)), _pairs(joint, parts))
+        return whole
 
     def pair(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A and B of the joint of that name, as this process has them."""
         return self._pairs.get(name)
+
+
+def _pairs(joint: Joint, parts: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(parts[f"{name}.lora_A"], parts[f"{name}.lora_B"]) for name in joint.names]
 
 
 def fresh(info: ModelInfo, sites: Sites) -> Adapter:
@@ -161,9 +174,36 @@ def add(output: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def add_(output: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The same, written into the output, which nobody else holds."""
-    output.view(-1, output.shape[-1]).addmm_(inner.flatten(0, -2), b.T, alpha=scale)
-    return output
+    """The same, written into the output, which nobody else holds, and which is no view."""
+    added: Tensor = _Added.apply(output, inner, b, scale)
+    return added
+
+
+class _Added(torch.autograd.Function):  # type: ignore[misc]
+    """torch's own way back from a sum that was written into a view copies the gradient three times."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(inner, b)
+        ctx.mark_dirty(output)
+        output.view(-1, len(b)).addmm_(inner.flatten(0, -2), b.T, alpha=scale)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inner, b = ctx.saved_tensors
+        to_inner = to_b = None
+        flat = gradient.reshape(-1, len(b))
+        if ctx.needs_input_grad[1]:
+            to_inner = _times(flat @ b, ctx.scale).view_as(inner)
+        if ctx.needs_input_grad[2]:
+            to_b = _times(flat.T @ inner.flatten(0, -2), ctx.scale)
+        return gradient, to_inner, to_b, None
+
+
+def _times(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x.mul_(scale)
 
 
 def bound(function: Callable[P, R]) -> Callable[P, R]:

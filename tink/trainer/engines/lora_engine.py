@@ -204,7 +204,7 @@ class LoraEngine:
                     total += value
                 if backward:
                     crash.point("trainer.forward")
-                    gradient += adapter.gradient(each.sum(), self._base.holds)
+                    gradient += adapter.gradient(each.sum())
                 beat()
         if backward:
             gradient = self._base.total(gradient)

@@ -23,6 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tink.errors import StartupError
 from tink.limits import COLLECTIVE_SECONDS
+from tink.pretrained import Config
 from tink.trainer.engines import base_model, lora, recompute, sharded_lora, weights
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.head import NAME as HEAD
@@ -60,22 +61,20 @@ ROPE_TYPES = ("default", "linear", "llama3")
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 # Of transformers, which imports a class when it is named.
-NAMED = ("AutoConfig", "AutoTokenizer", "DynamicCache", "GenerationConfig")
+NAMED = ("AutoConfig", "AutoTokenizer", "DynamicCache")
 
 _cache: ContextVar[Any] = ContextVar("cache", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Megatron(BaseModel):
-    """`frequencies` are the rotary embedding's, (head size / 2); `held` are the sites in this process's
-    layers, all but the head."""
+    """`frequencies` are the rotary embedding's, (head size / 2)."""
 
     engine = "megatron"
 
     model: _Model
     frequencies: Tensor
     mesh: Mesh
-    held: frozenset[str]
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         with _using_cache(cache):
@@ -102,11 +101,9 @@ class Megatron(BaseModel):
     def _trained(self) -> Tensor | None:
         """Any part of the adapter in use that these layers use. It has the same ones in all layers."""
         adapter = lora.in_use()
-        pairs = (adapter.pair(name) for name in self.held) if adapter is not None else ()
+        layers = (joint.name for joint in self.sites.joints if joint.name != HEAD)
+        pairs = (adapter.pair(name) for name in layers) if adapter is not None else ()
         return next((pair[0] for pair in pairs if pair is not None), None)
-
-    def holds(self, site: str) -> bool:
-        return site in self.held or site == HEAD
 
     def _angles(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of so many positions, (S, 1, 1, head size) each, for `_rotated`."""
@@ -223,14 +220,12 @@ def load(directory: Path, name: str, dtype: str | None = None, ranks: int = 1, s
     """Reads this rank's part of the model and installs the adapters' hooks. StartupError when the engine
     does not know its shape, or cannot divide it among so many ranks and stages of them."""
     base_model.require_determinism()
-    try:
+    with base_model.reading(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise base_model.unloadable(directory, error) from error
-    _check(config, ranks, stages)
+        _check(config, ranks, stages)
     mesh = join(ranks, stages)
-    with weights.opened(directory, config.tie_word_embeddings) as files:
+    with base_model.reading(directory), weights.opened(directory, config.tie_word_embeddings) as files:
         model = _build(config, base_model.dtype(dtype), files, mesh)
         weights.fill(model, files, config, mesh)
         count = files.count
@@ -239,22 +234,20 @@ def load(directory: Path, name: str, dtype: str | None = None, ranks: int = 1, s
     for layer in model.decoder.layers:
         layer.forward = recompute.layer(layer.forward)
     head = model.embedding.weight if config.tie_word_embeddings else model.head
-    generation = _generation(directory)
-    sites, held = sharded_lora.install(model, config, _head_size(config), mesh)
+    shapes, joints = sharded_lora.install(model, config, _head_size(config), mesh)
     return Megatron(
         model=model,
         frequencies=_frequencies(config).to(device),
         mesh=mesh,
         head=Head(head, None, mesh.all),
-        held=held,
         in_flight=stages,
         tokenizer=tokenizer,
         name=name,
         path=directory,
         digest=base_model.digest(directory),
         arch=(config.architectures or [config.model_type])[0],
-        sites=lora.Sites(sites, device, base_model.dtype(dtype)),
-        eos=base_model.eos(generation.eos_token_id, config.eos_token_id),
+        sites=lora.Sites(shapes, joints, device, base_model.dtype(dtype)),
+        eos=Config.load(directory).eos,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
         parameters=count,
@@ -346,10 +339,3 @@ def _frequencies(config: Any) -> Tensor:
         return 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     found, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     return found
-
-
-def _generation(directory: Path) -> Any:
-    try:
-        return transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except OSError:  # a model need not have one
-        return transformers.GenerationConfig()
