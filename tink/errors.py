@@ -10,6 +10,7 @@ once; `category` is what the SDK is told when the error is the durable result of
     │   ├── Unauthorized         no valid API key
     │   ├── NotFound             no such id, for this tenant
     │   ├── TooLarge             over a limit of tink/limits.py
+    │   ├── NotServed            no backend for it in this mode
     │   └── SessionFinished      a heartbeat for a session that its client has closed
     ├── Overloaded           a bounded queue is full; try again
     ├── BackendError         the trainer or a sampling server failed; tink/backends has those that its
@@ -28,6 +29,8 @@ class TinkError(Exception):
 
     status: ClassVar[int] = 500
     category: ClassVar[str] = "server"
+    # What to do, where the text is somebody else's word for word and does not say it.
+    remedy: str | None = None
 
 
 class UserError(TinkError):
@@ -57,6 +60,14 @@ class TooLarge(UserError):
     """The body is over its limit, before or after decompression. Send less at a time."""
 
     status = 413
+
+
+class NotServed(UserError):
+    """No backend is configured for the operation. The remedy says which settings configure one."""
+
+    def __init__(self, text: str, remedy: str) -> None:
+        super().__init__(text)
+        self.remedy = remedy
 
 
 class SessionFinished(UserError):

@@ -59,10 +59,18 @@ KEEP_ALIVE_SECONDS = 75.0
 
 # The SDK gives up on one poll after 45 s; below that, 408 makes it ask again at once.
 POLL_HOLD = 20.0
+# And of a client of the REST API: below what httpx waits for an answer by itself.
+REST_POLL_HOLD = 2.0
+# Before a model's tokenizer that could not be had is looked for again.
+TEXT_RETRY_SECONDS = 60.0
+# Prompts of one sample: each is a job.
+MAX_PROMPTS = 256
 # Rows and futures in memory, about 2 kB each; beyond it the SDK waits and sends again.
 MAX_OPEN_JOBS = 20_000
 # Ended jobs kept in memory for the poll that is about to come; older ones come from the database.
 RECENT_JOBS = 4096
+# Of a training job: the lane waits for the number behind it, which a column of 64 bits has to hold.
+MAX_SEQ = 2**63 - 2
 # How long a model's lane waits for a seq_id that never came while later ones are there: a client that is
 # cut off sends again for five minutes.
 SEQ_GAP_SECONDS = 330.0
@@ -87,6 +95,14 @@ SQL_KEYS = 400
 SHOWN_PROBLEMS = 100
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
+
+# -- tink doctor -----------------------------------------------------------------------------------
+
+# With less room than this the next checkpoints may fail; with less than that the journal's next commit.
+DISK_FEW_BYTES = 10 * 10**9
+DISK_LEAST_BYTES = 10**9
+# A clock that is set while the worker runs may go back by a little.
+CLOCK_SLACK_SECONDS = 2.0
 
 # -- a database, or a disk, that is slow ----------------------------------------------------------
 

@@ -21,20 +21,29 @@ from tink.errors import StartupError
 Switch = Literal["auto", "true", "false"]
 
 
-def _setting(default: Any, names: str, help: str, *, secret: bool = False) -> Any:  # noqa: A002  as argparse says it
-    """`names`: the environment variables that set it, the first one that is there wins."""
-    return dataclass_field(
-        default=default, metadata={"names": tuple(names.split()), "help": help, "secret": secret}
-    )
+def _setting(
+    default: Any,
+    names: str,
+    help: str,  # noqa: A002  as argparse says it
+    *,
+    secret: bool = False,
+    otherwise: str = "none",
+) -> Any:
+    """`names`: the environment variables that set it, the first one that is there wins. `otherwise`: what
+    holds where it is empty, which is the default then."""
+    metadata = {"names": tuple(names.split()), "help": help, "secret": secret, "otherwise": otherwise}
+    return dataclass_field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     host: str = _setting("127.0.0.1", "TINK_HOST", "address to listen on")
     port: int = _setting(8400, "TINK_PORT PORT", "port to listen on; 0 takes a free one")
-    home: Path = _setting(Path("~/.tink"), "TINK_HOME", "folder of the journal, models and artifacts")
+    home: Path = _setting(
+        Path("~/.tink"), "TINK_HOME", "folder of the journal, models and artifacts; a local disk"
+    )
     artifacts: Path | None = _setting(
-        None, "TINK_ARTIFACTS", "folder of checkpoints and adapters (default: artifacts under the home)"
+        None, "TINK_ARTIFACTS", "folder of checkpoints and adapters", otherwise="artifacts under the home"
     )
     api_keys: str = _setting(
         "", "TINK_API_KEYS", "keys clients may use: KEY=TENANT, comma-separated", secret=True
@@ -43,32 +52,48 @@ class Settings:
     hf_model: str = _setting(
         "",
         "TINK_HF_MODEL",
-        "model directory or hub id: embedded (default: a tiny one), or a plain server's",
+        "model directory or hub id, for the engine or a plain server",
+        otherwise="a tiny one",
     )
-    hf_model_name: str = _setting("", "TINK_HF_MODEL_NAME", "the name clients use for TINK_HF_MODEL")
+    hf_model_name: str = _setting(
+        "", "TINK_HF_MODEL_NAME", "the name that clients use for it", otherwise="what TINK_HF_MODEL says"
+    )
     lora_alpha: float = _setting(
         32.0, "TINK_LORA_ALPHA", "alpha of every new adapter; the scale is alpha/rank"
     )
-    trainer_threads: int = _setting(1, "TINK_TRAINER_THREADS", "CPU threads of one training job")
+    trainer_threads: int = _setting(
+        1, "TINK_TRAINER_THREADS", "CPU threads of one training job; part of what makes a redo exact"
+    )
     trainer_orphan_seconds: int = _setting(
         600, "TINK_TRAINER_ORPHAN_SECONDS", "the embedded trainer ends after so long without a worker"
     )
     use_hf: Switch = _setting("auto", "USE_HF", "HuggingFace engine: auto is on when both others are off")
-    use_megatron: bool = _setting(False, "USE_MEGATRON", "train on a Megatron server")
+    use_megatron: bool = _setting(
+        False, "USE_MEGATRON", "train on a server of its own (`tink trainer`), one job at a time"
+    )
     megatron_server_url: str = _setting(
-        "http://127.0.0.1:5000", "MEGATRON_SERVER_URL", "where that server (`tink trainer`) is"
+        "http://127.0.0.1:5000", "MEGATRON_SERVER_URL", "where that server is"
     )
     trainer_token: str = _setting(
-        "", "TINK_TRAINER_TOKEN", "what the callers of a `tink trainer` must carry", secret=True
+        "",
+        "TINK_TRAINER_TOKEN",
+        "what its callers must carry; the same for `tink serve` and `tink trainer`",
+        secret=True,
     )
     use_vllm: bool = _setting(False, "USE_VLLM", "sample on vLLM")
     vllm_base_url: str = _setting(
-        "", "VLLM_BASE_URL", "vLLM servers, comma-separated (default: http://VLLM_HOST:VLLM_PORT)"
+        "", "VLLM_BASE_URL", "vLLM servers, comma-separated", otherwise="http://VLLM_HOST:VLLM_PORT"
     )
     vllm_host: str = _setting(
         "127.0.0.1", "VLLM_HOST", "where vLLM listens; 0.0.0.0 is dialled as 127.0.0.1"
     )
     vllm_port: int = _setting(8000, "VLLM_PORT", "the port of vLLM")
+    vllm_group_port: int | None = _setting(
+        None,
+        "VLLM_GROUP_PORT",
+        "for `tink vllm`: the first port where vLLM's processes meet",
+        otherwise="free ones",
+    )
     vllm_api_key: str = _setting("", "VLLM_API_KEY", "the key that vLLM wants (--api-key)", secret=True)
     vllm_gpu_memory_util: float = _setting(
         0.2, "VLLM_GPU_MEMORY_UTIL", "for `tink vllm`: the part of the GPU's memory that vLLM takes"
@@ -80,7 +105,7 @@ class Settings:
         600.0, "TINK_VLLM_WAIT_SECONDS", "how long a job waits for a vLLM server before it fails"
     )
     max_workers: int = _setting(
-        4, "MAX_WORKERS", "different adapters the HuggingFace engine trains at once"
+        4, "MAX_WORKERS", "different adapters that the HuggingFace engine trains at once"
     )
     snapshot_seconds: float = _setting(
         30.0, "TINK_SNAPSHOT_SECONDS", "a model is snapshotted when its redo would take so long"
@@ -108,6 +133,11 @@ class Settings:
             self.use_hf == "auto" and not self.use_megatron and not self.use_vllm
         )
         return routes(megatron=self.use_megatron, vllm=self.use_vllm, hf=hf)
+
+    @property
+    def training_slots(self) -> int:
+        """Training jobs that run at once. Two of one adapter never do."""
+        return self.max_workers if self.routes.training == "hf" else 1
 
     @property
     def vllm_urls(self) -> list[str]:
@@ -200,6 +230,11 @@ class Settings:
         """Values that cannot work, a line each."""
         if not 0 <= self.port < 65536:
             yield f"TINK_PORT: {self.port} is not a port (0 to 65535)"
+        for name, port in (("VLLM_PORT", self.vllm_port), ("VLLM_GROUP_PORT", self.vllm_group_port)):
+            if port is not None and not 0 < port < 65536:
+                yield f"{name}: {port} is not a port (1 to 65535)"
+        if self.vllm_group_port == self.vllm_port:
+            yield f"VLLM_GROUP_PORT: {self.vllm_group_port} is where vLLM listens (VLLM_PORT): take another"
         least = {
             "MAX_WORKERS": (self.max_workers, 1),
             "TINK_MAX_ATTEMPTS": (self.max_attempts, 1),
@@ -289,6 +324,7 @@ def _number(kind: Callable[[str], Any], word: str) -> Callable[[str], Any]:
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": _number(int, "a whole number"),
+    "int | None": _number(int, "a whole number"),
     "float": _number(float, "a number"),
     "bool": _boolean,
     "Switch": _switch,

@@ -55,7 +55,9 @@ class Client:
 
     def outcome(self, promise: Any) -> Any:
         """What became of a promise, within one poll; of protobuf, nothing is looked at."""
-        answer = self.http.post("/retrieve_future", json={"request_id": promise["request_id"]})
+        answer = self.http.post(
+            "/retrieve_future", json={"request_id": promise["request_id"], "allow_metadata_only": False}
+        )
         assert answer.is_success, answer.text
         is_json = answer.headers["Content-Type"] == "application/json"
         return answer.json() if is_json else {}
@@ -429,7 +431,7 @@ def test_ids_that_are_nobodys(plain):
     for path, sent in {
         "/get_info": {"model_id": "x:train:0"},
         "/optim_step": {"model_id": f"{plain.session}:train:77", "seq_id": 1},
-        "/retrieve_future": {"request_id": "x:train:0:1"},
+        "/retrieve_future": {"request_id": "x:train:0:1", "allow_metadata_only": True},
         "/session_heartbeat": {"session_id": "x"},
     }.items():
         answer = plain.http.post(path, json=sent)

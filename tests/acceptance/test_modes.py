@@ -180,6 +180,10 @@ def test_mode_3_samples_on_vllm_and_trains_nothing(mode_3: Mode) -> None:
     sampler = mode_3.service().create_sampling_client(base_model=name).result()
     params = types.SamplingParams(max_tokens=8, seed=1)
     assert sampler.sample(PROMPT, num_samples=2, sampling_params=params).result().sequences
+    # The worker reads text with the tokenizer of the model that vLLM names.
+    sent = {"base_model": name, "prompts": ["A journal"], "sampling_params": {"max_tokens": 8, "seed": 1}}
+    (sequence,) = httpx.post(f"{mode_3.tink.url}/sample", json=sent, timeout=120).json()["sequences"]
+    assert sequence["text"]
     with pytest.raises(tinker.TinkerError) as error:
         mode_3.service().create_lora_training_client(base_model=name, rank=4).result()
     assert "Training not supported in non-Megatron mode" in str(error.value)

@@ -190,7 +190,8 @@ def test_its_model_is_sampled_token_for_token(
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     prompt = tokenizer.encode("<|im_start|>user\nReturn the")
     found = draw(sampler, prompt, 3, max_tokens=8, temperature=0.7).sequences
-    assert [len(one.tokens) for one in found] == [8, 8, 8]
+    # They cannot be seeded there, and one may come to its end.
+    assert all(len(one.tokens) == 8 or one.stop_reason == "stop" for one in found)
     assert len({tuple(one.tokens) for one in found}) > 1
     for one in found:
         ids = model.dummy_inputs["input_ids"].new_tensor([[*prompt, *one.tokens]])

@@ -223,10 +223,17 @@ def test_each_version_has_the_trainers_logprobs_on_every_server(pool: Pool) -> N
         worst = max(worst, trainee.distance(sampler), trainee.distance(sampler))
     print(f"trainer and vLLM differ by {worst:.2e} at most")
     assert worst < CLOSE
-    states = pool.placements()
-    for number in (1, 2, 3):  # version 0 has no sampler: it goes when there is a newer one
-        for replica in pool.replicas:
-            assert states[f"{trainee.client.model_id}@{number}", replica.url] == "loaded"
+    # Version 0 has no sampler: it goes when there is a newer one.
+    kept = {
+        (f"{trainee.client.model_id}@{number}", replica.url)
+        for number in (1, 2, 3)
+        for replica in pool.replicas
+    }
+    # A server that was slow for a while has them again when it is looked at.
+    wait_until(
+        lambda: kept <= {place for place, state in pool.placements().items() if state == "loaded"},
+        lambda: f"{pool.placements()} on {pool.states()}",
+    )
 
 
 def test_a_server_that_is_killed_and_comes_back_changes_no_sample(pool: Pool) -> None:

@@ -178,7 +178,8 @@ async def through(url: str, weights: list[Weights], arguments: argparse.Namespac
             }
             promise = (await post("asample", body)).json()["request_id"]
             while True:
-                answer = await client.post("/api/v1/retrieve_future", json={"request_id": promise})
+                poll = {"request_id": promise, "allow_metadata_only": False}
+                answer = await client.post("/api/v1/retrieve_future", json=poll)
                 if answer.status_code != 408:
                     answer.raise_for_status()
                     return

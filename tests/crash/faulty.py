@@ -194,13 +194,13 @@ def hanging(operation: Callable[..., Any], faults: Faults) -> Callable[..., Any]
 
 
 def run_worker(arguments: list[str]) -> int:
-    command = embedded._command
+    command = embedded.command
 
     def faulty(*given: Any) -> list[str]:
         python, option, _module, *rest = command(*given)
         return [python, option, "tests.crash.faulty", "trainer", *rest]
 
-    embedded._command = faulty
+    embedded.command = faulty
     return main.main(arguments)
 
 

@@ -151,6 +151,12 @@ class Cluster:
             self._nursery.start_soon(self._run_worker, world)
         await world.settled.wait()
 
+    @property
+    def world(self) -> WorkerWorld:
+        """The present worker's."""
+        assert self._world is not None
+        return self._world
+
     async def worker_ended(self) -> None:
         """The present one, if there is one."""
         if self._world is not None:
@@ -287,15 +293,26 @@ class Cluster:
         return created.id
 
     async def submit(
-        self, model_id: str, seq: int, op: OpName, body: bytes = b"", *, tenant: str = TENANT
+        self,
+        model_id: str,
+        seq: int | None,
+        op: OpName,
+        body: bytes = b"",
+        *,
+        tenant: str = TENANT,
+        key: str | None = None,
     ) -> messages.Promise:
         session_id = model_id.partition(":")[0]
         promise: messages.Promise = await self.ask(
             messages.SubmitTraining(
-                tenant, op=op, session_id=session_id, model_id=model_id, seq_id=seq, body=body
+                tenant, op=op, session_id=session_id, model_id=model_id, seq_id=seq, body=body, key=key
             )
         )
         return promise
+
+    async def unload(self, model_id: str) -> messages.Promise:
+        body = msgspec.json.encode({"model_id": model_id})
+        return await self.submit(model_id, None, "unload_model", body, key=messages.UNLOAD)
 
     async def create(self, session_id: str, number: int = 0, *, tenant: str = TENANT, **config: Any) -> str:
         model_id = ids.model_id(session_id, number)

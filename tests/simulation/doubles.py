@@ -29,6 +29,7 @@ from tink.trainer.books import Book
 from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.server import Trainer, application
 from tink.wire import tink_train
+from tink.wire import tinker_pb2 as pb
 from tink.world import World
 
 T = TypeVar("T")
@@ -410,8 +411,12 @@ class HashEngine:
     def sample(self, request: tink_train.SampleRequest) -> Sampled:
         self._watch.sampled(request)
         weights = self._read(request.adapter, "adapter").decode() if request.adapter else "base"
-        body = _hash(weights, request.prompt, request.seed).encode()
-        return Sampled(body, len(request.prompt), request.num_samples)
+        drawn = bytes.fromhex(_hash(weights, request.prompt, request.seed))
+        tokens = bytes(byte % 128 for byte in drawn)  # no number of these is negative
+        answer = pb.SampleResponse()
+        for _ in range(request.num_samples):
+            answer.sequences.add(tokens=tokens, logprobs=bytes(32), stop_reason=pb.STOP_REASON_LENGTH)
+        return Sampled(answer.SerializeToString(), len(request.prompt), request.num_samples)
 
     def _saved(self, path: str, optimizer: bool) -> State:
         saved = msgspec.json.decode(self._read(path, "state"), type=State)
@@ -432,4 +437,6 @@ class HashEngine:
         return (directory / name).read_bytes()
 
     def _result(self, value: str) -> tink_train.OpResult:
-        return tink_train.OpResult(body=value.encode(), loss=int(value[:8], 16) / 1000, tokens=1)
+        loss = int(value[:8], 16) / 1000
+        output = pb.ForwardBackwardOutput(loss_fn_output_type=value, metrics={"loss:sum": loss})
+        return tink_train.OpResult(body=output.SerializeToString(), loss=loss, tokens=1)

@@ -47,11 +47,12 @@ class Op(NamedTuple):
 
 
 class Model(NamedTuple):
-    """`unloaded`: at its end."""
+    """`unloaded`: at its end. `keyed`: its client counts nothing, and knows its jobs by keys."""
 
     tenant: str
     ops: list[Op]
     unloaded: bool = False
+    keyed: bool = False
 
 
 class Program(NamedTuple):
@@ -74,13 +75,13 @@ def program(seed: int) -> Program:
     rng = random.Random(f"program {seed}")
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     models = []
-    chance = random.Random(f"unloaded {seed}")
+    chance, keyed = random.Random(f"unloaded {seed}"), random.Random(f"keyed {seed}")
     for _ in range(rng.randint(1, 3)):
         drawn = rng.choices(kinds, weights, k=rng.randint(4, 18))
         if rng.random() < 0.1:
             drawn.insert(rng.randrange(len(drawn)), "hole")
         ops = [Op(kind, rng.randrange(10**6)) for kind in drawn]
-        models.append(Model(rng.choice(TENANTS), ops, chance.random() < 0.3))
+        models.append(Model(rng.choice(TENANTS), ops, chance.random() < 0.3, keyed.random() < 0.3))
     # Where nothing is kept that nobody needs, a result stays for an hour of the wall clock: its client must
     # have come for it by then.
     tidy = rng.random() < 0.5
@@ -124,7 +125,7 @@ class Client:
 
     def __init__(self, cluster: Cluster, session: str, number: int, model: Model) -> None:
         self._cluster, self._session, self._number = cluster, session, number
-        self._tenant, self._ops, self._unloaded = model
+        self._tenant, self._ops, self._unloaded, self._keyed = model
         self._rng = random.Random(f"client {number} {model}")
         self._model = ids.model_id(session, number)
         self._seq = 1
@@ -145,6 +146,8 @@ class Client:
             elif op.kind == "fork":
                 await self._fork(op)
             elif op.kind == "hole":
+                if self._keyed:
+                    continue
                 self._holes.append(self._seq)
                 self._seq += 1
             else:
@@ -156,7 +159,8 @@ class Client:
                     await self._new_weights(op)
         await self._flush()
         if self._unloaded:
-            ask = messages.UnloadModel(self._tenant, self._session, self._model)
+            body = msgspec.json.encode({"model_id": self._model})
+            ask = self._training("unload_model", body, None, messages.UNLOAD)
             promise: messages.Promise = await self._cluster.ask(ask)
             self._pending.append((Op("unload", 0), ask, promise.request_id))
         for op, question, job in self._pending:
@@ -170,21 +174,33 @@ class Client:
 
     def _hold(self, op: Op) -> None:
         name, body = self._request(op)
-        ask = self._training(name, body, self._seq)
+        if self._keyed:
+            ask = self._training(name, body, None, f"key {self._seq}")
+        else:
+            ask = self._training(name, body, self._seq)
         self._held.append(ask)
         self._newest = ids.job_id(self._model, self._seq)
         self._pending.append((op, ask, self._newest))
         self._seq += 1
 
     async def _flush(self) -> None:
-        self._rng.shuffle(self._held)
+        if not self._keyed:  # their order is that of their coming
+            self._rng.shuffle(self._held)
         for ask in [*self._held, *(_again(ask) for ask in self._held if self._rng.random() < 0.2)]:
             await self._cluster.ask(ask)
         self._held = []
 
-    def _training(self, name: OpName, body: bytes, seq: int) -> messages.SubmitTraining:
+    def _training(
+        self, name: OpName, body: bytes, seq: int | None, key: str | None = None
+    ) -> messages.SubmitTraining:
         return messages.SubmitTraining(
-            self._tenant, op=name, session_id=self._session, model_id=self._model, seq_id=seq, body=body
+            self._tenant,
+            op=name,
+            session_id=self._session,
+            model_id=self._model,
+            seq_id=seq,
+            body=body,
+            key=key,
         )
 
     def _request(self, op: Op) -> tuple[OpName, bytes]:
@@ -304,7 +320,8 @@ class Client:
 
 
 def _again(question: messages.Question) -> messages.Question:
-    """As the SDK repeats it: the bytes of a body may be others."""
-    if isinstance(question, messages.SubmitTraining) and question.op in DATA_OPS:
+    """As the SDK repeats it: the bytes of a body may be others. One with a key is the same request."""
+    counted = isinstance(question, messages.SubmitTraining) and question.key is None
+    if counted and question.op in DATA_OPS:
         return msgspec.structs.replace(question, body=question.body + b" again")
     return question

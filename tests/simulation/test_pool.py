@@ -292,9 +292,8 @@ async def test_a_model_that_is_unloaded_is_nowhere_any_more_but_for_what_was_sav
         sampler = await user.save()
         open_sample = await user.ask(sampler)
         await cluster.submit(user.model, user.seq + 1, "forward_backward", b"the last batch")
-        unload = messages.UnloadModel(TENANT, user.session, user.model)
-        promise = await cluster.ask(unload)
-        assert await cluster.ask(unload) == promise
+        promise = await cluster.unload(user.model)
+        assert await cluster.unload(user.model) == promise
         outcome = await cluster.outcome(promise.request_id)
         assert outcome.result == {"model_id": user.model, "type": "unload_model"}
         assert (await cluster.outcome(f"{user.model}:{user.seq + 1}")).state == "done", "it came before"
@@ -309,7 +308,7 @@ async def test_a_model_that_is_unloaded_is_nowhere_any_more_but_for_what_was_sav
         assert len(left) == 1
         with pytest.raises(NotFound):
             await cluster.router_ask(messages.GetModel(TENANT, user.model))
-        with pytest.raises(UserError, match="was unloaded"):  # the unload has taken that number
+        with pytest.raises(UserError, match="was given to a job that came without one, a unload_model"):
             await cluster.submit(user.model, user.seq + 2, "forward_backward", b"too late")
         late = await cluster.submit(user.model, user.seq + 3, "forward_backward", b"too late")
         assert "was unloaded" in str((await cluster.outcome(late.request_id)).error)
@@ -325,7 +324,7 @@ async def test_a_model_that_is_unloaded_is_nowhere_any_more_but_for_what_was_sav
         # The same promise, whenever it is asked again; also by another life of the worker.
         cluster.crash_worker()
         await cluster.start_worker()
-        assert await cluster.ask(unload) == promise
+        assert await cluster.unload(user.model) == promise
         assert await other.sample(await other.save())
         cluster.check_journal()
 
@@ -339,7 +338,7 @@ async def test_a_model_that_the_trainer_has_lost_is_unloaded_without_a_redo(
             await user.train()
         cluster.trainer.kill()
         await cluster.start_trainer()
-        promise = await cluster.ask(messages.UnloadModel(TENANT, user.session, user.model))
+        promise = await cluster.unload(user.model)
         assert (await cluster.outcome(promise.request_id)).state == "done"
         assert not cluster.nature.counts["operations redone"]
         other = await User.begin(cluster, 1)
@@ -355,7 +354,7 @@ async def test_what_is_sampled_when_its_model_is_unloaded_goes_soon_after_the_sa
         user = await User.begin(cluster)
         sampler = await user.save()
         long = await user.ask(sampler, tokens=200)
-        promise = await cluster.ask(messages.UnloadModel(TENANT, user.session, user.model))
+        promise = await cluster.unload(user.model)
         assert (await cluster.outcome(promise.request_id)).state == "done"
         await trio.sleep(100.0)
         assert any(user.model in name for server in vllm for name in server.adapters), "it is sampled"
@@ -384,7 +383,7 @@ async def test_a_model_that_cannot_be_redone_is_unloaded_and_leaves_the_trainer(
         engine = cluster.trainer.engine
         assert engine is not None
         assert engine.state(user.model) is not None, "redone in part"
-        promise = await cluster.ask(messages.UnloadModel(TENANT, user.session, user.model))
+        promise = await cluster.unload(user.model)
         assert (await cluster.outcome(promise.request_id)).state == "done"
         assert engine.state(user.model) is None
 

@@ -80,6 +80,7 @@ class Watch:
         self._worker: Journal | None = None
         self._touched: list[tuple[str, Key]] = []
         self._promises: dict[str, messages.Promise] = {}
+        self._by_key: dict[tuple[str, str], str] = {}
         self._outcomes: dict[str, messages.Outcome] = {}
         self._applied: dict[tuple[str, int], Applied] = {}
         self.at: dict[str, int] = {}
@@ -116,7 +117,8 @@ class Watch:
     def backup_was_put_back(self) -> None:
         """An older journal, in place of what there was: what is not in it never was."""
         self._mirror, self._durable, self._least = Mirror(), 0, 0
-        for known in (self._promises, self._outcomes, self._applied, self._seeds, self._samples):
+        told: list[dict[Any, Any]] = [self._promises, self._by_key, self._outcomes]
+        for known in (*told, self._applied, self._seeds, self._samples):
             known.clear()
 
     @_looks
@@ -369,7 +371,13 @@ class Watch:
     ) -> None:
         job_id = promise.request_id
         owner = question.model_id if isinstance(question, messages.SubmitTraining) else question.sampler_id
-        require(job_id == f"{owner}:{question.seq_id}", f"X4: {owner} gets the promise {job_id}")
+        if question.key is not None:
+            place = owner if isinstance(question, messages.SubmitTraining) else question.tenant
+            first = self._by_key.setdefault((place, question.key), job_id)
+            require(first == job_id, f"X4: {question.key} of {place} is {job_id}, and was {first}")
+        elif question.seq_id is not None:
+            is_right = job_id == f"{owner}:{question.seq_id}"
+            require(is_right, f"X4: {owner} gets the promise {job_id}")
         known = self._promises.setdefault(job_id, promise)
         require(known == promise, f"X4: {job_id} is promised as {promise}, and was as {known}")
         self._check_durable(self._mirror.made.get(("jobs", (job_id,))), job_id)

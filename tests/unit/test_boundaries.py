@@ -7,6 +7,7 @@ import functools
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +38,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     "journal": BASE | {"domain", "world"},
     "backends": BASE | {"domain", "pretrained", "world"},
     "actors": BASE | {"domain", "world", "settings", "journal", "backends", "metrics"},
-    "api": BASE | {"domain", "world"},
+    "api": BASE | {"domain", "pretrained", "world"},
     "trainer": BASE | {"domain", "pretrained", "world"},
-    "cli": BASE | {"domain", "world", "settings", "journal", "backends", "actors", "api", "trainer"},
+    "doctor": BASE
+    | {"domain", "pretrained", "world", "settings", "journal", "backends", "actors", "trainer"},
+    "cli": BASE
+    | {"domain", "world", "settings", "journal", "backends", "actors", "api", "doctor", "trainer"},
 }
 # (module, what it imports against the rule): why.
 EXCEPTIONS = {
@@ -167,6 +171,13 @@ def test_everything_but_the_engines_imports_without_torch() -> None:
     assert "tink.cli.main" in modules
     assert len([m for m in modules if _part(m) == "trainer"]) == len(light)
     subprocess.run([sys.executable, "-c", BLOCKED, *modules], check=True)
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert {name for name in listed if not name.startswith("tink.migrations")} == packages
 
 
 # -- limits -----------------------------------------------------------------------------------------

@@ -14,8 +14,12 @@ import pytest
 
 import tink
 from tink import crash
+from tink.api import rest, tinker
+from tink.api.both import SDK_MEMBERS
+from tink.api.rest.operations import OPERATIONS
 from tink.api.tinker import TABLE as ROUTES
 from tink.api.tinker import unsupported
+from tink.cli import vllm
 from tink.cli.main import COMMANDS
 from tink.domain.events import AnyEvent
 from tink.domain.projection import Ledger
@@ -28,12 +32,14 @@ from tink.metrics import Metrics
 from tink.settings import Settings
 from tink.trainer.server import Trainer, application
 from tink.wire import tink_train
+from tools import generated_docs
 
 ROOT = Path(tink.__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 JOURNAL = (DOCS / "journal.md").read_text()
+REST = (DOCS / "rest.md").read_text()
 SDK = (DOCS / "sdk.md").read_text()
 PROTOCOL = (DOCS / "trainer-protocol.md").read_text()
 
@@ -90,12 +96,37 @@ def test_every_query_in_the_documentation_runs(page, tmp_path):
 
 
 def test_every_setting_is_documented_with_its_names_and_default():
-    documented = {tuple(names(row[0])): row[1] for row in rows(section(README.read_text(), "## Settings"))}
+    page = (DOCS / "settings.md").read_text()
+    documented = {tuple(names(row[0])): row[2] for row in rows(section(page, "## All"))}
     assert set(documented) == {field.metadata["names"] for field in fields(Settings)}
     for field in fields(Settings):
         default = str(field.default).lower() if field.type == "bool" else str(field.default)
         if field.default not in ("", None):
             assert documented[field.metadata["names"]] == f"`{default}`", field.name
+    passed_on = {names(row[0])[0] for row in rows(section(page, "## What `tink vllm` starts"))}
+    assert passed_on == vllm.OURS - {"VLLM_BASE_URL"}
+
+
+def test_the_settings_in_the_readme_are_some_of_all():
+    few = rows(section(README.read_text(), "## Settings"))
+    page = (DOCS / "settings.md").read_text()
+    every = [[row[0], *row[2:]] for row in rows(section(page, "## All"))]
+    assert 5 <= len(few) <= 12
+    assert all(row in every for row in few)
+
+
+def test_what_the_code_writes_in_the_documentation_is_what_it_says():
+    pages = {path: path.read_text() for path in generated_docs.PAGES}
+    assert {path.name for path, text in pages.items() if generated_docs.render(text) != text} == set(), (
+        "run tools/generate-docs"
+    )
+    for block in generated_docs.BLOCKS:
+        assert any(f"<!-- generated: {block} -->" in text for text in pages.values()), block
+
+
+def test_a_page_that_the_code_contradicts_is_found():
+    text = (generated_docs.ROOT / "README.md").read_text()
+    assert generated_docs.render(text.replace("Megatron server", "Nobody")) == text
 
 
 def test_every_command_is_documented():
@@ -116,6 +147,22 @@ def test_every_endpoint_of_the_sdk_is_documented_and_no_other():
                 documented |= {(each, path) for each in methods}
                 methods = []
     assert documented == served
+
+
+def test_every_operation_of_the_rest_api_is_documented_and_no_other():
+    documented = {name for row in rows(section(REST, "## Two forms")) for name in names(row[0])}
+    served = {path for path in rest.SHORT if not path.endswith("_async") and path != "/asample"}
+    without_form = {"/retrieve_future", "/get_server_capabilities", "/list_loss_functions"}
+    assert {f"/{name.removeprefix('/')}" for name in documented} == served - without_form
+    assert all(f" {path}" in REST for path in without_form)
+    for row in rows(section(REST, "## Two forms")):
+        for name in names(row[0]):
+            operation = OPERATIONS[name.removeprefix("/")]
+            assert {*operation.form.__struct_fields__} <= {*names(row[1])}, name
+            assert [*operation.answer.__struct_fields__] == names(row[2]), name
+    shared = section(REST, "## Beside the SDK")
+    assert {path.removeprefix("/") for path in tinker.TABLE.keys() & rest.API.keys()} <= {*names(shared)}
+    assert {*names(shared)} >= SDK_MEMBERS
 
 
 def test_every_operation_of_the_training_protocol_is_documented_with_its_fields():

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tink.cli import serve
+from tink.actors import embedded
+from tink.cli import serve, serving, vllm
 from tink.cli.main import main
 from tink.errors import StartupError
+from tink.journal.home import Home
 from tink.settings import Settings
 
 
@@ -55,7 +57,7 @@ def test_an_argument_wins_over_tink_port_over_port_over_the_default(arguments, e
 
 def test_every_setting_is_read_from_its_variable():
     samples = {"str": "text", "int": "7", "float": "0.5", "bool": "true", "Switch": "true"}
-    samples |= {"Path": "/a/folder", "Path | None": "/a/folder"}
+    samples |= {"Path": "/a/folder", "Path | None": "/a/folder", "int | None": "7"}
     special = {"api_keys": "key=tenant", "log_level": "debug", "crash_at": "worker.body:2"}
     special |= {"vllm_base_url": "http://gpu-1:8000", "vllm_enable_lora": "false"}
     special["vllm_wait_seconds"] = "5"
@@ -90,6 +92,10 @@ def test_every_mistake_has_a_line_of_its_own():
         ("PORT", "http"),
         ("MAX_WORKERS", "0"),
         ("MAX_WORKERS", "1.5"),
+        ("VLLM_PORT", "0"),
+        ("VLLM_PORT", "tcp://10.0.0.1:8000"),
+        ("VLLM_GROUP_PORT", "65536"),
+        ("VLLM_GROUP_PORT", "8000"),
         ("USE_HF", "maybe"),
         ("USE_MEGATRON", "2"),
         ("TINK_LOG_LEVEL", "loud"),
@@ -152,6 +158,80 @@ def test_loopback_is_told_from_the_rest(host, beyond):
 )
 def test_the_mode_is_the_configuration_guides_table(environment, mode):
     assert load(**environment).routes.mode == mode
+
+
+# -- the configuration guide's variables, at the place where each has its effect --------------------
+
+
+def option(name):
+    """What `tink vllm` gives to vLLM for it; None: it is not given."""
+
+    def find(settings):
+        words = [*vllm.command(settings), None]
+        return words[words.index(name) + 1] if name in words else None
+
+    return find
+
+
+def vllm_environment(settings):
+    before = {"VLLM_PORT": "8000", "VLLM_GROUP_PORT": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    return vllm.environment(settings, before).get("VLLM_PORT")
+
+
+def embedded_slots(settings):
+    words = embedded.command(settings, Home(Path("/home")))
+    return words[words.index("--slots") + 1]
+
+
+ON_MEGATRON, ON_VLLM = {"USE_MEGATRON": "true"}, {"USE_VLLM": "true"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "look", "usual", "changed", "beside"),
+    [
+        ("USE_MEGATRON", "true", lambda s: s.routes.training, "hf", "megatron", {}),
+        ("USE_MEGATRON", "true", lambda s: s.routes.sampling, "hf", "megatron", {}),
+        ("USE_VLLM", "true", lambda s: s.routes.sampling, "hf", "vllm", {}),
+        ("USE_VLLM", "true", lambda s: s.routes.training, "hf", None, {}),
+        ("MAX_WORKERS", "2", lambda s: s.training_slots, 4, 2, {}),
+        ("MAX_WORKERS", "2", embedded_slots, "4", "2", {}),
+        ("MAX_WORKERS", "2", lambda s: s.training_slots, 1, 1, ON_MEGATRON),
+        (
+            "MEGATRON_SERVER_URL",
+            "http://gpu-1:5001",
+            lambda s: serving.external(s).url,
+            "http://127.0.0.1:5000",
+            "http://gpu-1:5001",
+            ON_MEGATRON,
+        ),
+        (
+            "VLLM_BASE_URL",
+            "http://gpu-1:8000,http://gpu-2:8000",
+            lambda s: s.vllm_urls,
+            ["http://127.0.0.1:8000"],
+            ["http://gpu-1:8000", "http://gpu-2:8000"],
+            ON_VLLM,
+        ),
+        ("VLLM_HOST", "gpu-1", lambda s: s.vllm_urls, ["http://127.0.0.1:8000"], ["http://gpu-1:8000"], {}),
+        ("VLLM_HOST", "0.0.0.0", option("--host"), "127.0.0.1", "0.0.0.0", {}),
+        ("VLLM_PORT", "9", lambda s: s.vllm_urls, ["http://127.0.0.1:8000"], ["http://127.0.0.1:9"], {}),
+        ("VLLM_PORT", "9", option("--port"), "8000", "9", {}),
+        ("VLLM_PORT", "9", vllm_environment, None, None, {}),
+        ("VLLM_GROUP_PORT", "9100", vllm_environment, None, "9100", {}),
+        ("VLLM_GROUP_PORT", "9100", option("--port"), "8000", "8000", {}),
+        ("VLLM_GPU_MEMORY_UTIL", "0.5", option("--gpu-memory-utilization"), "0.2", "0.5", {}),
+        ("VLLM_ENABLE_LORA", "false", option("--enable-lora"), "--max-loras", None, {}),
+        ("VLLM_MAX_LORAS", "8", option("--max-loras"), "4", "8", {}),
+        ("VLLM_MAX_LORAS", "8", option("--max-cpu-loras"), "32", "64", {}),
+        ("VLLM_MAX_LORA_RANK", "128", option("--max-lora-rank"), "64", "128", {}),
+    ],
+)
+def test_each_variable_of_the_guide_has_its_default_and_its_effect(
+    name, value, look, usual, changed, beside
+):
+    beside = beside | {"TINK_HF_MODEL": "a/model"}
+    assert look(load(**beside)) == usual
+    assert look(load(**beside, **{name: value})) == changed
 
 
 # -- tink serve -------------------------------------------------------------------------------------

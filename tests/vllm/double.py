@@ -242,9 +242,12 @@ class VllmDouble:
             return self._say("load: broken")
         if rank > self.max_lora_rank:
             return self._say("load: rank", **{"128": rank, "64": self.max_lora_rank})
-        if self.refuses_loads:
+        refused = self.refuses_loads
+        if [file.name for file in Path(adapter.path).iterdir()] == ["adapter_config.json"]:
+            refused = f"Worker failed with error '{adapter.path} doesn't contain tensors', please check"
+        if refused:
             message = EXCHANGES["load: rank"]["body"]["error"]["message"].partition(":")[0]
-            return _error(500, f"{message}: {self.refuses_loads}")
+            return _error(500, f"{message}: {refused}")
         self.adapters[adapter.name] = adapter
         self._hold(adapter, weights)
         return self._say("load", a=adapter.name)

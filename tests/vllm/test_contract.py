@@ -3,6 +3,7 @@ what passes with the double is true."""
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -248,6 +249,19 @@ async def test_a_rank_that_is_too_high_is_refused_with_its_reason(
 ) -> None:
     with pytest.raises(Refused, match="'a': LoRA rank 128 is greater than max_lora_rank 64"):
         await client.load_adapter("a", str(adapters.root / "large"))
+    assert await client.health()
+    assert (await client.served()).adapters == {}
+
+
+async def test_an_adapter_without_weights_tells_which_rank_would_be_taken(
+    clock: Clock | None, client: VllmClient, tmp_path: Path
+) -> None:
+    """What `tink doctor` asks with: the rank is looked at before the weights."""
+    for rank, says in ((64, "doesn't contain tensors"), (65, "rank 65 is greater than max_lora_rank 64")):
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(Refused, match=says):
+            await client.load_adapter("a", str(tmp_path))
     assert await client.health()
     assert (await client.served()).adapters == {}
 

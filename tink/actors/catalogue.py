@@ -5,6 +5,7 @@ retention."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from tink.actors.artifacts import ArtifactFolder
@@ -19,9 +20,10 @@ from tink.domain.events import (
     SessionMoved,
     Subject,
 )
-from tink.domain.routing import NO_SAMPLING, Routes
+from tink.domain.routing import Routes
 from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
+from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import LONGEST_TTL
 from tink.metrics import Metrics
@@ -31,8 +33,8 @@ R = TypeVar("R", bound=rows.Row)
 
 
 class Base(NamedTuple):
-    """The base model that is served. `max_context`: tokens. `path`: a directory with its tokenizer, where
-    there is one on this machine. `trains`: whether its server can train it."""
+    """The base model that is served. `max_context`: tokens. `path`: a directory with its tokenizer, which
+    may be on another machine, or its name on the hub. `trains`: whether its server can train it."""
 
     name: str
     max_context: int
@@ -42,10 +44,11 @@ class Base(NamedTuple):
 
 
 class Backends(NamedTuple):
-    """What the catalogue asks of whatever serves. `base` waits until that is known; `health` is the state
-    of each server, by its name."""
+    """What the catalogue asks of whatever serves. `base` waits until that is known, `known` does not.
+    `health` is the state of each server, by its name."""
 
     base: Callable[[], Awaitable[Base]]
+    known: Callable[[], Base | None]
     health: Callable[[], dict[str, str]]
 
 
@@ -59,7 +62,7 @@ class Catalogue:
         metrics: Metrics,
         world: World,
     ) -> None:
-        self._journal, self._backends, self._routes = journal, backends, routes
+        self._journal, self._backends, self.routes = journal, backends, routes
         self._metrics = metrics
         self._folder, self._world = folder, world
 
@@ -92,6 +95,11 @@ class Catalogue:
                 return (await self._model_views(ask.tenant, [model]))[0]
             case messages.ListModels():
                 return await self._model_views(ask.tenant, self._live_models(ask))
+            case messages.GetWeights():
+                return await self._weights(ask)
+            case messages.GetSample():
+                query = partial(queries.sample_of_key, tenant=ask.tenant, key=ask.key)
+                return await self._journal.read(query)
             case messages.CreateSampler():
                 return await self._create_sampler(ask)
             case messages.GetSampler():
@@ -105,11 +113,13 @@ class Catalogue:
             case messages.DeleteCheckpoint():
                 return await self._delete_checkpoint(ask)
             case messages.GetHealth():
-                return messages.Health(mode=self._routes.mode, servers=self._backends.health())
+                return messages.Health(mode=self.routes.mode, servers=self._backends.health())
             case messages.GetMetrics():
                 return self._metrics.exposition()
             case messages.GetCapabilities():
                 return await self._capabilities()
+            case messages.GetTokenizer():
+                return await self._tokenizer(ask)
         raise TypeError(f"not a question for the catalogue: {ask}")
 
     # -- sessions -----------------------------------------------------------------------------------
@@ -118,11 +128,11 @@ class Catalogue:
         return self._owned("sessions", rows.Session, tenant, session_id, "session")
 
     async def _create_session(self, ask: messages.CreateSession) -> messages.Created:
+        if (known := self._session_of_key(ask)) is not None:
+            return known
         async with self._journal.naming:
-            if ask.idempotency_key is not None:
-                for session in self._mine("sessions", rows.Session, ask.tenant):
-                    if session.idempotency_key == ask.idempotency_key:
-                        return messages.Created(session.session_id)
+            if (known := self._session_of_key(ask)) is not None:
+                return known
             session_id = self._world.new_id()
             created = SessionCreated(
                 tags=ask.tags,
@@ -135,9 +145,20 @@ class Catalogue:
             await self._journal.append((Subject(tenant=ask.tenant, session_id=session_id), created))
             return messages.Created(session_id)
 
+    def _session_of_key(self, ask: messages.CreateSession) -> messages.Created | None:
+        if ask.idempotency_key is None:
+            return None
+        session = self._journal.ledger.session_of(ask.tenant, ask.idempotency_key)
+        return None if session is None else messages.Created(session.session_id)
+
     async def _finish_session(self, ask: messages.FinishSession) -> None:
         async with self._journal.naming:
-            if self.session(ask.tenant, ask.session_id).state == "open":
+            session = self.session(ask.tenant, ask.session_id)
+            if session.idempotency_key == messages.REST:
+                raise UserError(
+                    "this session has the models of the REST API, and stays: remove_lora ends one"
+                )
+            if session.state == "open":
                 subject = Subject(tenant=ask.tenant, session_id=ask.session_id)
                 finished = SessionFinished(reason=ask.reason, detail=ask.detail)
                 await self._journal.append((subject, finished))
@@ -189,14 +210,23 @@ class Catalogue:
             ]
         return _newest_first(models)
 
+    async def _weights(self, ask: messages.GetWeights) -> rows.Job:
+        self.routes.check_sampling()
+        self._owned("models", rows.Model, ask.tenant, ask.model_id, "model")
+        found = await self._journal.read(partial(queries.weights, model_id=ask.model_id))
+        assert found is not None, "a model is there when the job that makes it is"
+        return found
+
     async def _create_sampler(self, ask: messages.CreateSampler) -> messages.Created:
-        if self._routes.sampling is None:
-            raise UserError(NO_SAMPLING)
+        self.routes.check_sampling()
+        self.session(ask.tenant, ask.session_id)
+        sampler_id = ids.sampler_id(ask.session_id, ask.sampling_seq_id)
+        samplers = self._journal.ledger.tables["samplers"]
+        if (sampler_id,) in samplers:
+            return messages.Created(sampler_id)
         base = await self._backends.base()
         async with self._journal.naming:
-            self.session(ask.tenant, ask.session_id)
-            sampler_id = ids.sampler_id(ask.session_id, ask.sampling_seq_id)
-            if (sampler_id,) in self._journal.ledger.tables["samplers"]:
+            if (sampler_id,) in samplers:
                 return messages.Created(sampler_id)
             adapter_id = None
             if ask.model_path is not None:
@@ -223,16 +253,26 @@ class Catalogue:
             return messages.Created(sampler_id)
 
     async def _capabilities(self) -> messages.Capabilities:
-        if self._routes == (None, None):
+        if self.routes == (None, None):
             return messages.Capabilities(models=[])
         base = await self._backends.base()
         model = messages.ServedModel(
             name=base.name,
             max_context=base.max_context,
-            trainable=self._routes.training is not None and base.trains,
-            sampleable=self._routes.sampling is not None,
+            trainable=self.routes.training is not None and base.trains,
+            sampleable=self.routes.sampling is not None,
         )
         return messages.Capabilities(models=[model])
+
+    async def _tokenizer(self, ask: messages.GetTokenizer) -> str | None:
+        if ask.use is None:
+            known = self._backends.known()
+            return None if known is None else known.path
+        if ask.use == "training":
+            self.routes.check_training()
+        else:
+            self.routes.check_sampling()
+        return (await self._backends.base()).path
 
     # -- checkpoints --------------------------------------------------------------------------------
 

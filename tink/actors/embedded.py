@@ -49,7 +49,7 @@ class EmbeddedTrainer:
     def __init__(self, settings: Settings, home: Home, world: World) -> None:
         self._home, self._world = home, world
         self._token = hmac.new(home.load_secret(), b"trainer", hashlib.sha256).hexdigest()
-        self._command = _command(settings, home)
+        self._command = command(settings, home)
         # For the first trainer alone: else none could live.
         self._crash_at = settings.crash_at if settings.crash_at.startswith("trainer.") else ""
         self._child: subprocess.Popen[bytes] | None = None
@@ -247,7 +247,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _command(settings: Settings, home: Home) -> list[str]:
+def command(settings: Settings, home: Home) -> list[str]:
     command = [sys.executable, "-m", "tink.trainer", "--preload", "--home", str(home.root)]
     command += ["--artifacts", str(settings.artifact_root), "--ready-file", str(home.trainer)]
     command += ["--slots", str(settings.max_workers), "--threads", str(settings.trainer_threads)]

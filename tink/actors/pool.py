@@ -20,6 +20,7 @@ from tink.backends import base_model
 from tink.backends.replica import Aborted, AdapterMissing, Probe, Refused, ReplicaGone, Served, Unsent
 from tink.domain import adapters, rows
 from tink.domain.events import JobStarted, TrainerStarted
+from tink.domain.routing import NO_VLLM
 from tink.errors import BackendError
 from tink.journal.journal import Journal
 from tink.limits import (
@@ -284,7 +285,7 @@ class VLLMPool:
 
     def _unreachable(self) -> BackendError:
         return BackendError(
-            f"vLLM server can't be reached for {self._wait_seconds:g} s (TINK_VLLM_WAIT_SECONDS): "
+            f"{NO_VLLM} for {self._wait_seconds:g} s (TINK_VLLM_WAIT_SECONDS): "
             f"{self._tried()}; start it (tink vllm), or set VLLM_BASE_URL to where it is"
         )
 

@@ -8,6 +8,7 @@ So no two questions are half decided at the same time, and their commits still g
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,7 @@ from tink.domain import ids, messages, rows
 from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
 from tink.domain.lane import Lane
 from tink.domain.requests import DATA_OPS
-from tink.domain.routing import NO_SAMPLING, NO_TRAINING
-from tink.errors import NotFound, Overloaded, TinkError, UserError
+from tink.errors import NotFound, Overloaded, TinkError, TooLarge, UserError
 from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import (
@@ -35,12 +35,14 @@ from tink.limits import (
     MAILBOX,
     MAX_COMMAND_BODY,
     MAX_OPEN_JOBS,
+    MAX_SEQ,
     SEQ_GAP_SECONDS,
 )
 from tink.world import World
 
 log = structlog.get_logger()
 
+Submit = messages.SubmitTraining | messages.SubmitSample
 # Jobs.send, Jobs.expect and Jobs.withdraw, of the actor that runs the job.
 Send = Callable[[str], None]
 Expect = Callable[[str], None]
@@ -95,7 +97,7 @@ class Router:
         self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
         self._gap_watched: set[str] = set()
         self._cancelling: set[str] = set()
-        self._unloading: dict[str, str] = {}  # by model, while the job is being accepted
+        self._by_key: dict[tuple[str, str], trio.Event] = {}  # until a submission with a key is decided
         self._train: Send | None = None
         self._expect: Expect | None = None
         self._sample: Send | None = None
@@ -175,8 +177,6 @@ class Router:
         match ask:
             case messages.SubmitTraining():
                 return self._submit_training(ask)
-            case messages.UnloadModel():
-                return self._unload_model(ask)
             case messages.SubmitSample():
                 return self._submit_sample(ask)
             case messages.AwaitOutcome():
@@ -195,70 +195,99 @@ class Router:
 
     def _submit_training(self, ask: messages.SubmitTraining) -> Awaitable[messages.Promise]:
         self.catalogue.session(ask.tenant, ask.session_id)
-        job_id = ids.job_id(ask.model_id, ask.seq_id)
+        if ask.key is not None:
+            return self._submit_once(ask, ask.key)
+        if ask.seq_id is not None:
+            return self._submit_as(ask, ask.seq_id)
+        # A number of the Router's always has a key: by that it is told from one that its client counts.
+        return self._submit_as(ask, self._next_number(ask.model_id), self._world.new_id())
+
+    async def _submit_once(self, ask: Submit, key: str) -> messages.Promise:
+        """The first job of that key, or this one as the first."""
+        owner = ask.model_id if isinstance(ask, messages.SubmitTraining) else ask.tenant
+        place = owner, key
+        while place in self._by_key:
+            await self._by_key[place].wait()
+        self._by_key[place] = trio.Event()
+        try:
+            known = await self._of_key(ask, key)
+            while known is not None and (known.op, known.state) == ("unload_model", "failed"):
+                # It changed nothing, and whoever asks again means another try.
+                key = f"{ask.key} {known.seq_id}"
+                known = await self._of_key(ask, key)
+            if known is not None:
+                await self._check_same(known, ask)
+                return _promise(known)
+            if isinstance(ask, messages.SubmitSample):
+                return await self._submit_sample_as(ask, ids.number(key), key)
+            seq = ask.seq_id if ask.seq_id is not None else self._next_number(ask.model_id)
+            return await self._submit_as(ask, seq, key)
+        finally:
+            self._by_key.pop(place).set()
+
+    async def _of_key(self, ask: Submit, key: str) -> rows.Job | None:
+        if isinstance(ask, messages.SubmitSample):
+            return await self._journal.read(partial(queries.sample_of_key, tenant=ask.tenant, key=key))
+        return await self._journal.read(partial(queries.job_of_key, model_id=ask.model_id, key=key))
+
+    async def _check_same(self, known: rows.Job, ask: Submit) -> None:
+        accepted = await self._journal.acceptance(known)
+        if accepted.request is not None:
+            same = accepted.request.encode() == ask.body
+        else:
+            digest = await self._world.run_sync(hashlib.sha256, ask.body)
+            same = accepted.body_sha256 == digest.hexdigest()
+        op = ask.op if isinstance(ask, messages.SubmitTraining) else "sample"
+        if not same or accepted.op != op:
+            raise UserError(
+                f"this key was used for another request, the {known.op} {known.job_id}: "
+                "use a new key for each request, and an old one to repeat it as it was"
+            )
+
+    def _next_number(self, model_id: str) -> int:
+        """The one behind all that have come. Raises UserError if there is none."""
+        seq = self._lane(model_id).end()
+        if seq > MAX_SEQ:
+            raise UserError(f"{model_id} has no numbers left, for its client counted to {seq - 1}")
+        return seq
+
+    def _submit_as(
+        self, ask: messages.SubmitTraining, seq: int, key: str | None = None
+    ) -> Awaitable[messages.Promise]:
+        job_id = ids.job_id(ask.model_id, seq)
         promise = messages.Promise(job_id, model_id=ask.model_id)
         if self._is_known(job_id):
-            job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
-            taken = job_id in self._unloading.values() or (job is not None and job.op == "unload_model")
-            if taken and ask.op != "unload_model":
-                raise _unloaded(ask.model_id)
-            return self._when_accepted(promise)
+            return self._when_accepted(promise, key)
         making = None
         if ask.model_seq_id is None:
             making = self._accepting.get(ids.job_id(ask.model_id, 0))
             if making is None:
                 self._model(ask.tenant, ask.model_id)
-        if self._train is None:
-            raise UserError(NO_TRAINING)
+        self.catalogue.routes.check_training()
         invalid = ask.invalid
         if ask.op not in DATA_OPS and len(ask.body) > MAX_COMMAND_BODY:
             invalid = f"the body of {ask.op} is over the limit of {MAX_COMMAND_BODY} bytes"
+            if key is not None:  # no number of a client's has to be consumed
+                raise TooLarge(invalid)
         inline = ask.op not in DATA_OPS and invalid is None
         accepted = JobAccepted(
             op=ask.op,
-            seq_id=ask.seq_id,
+            seq_id=seq,
             model_seq_id=ask.model_seq_id,
             request=ask.body.decode() if inline else None,
             body_bytes=len(ask.body),
             codec=ask.codec,
             invalid=invalid,
+            key=key,
         )
         subject = Subject(
             tenant=ask.tenant, session_id=ask.session_id, model_id=ask.model_id, job_id=job_id
         )
+        lane = self._lane(ask.model_id)
         # What a lane waits for is let in whatever else is open: without it the rest cannot end.
-        self._reserve(job_id, awaited=ask.seq_id == self._lane(ask.model_id).next_seq)
+        self._reserve(job_id, awaited=seq == lane.next_seq)
+        lane.expect(seq)
         return self._accept_training(subject, accepted, ask.body, promise, making)
-
-    def _unload_model(self, ask: messages.UnloadModel) -> Awaitable[messages.Promise]:
-        model = self._model(ask.tenant, ask.model_id)
-        return self._unload_once(ask, model)
-
-    async def _unload_once(self, ask: messages.UnloadModel, model: rows.Model) -> messages.Promise:
-        if model.state == "removed":
-            known = await self._journal.read(partial(queries.unloading, model_id=ask.model_id))
-            return messages.Promise(known, model_id=ask.model_id)
-        jobs = self._journal.ledger.table("jobs", rows.Job).values()
-        same = [j.job_id for j in jobs if j.model_id == ask.model_id and j.op == "unload_model"]
-        if other := self._unloading.get(ask.model_id, next(iter(same), None)):
-            return await self._when_accepted(messages.Promise(other, model_id=ask.model_id))
-        on_its_way = (job_id.rpartition(":") for job_id in self._accepting)
-        seqs = [int(seq) + 1 for model_id, _, seq in on_its_way if model_id == ask.model_id]
-        seq = max([self._lane(ask.model_id).end(), *seqs])
-        submit = messages.SubmitTraining(
-            ask.tenant,
-            op="unload_model",
-            session_id=ask.session_id,
-            model_id=ask.model_id,
-            seq_id=seq,
-            body=msgspec.json.encode({"model_id": ask.model_id}),
-        )
-        work = self._submit_training(submit)
-        self._unloading[ask.model_id] = ids.job_id(ask.model_id, seq)
-        try:
-            return await work
-        finally:
-            self._unloading.pop(ask.model_id, None)
 
     def _model(self, tenant: str, model_id: str) -> rows.Model:
         model = self._journal.ledger.table("models", rows.Model).get((model_id,))
@@ -281,8 +310,7 @@ class Router:
             # Its number was consumed, or it has ended and its lane is not released yet.
             repeated = accepted.seq_id < lane.next_seq or lane.running == job_id
             if repeated and (known := await self._journal.job(job_id)) is not None:
-                if known.op == "unload_model" and accepted.op != "unload_model":
-                    raise _unloaded(model_id)
+                _check_own(known, accepted.key)
                 return promise
             if making is not None:
                 await making.wait()
@@ -301,20 +329,31 @@ class Router:
         self._ended(str(subject.job_id))
 
     def _submit_sample(self, ask: messages.SubmitSample) -> Awaitable[messages.Promise]:
+        self.catalogue.sampler(ask.tenant, ask.sampler_id)
+        if ask.key is not None:
+            return self._submit_once(ask, ask.key)
+        if ask.seq_id is not None:
+            return self._submit_sample_as(ask, ask.seq_id)
+        key = self._world.new_id()
+        return self._submit_sample_as(ask, ids.number(key), key)
+
+    def _submit_sample_as(
+        self, ask: messages.SubmitSample, seq: int, key: str | None = None
+    ) -> Awaitable[messages.Promise]:
         sampler = self.catalogue.sampler(ask.tenant, ask.sampler_id)
-        job_id = ids.job_id(ask.sampler_id, ask.seq_id)
+        job_id = ids.job_id(ask.sampler_id, seq)
         promise = messages.Promise(job_id, sample_sequence_ids=ids.sequence_ids(job_id, ask.num_samples))
         if self._is_known(job_id):
-            return self._when_accepted(promise)
-        if self._sample is None:
-            raise UserError(NO_SAMPLING)
+            return self._when_accepted(promise, key)
+        self.catalogue.routes.check_sampling()
         accepted = JobAccepted(
             op="sample",
-            seq_id=ask.seq_id,
+            seq_id=seq,
             sampler_id=ask.sampler_id,
             body_bytes=len(ask.body),
             seed=ask.seed if ask.seed is not None else self._world.new_seed(),
             num_samples=ask.num_samples,
+            key=key,
         )
         subject = Subject(
             tenant=ask.tenant, session_id=sampler.session_id, job_id=job_id, adapter_id=sampler.adapter_id
@@ -327,7 +366,8 @@ class Router:
     ) -> messages.Promise:
         job_id = promise.request_id
         with self._reservation(job_id):
-            if await self._journal.job(job_id) is not None:
+            if (known := await self._journal.job(job_id)) is not None:
+                _check_own(known, accepted.key)
                 return promise
             await self._accept(subject, accepted, body)
         assert self._sample is not None
@@ -346,13 +386,15 @@ class Router:
     def _is_known(self, job_id: str) -> bool:
         return job_id in self._accepting or (job_id,) in self._journal.ledger.tables["jobs"]
 
-    async def _when_accepted(self, promise: messages.Promise) -> messages.Promise:
+    async def _when_accepted(self, promise: messages.Promise, key: str | None = None) -> messages.Promise:
         """The first one's promise, once the first one is durable."""
         accepting = self._accepting.get(promise.request_id)
         if accepting is not None:
             await accepting.wait()
-        if await self._journal.job(promise.request_id) is None:
+        known = await self._journal.job(promise.request_id)
+        if known is None:
             raise Overloaded("the first submission of this job failed: send it again")
+        _check_own(known, key)
         return promise
 
     def _reserve(self, job_id: str, *, awaited: bool = False) -> None:
@@ -514,9 +556,20 @@ class Router:
             self._advance(model_id)
 
 
-def _unloaded(model_id: str) -> UserError:
-    """An unload has taken the number, for the client had named none for it."""
-    return UserError(f"the model {model_id} was unloaded: make another one, from what was saved of it")
+def _promise(job: rows.Job) -> messages.Promise:
+    if job.sampler_id is None:
+        return messages.Promise(job.job_id, model_id=job.model_id)
+    sequences = ids.sequence_ids(job.job_id, job.num_samples or 1)
+    return messages.Promise(job.job_id, sample_sequence_ids=sequences)
+
+
+def _check_own(known: rows.Job, key: str | None) -> None:
+    """A number that the Router gave is no client's, though one may count up to it."""
+    if known.key != key:
+        raise UserError(
+            f"the number {known.seq_id} of {known.model_id or known.sampler_id} was given to a job that "
+            f"came without one, a {known.op}: count on from {known.seq_id + 1}"
+        )
 
 
 def job_line(job: rows.Job) -> dict[str, Any]:

@@ -36,12 +36,11 @@ async def open_worker(
 ) -> AsyncIterator[Router]:
     """Runs the actors while the body runs; what is open then is in the journal for the next worker."""
     routes = settings.routes
-    training_slots = settings.max_workers if routes.training == "hf" else 1
     link = TrainerLink(
         find,
         journal,
         world,
-        slots=training_slots + SAMPLE_SLOTS + TRAINER_OWN_SLOTS,
+        slots=settings.training_slots + SAMPLE_SLOTS + TRAINER_OWN_SLOTS,
         hang_seconds=settings.hang_seconds,
     )
     folder = ArtifactFolder(settings.artifact_root, world)
@@ -73,7 +72,7 @@ async def open_worker(
         Snapshots(journal, folder, seconds=settings.snapshot_seconds),
         folder,
         world,
-        slots=training_slots,
+        slots=settings.training_slots,
         alpha=settings.lora_alpha,
         max_attempts=settings.max_attempts,
         place=None if pool is None else pool.place,
@@ -128,17 +127,27 @@ def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
 
     replicas = [] if pool is None else pool.replicas
 
+    def known() -> Base | None:
+        served = [replica.served for replica in replicas if replica.served is not None]
+        if link is None:
+            first = next(iter(served), None)
+            return first and Base(first.base_model, first.max_context, path=first.root or None)
+        if (trained := link.known) is None:
+            return None
+        # What is longer could be trained, and not sampled.
+        context = min([trained.max_context, *(one.max_context for one in served)])
+        trains = trained.engine != text_generation.ENGINE
+        return Base(trained.base_model, context, trained.arch, trained.base_path, trains)
+
     async def base() -> Base:
         if link is not None:
-            served = await link.served()
-            # What is longer could be trained, and not sampled.
-            contexts = [replica.served.max_context for replica in replicas if replica.served is not None]
-            context = min([served.max_context, *contexts])
-            trains = served.engine != text_generation.ENGINE
-            return Base(served.base_model, context, served.arch, served.base_path, trains)
-        assert pool is not None, "something serves"
-        sampled = await pool.served()
-        return Base(sampled.base_model, sampled.max_context)
+            await link.served()
+        else:
+            assert pool is not None, "something serves"
+            await pool.served()
+        found = known()
+        assert found is not None, "one of them serves it"
+        return found
 
     def health() -> dict[str, str]:
         states = {replica.url: replica.state for replica in replicas}
@@ -146,4 +155,4 @@ def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
             states["trainer"] = link.state
         return states
 
-    return Backends(base, health)
+    return Backends(base, known, health)

@@ -7,11 +7,12 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from tink.api import front, tinker
+from tink.api import both, front, rest, tinker
 from tink.api.access_log import AccessLog
 from tink.api.auth import Auth
 from tink.api.call import Ask, Nowhere, Service, routes
 from tink.api.downloads import Downloads
+from tink.api.texts import Texts
 from tink.world import World
 
 
@@ -25,11 +26,12 @@ def create_app(
 ) -> Starlette:
     """`ask` answers a message of tink.domain.messages, or raises a TinkError. `secret` signs download
     URLs."""
-    service = Service(ask, auth, world, Downloads(artifacts, secret, world))
+    service = Service(ask, auth, world, Downloads(artifacts, secret, world), Texts(world))
     app = Starlette(
         routes=[
             *routes(service, front.TABLE, public=True),
-            *routes(service, tinker.TABLE, prefix="/api/v1"),
+            *routes(service, both.together(tinker.TABLE, rest.API), prefix="/api/v1"),
+            *routes(service, rest.SHORT),
         ],
         middleware=[Middleware(AccessLog, world=world)],
     )

@@ -19,6 +19,7 @@ from tink.api.auth import Auth
 from tink.api.body import Body, Upload, expand
 from tink.api.downloads import Downloads
 from tink.api.refusals import JSON, internal_error, refusal
+from tink.api.texts import Texts
 from tink.domain import messages, requests
 from tink.errors import MalformedRequest, NotFound, TinkError
 from tink.world import World
@@ -49,6 +50,7 @@ class Service(NamedTuple):
     auth: Auth
     world: World
     downloads: Downloads
+    texts: Texts
 
 
 class Page(NamedTuple):
@@ -71,6 +73,7 @@ class Call:
         self.request = request
         self.tenant = tenant
         self._upload = upload
+        self._read: Body | None = None
 
     async def ask(self, question: messages.Question) -> Any:
         return await self.service.ask(question)
@@ -78,20 +81,22 @@ class Call:
     # -- what was sent ------------------------------------------------------------------------------
 
     async def body(self, media: str, limit: int) -> Body:
-        """The body as it came; `whole` says whether it kept to the limit."""
+        """The body as it came; `whole` says whether it kept to the limit. Asked again, it is the same."""
         sent = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if sent != media:
             raise HTTPException(415, f"the Content-Type must be {media}, not {sent[:80] or 'absent'}")
-        return await self._upload.read(limit)
+        if self._read is None:
+            self._read = await self._upload.read(limit)
+        return self._read
 
     async def json(self, kind: type[RequestT]) -> RequestT:
         body = await self.body(MEDIA_JSON, limits.MAX_JSON_BODY)
         decoded: RequestT = requests.decode(await self.text(body), kind)
         return decoded
 
-    async def text(self, body: Body) -> bytes:
+    async def text(self, body: Body, limit: int = limits.MAX_JSON_BODY) -> bytes:
         """The JSON of `body`: UTF-8 all over, which msgspec does not look at in fields that it skips."""
-        return await self.offload(body, _text, body)
+        return await self.offload(body, _text, body, limit)
 
     async def offload(self, body: Body, work: Callable[..., T], *args: Any) -> T:
         """`work(*args)`, off the event loop when `body` makes it long."""
@@ -124,8 +129,8 @@ class Call:
         return int(text)
 
 
-def _text(body: Body) -> bytes:
-    data = expand(body, limits.MAX_JSON_BODY)
+def _text(body: Body, limit: int) -> bytes:
+    data = expand(body, limit)
     try:
         data.decode()
     except UnicodeDecodeError as error:

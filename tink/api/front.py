@@ -9,6 +9,7 @@ from starlette.responses import FileResponse, Response
 import tink
 from tink.api.call import Call, Table
 from tink.api.downloads import PATH
+from tink.api.rest import JOBS, openapi
 from tink.domain import messages
 
 # Prometheus's text format.
@@ -21,8 +22,14 @@ async def index(call: Call) -> dict[str, Any]:
         "name": "Tink",
         "version": tink.__version__,
         "what": tink.__doc__,
-        "use": "TINKER_BASE_URL=<this URL> with the tinker SDK",
-        "routes": {"health": "/healthz", "metrics": "/metrics", "api": "/api/v1"},
+        "use": "TINKER_BASE_URL=<this URL> with the tinker SDK, or plain HTTP: POST /api/v1/NAME",
+        "routes": {
+            "health": "/healthz",
+            "metrics": "/metrics",
+            "description": "/openapi.json",
+            "api": "/api/v1",
+        },
+        "operations": [path.removeprefix("/") for path in JOBS],
     }
 
 
@@ -30,6 +37,10 @@ async def health(call: Call) -> dict[str, Any]:
     """Healthy is a worker that answers, not a server that listens."""
     found: messages.Health = await call.ask(messages.GetHealth(tenant=call.tenant))
     return {"status": "ok", "version": tink.__version__, "mode": found.mode, "servers": found.servers}
+
+
+async def description(call: Call) -> dict[str, Any]:
+    return openapi.document()
 
 
 async def metrics(call: Call) -> Response:
@@ -47,6 +58,7 @@ async def download(call: Call) -> Response:
 
 TABLE: Table = {
     "/": {"GET": index},
+    "/openapi.json": {"GET": description},
     "/healthz": {"GET": health},
     "/api/v1/healthz": {"GET": health},
     "/metrics": {"GET": metrics},

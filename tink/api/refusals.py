@@ -1,4 +1,5 @@
-"""How an error is answered: `{"detail": text}`, which the SDK shows to its user."""
+"""How an error is answered: `{"detail": text}`, which the SDK shows to its user, and a `remedy` where the
+text has none."""
 
 from __future__ import annotations
 
@@ -14,6 +15,13 @@ from tink.errors import TinkError, Unauthorized
 RETRY_AFTER = {"Retry-After": "1"}
 
 
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`remedy`: what to do, where `detail` does not say it."""
+
+    detail: str
+    remedy: str | None = None
+
+
 class JSON(Response):
     media_type = "application/json"
 
@@ -23,15 +31,15 @@ class JSON(Response):
 
 def refusal(error: TinkError | HTTPException) -> Response:
     if isinstance(error, HTTPException):
-        return JSON({"detail": error.detail}, error.status_code, error.headers)
+        return JSON(Failure(error.detail), error.status_code, error.headers)
     headers = None
     if error.status in (429, 503):
         headers = RETRY_AFTER
     elif isinstance(error, Unauthorized):
         headers = {"WWW-Authenticate": "Bearer"}
-    return JSON({"detail": str(error)}, error.status, headers)
+    return JSON(Failure(str(error), error.remedy), error.status, headers)
 
 
 def internal_error(request_id: str) -> Response:
     """For a bug of ours: the log line with the same id has what happened."""
-    return JSON({"detail": f"internal error; the server's log has it under request {request_id}"}, 500)
+    return JSON(Failure(f"internal error; the server's log has it under request {request_id}"), 500)

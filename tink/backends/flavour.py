@@ -9,6 +9,7 @@ import msgspec
 
 from tink.backends.exchange import Answer, NoAnswer, exchange
 from tink.backends.replica import Refused, ReplicaGone
+from tink.domain.routing import NO_VLLM
 from tink.limits import HEALTH_SECONDS
 from tink.world import World
 
@@ -28,7 +29,7 @@ async def flavour(url: str, world: World, token: str = "") -> Flavour:
             try:
                 answer = await exchange(client, "GET", path, seconds=HEALTH_SECONDS)
             except NoAnswer as error:
-                raise ReplicaGone(f"vLLM server can't be reached at {url}: {error}") from error
+                raise ReplicaGone(f"{NO_VLLM} at {url}: {error}") from error
             if answer.status >= 500:
                 raise ReplicaGone(f"what answers at {url} is not ready: {path} gives {answer.status}")
             return answer

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
                 name=field.metadata["names"][0],
                 value=_value(settings, field),
                 source=reading.sources.get(field.name),
-                help=field.metadata["help"],
+                help=_help(field),
             )
             for field in fields(Settings)
         ],
@@ -73,6 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
         for problem in found.problems:
             write_line(f"tink config: {problem}")
     return 2 if found.problems else 0
+
+
+def _help(field: Field[Any]) -> str:
+    text, otherwise = field.metadata["help"], field.metadata["otherwise"]
+    return text if otherwise == "none" else f"{text} (default: {otherwise})"
 
 
 def _value(settings: Settings, field: Field[Any]) -> str | None:

@@ -19,12 +19,13 @@ examples:
   tink jobs --failed     what failed, and why
   tink jobs show ID      one job, with its events
   tink db check          is the journal whole?
+  tink doctor            what is wrong here, and what mends it
 
 'tink COMMAND --help' has the options, the exit status and more examples.
 Settings are environment variables; 'tink config' prints them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-COMMANDS = ("serve", "config", "status", "jobs", "db", "trainer", "vllm")
+COMMANDS = ("serve", "config", "doctor", "status", "jobs", "db", "trainer", "vllm")
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -54,6 +54,7 @@ def facts() -> Table:
 
 def state(name: str) -> str:
     colours = {"done": "green", "running": "green", "ready": "green", "live": "green", "ok": "green"}
+    colours |= {"warning": "yellow"}
     colours |= {"failed": "red", "crashed": "red", "broken": "red", "wrong": "red", "silent": "red"}
     return f"[{colours[name]}]{name}[/]" if name in colours else name
 

@@ -42,13 +42,7 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
         home, world, version=tink.__version__, settings_digest=settings.digest
     ) as journal:
         embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
-        endpoint = ExternalEndpoint(
-            settings.megatron_server_url,
-            settings.trainer_token,
-            model=settings.hf_model,
-            name=settings.hf_model_name,
-        )
-        find = ExternalTrainer(endpoint).find if embedded is None else embedded.find
+        find = ExternalTrainer(external(settings)).find if embedded is None else embedded.find
         async with open_worker(journal, find, settings, world) as router:
             app = create_app(
                 router.ask,
@@ -114,6 +108,16 @@ async def _await_signals(
                 write_line("tink serve: stopped at once")
                 os._exit(128 + number)
             stop.set()
+
+
+def external(settings: Settings) -> ExternalEndpoint:
+    """The training server that somebody else runs."""
+    return ExternalEndpoint(
+        settings.megatron_server_url,
+        settings.trainer_token,
+        model=settings.hf_model,
+        name=settings.hf_model_name,
+    )
 
 
 def _banner(settings: Settings, url: str, embedded: EmbeddedTrainer | None) -> str:

@@ -23,9 +23,9 @@ model's own log-probabilities, a shutdown that lets requests end. The worker
 finds it at VLLM_BASE_URL, or at VLLM_HOST and VLLM_PORT. It replaces this
 process: signals and exit status are vLLM's."""
 EPILOG = """\
-environment: VLLM_HOST, VLLM_PORT, VLLM_GPU_MEMORY_UTIL, VLLM_ENABLE_LORA,
-VLLM_MAX_LORAS, VLLM_MAX_LORA_RANK, and TINK_HF_MODEL for the model. Whatever
-else vLLM can do goes behind --options.
+environment: VLLM_HOST, VLLM_PORT, VLLM_GROUP_PORT, VLLM_GPU_MEMORY_UTIL,
+VLLM_ENABLE_LORA, VLLM_MAX_LORAS, VLLM_MAX_LORA_RANK, and TINK_HF_MODEL for the
+model. Whatever else vLLM can do goes behind --options.
 
 examples:
   tink vllm                                     the built-in model, port 8000
@@ -35,12 +35,13 @@ examples:
 
 exit status: 0 after a stop; 2 if it cannot be started; else vLLM's own"""
 
-# Ours, and not vLLM's: it has a VLLM_PORT of its own, for other things.
+# Ours, and not vLLM's. It has a VLLM_PORT of its own, which is our VLLM_GROUP_PORT.
 OURS = frozenset(
     [
         "VLLM_BASE_URL",
         "VLLM_HOST",
         "VLLM_PORT",
+        "VLLM_GROUP_PORT",
         "VLLM_GPU_MEMORY_UTIL",
         "VLLM_ENABLE_LORA",
         "VLLM_MAX_LORAS",
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         hf_model_name=arguments.name,
     )
     words = [arguments.vllm, *command(settings), *arguments.options]
-    added = environment({})
+    added = environment(settings, {})
     if arguments.print:
         print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *words]))
         return 0
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             "and pass it with --vllm"
         )
     write_line(shlex.join(words), sys.stderr)
-    os.execve(program, words, environment(os.environ))  # noqa: S606  no shell
+    os.execve(program, words, environment(settings, os.environ))  # noqa: S606  no shell
     return 2  # never: vLLM has replaced this process
 
 
@@ -111,10 +112,13 @@ def command(settings: Settings) -> list[str]:
     return [*words, "--shutdown-timeout", f"{REPLICA_DRAIN_SECONDS:.0f}"]
 
 
-def environment(before: Mapping[str, str]) -> dict[str, str]:
+def environment(settings: Settings, before: Mapping[str, str]) -> dict[str, str]:
     """What vLLM is started with, in the place of `before`."""
-    kept = {name: value for name, value in before.items() if name not in OURS}
-    return kept | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS)}
+    found = {name: value for name, value in before.items() if name not in OURS}
+    found |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS)}
+    if settings.vllm_group_port is not None:
+        found["VLLM_PORT"] = str(settings.vllm_group_port)
+    return found
 
 
 def _built_in(home: Path) -> Path:

@@ -82,7 +82,8 @@ class JobAccepted(Event, frozen=True, kw_only=True, tag="job_accepted"):
     """The job and its body are on stable storage; the client may be told so. `request` is the JSON of
     a command, `body_sha256` names the body of a data op in the body store (`codec` as received).
     `seed` was drawn at acceptance for a sample that named none. `invalid`: the body could not be
-    served; the job fails with that when its turn comes, for its number must be consumed."""
+    served; the job fails with that when its turn comes, for its number must be consumed. `key`: what a
+    repeat of the job is known by if its client gave it no number."""
 
     op: OpName
     seq_id: int
@@ -95,6 +96,7 @@ class JobAccepted(Event, frozen=True, kw_only=True, tag="job_accepted"):
     seed: int | None = None
     num_samples: int | None = None
     invalid: str | None = None
+    key: str | None = None
 
 
 class JobStarted(Event, frozen=True, kw_only=True, tag="job_started"):

@@ -3,6 +3,7 @@ that the client counts, so that a repeated request names the same thing."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,11 @@ def sampler_id(session_id: str, sampling_seq_id: int) -> str:
     return f"{session_id}:sample:{sampling_seq_id}"
 
 
+def number(name: str) -> int:
+    """A number that stands for a name: of what nobody counts."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 2
+
+
 def job_id(owner: str, seq_id: int) -> str:
     """`owner` is a model id or a sampler id. The dedupe key and the promise are this one string."""
     return f"{owner}:{seq_id}"
@@ -31,6 +37,17 @@ def job_id(owner: str, seq_id: int) -> str:
 
 def sequence_ids(job: str, num_samples: int) -> list[str]:
     return [f"{job}:{i}" for i in range(num_samples)]
+
+
+class Place(NamedTuple):
+    session_id: str
+    model_id: str
+
+    @classmethod
+    def of_model(cls, model_id: str) -> Place | None:
+        """None if that cannot be a model's id."""
+        session_id, mark, number = model_id.rpartition(":train:")
+        return cls(session_id, model_id) if mark and number.isdigit() else None
 
 
 def adapter_id(model: str, version: int) -> str:

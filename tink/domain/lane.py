@@ -13,9 +13,15 @@ class Lane:
     next_seq: int = 0
     waiting: dict[int, str] = field(default_factory=dict)
     running: str | None = None
+    behind_all: int = 0
+
+    def expect(self, seq: int) -> None:
+        """A job of that number is on its way."""
+        self.behind_all = max(self.behind_all, seq + 1)
 
     def arrive(self, seq: int, job: str) -> bool:
         """Takes a job in. False if its number was consumed before: it was skipped, and came too late."""
+        self.expect(seq)
         if seq < self.next_seq:
             return False
         self.waiting[seq] = job
@@ -39,8 +45,8 @@ class Lane:
         return jobs
 
     def end(self) -> int:
-        """The number behind all that have come."""
-        return max([self.next_seq + (self.running is not None), *(seq + 1 for seq in self.waiting)])
+        """The number behind all that have come, or are on their way."""
+        return max(self.behind_all, self.next_seq)
 
     def finish(self, job: str) -> None:
         """The running job ended, well or not: its number is consumed."""

@@ -19,6 +19,11 @@ class Ask(msgspec.Struct, frozen=True):
 # -- sessions ---------------------------------------------------------------------------------------
 
 
+# The key of the session that has a tenant's models and samplers of the REST API, which knows no sessions.
+# No client of the SDK can send it: its own comes in a header, where there is no line break.
+REST = "the REST API\n"
+
+
 class CreateSession(Ask, frozen=True, tag="create_session"):
     """-> Created. The same `idempotency_key` gives the same session."""
 
@@ -73,36 +78,36 @@ class ReportClientFailure(Ask, frozen=True, tag="report_client_failure"):
 
 class SubmitTraining(Ask, frozen=True, tag="submit_training"):
     """-> Promise, once the job is durable. A job of `model_id`; `model_seq_id` is set when it makes the
-    model. `body` is the request as received (`codec` identity or zstd); its JSON for a command.
-    `invalid`: why the body cannot be served; the job is accepted and fails with that, for its number
-    must be consumed."""
+    model. `seq_id` None: its client counts nothing, and it comes behind all that have come. `body` is the
+    request as received (`codec` identity or zstd); its JSON for a command. `invalid`: why the body cannot
+    be served; the job is accepted and fails with that, for its number must be consumed.
+
+    The same (model_id, seq_id) is the same job, whatever the body. So is the same (model_id, key); there
+    another request is a UserError."""
 
     op: OpName
     session_id: str
     model_id: str
-    seq_id: int
+    seq_id: int | None
     body: bytes
     codec: Literal["identity", "zstd"] = "identity"
     model_seq_id: int | None = None
     invalid: str | None = None
-
-
-class UnloadModel(Ask, frozen=True, tag="unload_model"):
-    """-> Promise, once the job is durable. It runs after all jobs of the model that have come. Asked again,
-    it is the same job."""
-
-    session_id: str
-    model_id: str
+    key: str | None = None
 
 
 class SubmitSample(Ask, frozen=True, tag="submit_sample"):
-    """-> Promise, once the job is durable."""
+    """-> Promise, once the job is durable. `seq_id` None: its client counts nothing.
+
+    The same (sampler_id, seq_id) is the same job, whatever the body. So is the same key of the tenant's
+    samples, whatever the sampler; there another request is a UserError."""
 
     sampler_id: str
-    seq_id: int
+    seq_id: int | None
     body: bytes
     num_samples: int = 1
     seed: int | None = None
+    key: str | None = None
 
 
 class AwaitOutcome(Ask, frozen=True, tag="await_outcome"):
@@ -115,6 +120,10 @@ class CancelJob(Ask, frozen=True, tag="cancel_job"):
     """-> None. Withdraws a job that has not been sent to a backend; any other stays as it is."""
 
     job_id: str
+
+
+# The key of a model's unload_model: asked again, it is the same job, unless that one failed.
+UNLOAD = "unload"
 
 
 # -- models, samplers, checkpoints ------------------------------------------------------------------
@@ -130,6 +139,19 @@ class ListModels(Ask, frozen=True, tag="list_models"):
     """-> list[ModelView], newest first; live models only."""
 
     project_id: str | None = None
+
+
+class GetWeights(Ask, frozen=True, tag="get_weights"):
+    """-> rows.Job: the last one that came which changes the model's weights, or saves them for samplers.
+    NotServed where nothing is sampled."""
+
+    model_id: str
+
+
+class GetSample(Ask, frozen=True, tag="get_sample"):
+    """-> rows.Job of the tenant's sample that came under this key, None if there is none."""
+
+    key: str
 
 
 class CreateSampler(Ask, frozen=True, tag="create_sampler"):
@@ -188,6 +210,14 @@ class GetCapabilities(Ask, frozen=True, tag="get_capabilities"):
     """-> Capabilities"""
 
 
+class GetTokenizer(Ask, frozen=True, tag="get_tokenizer"):
+    """-> the directory of the served model's tokenizer, or its name on the hub; None if nothing says.
+    `use`: what it is for. Waits until a server has said what it serves, and raises NotServed where that
+    is not served. None: as far as is known now."""
+
+    use: Literal["training", "sampling"] | None = None
+
+
 Question = (
     CreateSession
     | Heartbeat
@@ -202,7 +232,8 @@ Question = (
     | CancelJob
     | GetModel
     | ListModels
-    | UnloadModel
+    | GetWeights
+    | GetSample
     | CreateSampler
     | GetSampler
     | ListCheckpoints
@@ -212,6 +243,7 @@ Question = (
     | GetHealth
     | GetMetrics
     | GetCapabilities
+    | GetTokenizer
 )
 
 

@@ -160,6 +160,8 @@ def _create_model(model_id: str, request: requests.CreateModel, context: Context
     lora = request.lora_config
     if not 1 <= lora.rank <= context.served.max_rank:
         raise UserError(f"rank {lora.rank} cannot be used: 1 to {context.served.max_rank} can")
+    if lora.alpha is not None and not 0 < lora.alpha < 1e6:
+        raise UserError(f"alpha {lora.alpha:g} cannot be used: more than 0 and less than 1e6 can")
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
         raise UserError("nothing to train: set one of train_attn, train_mlp, train_unembed")
     if request.optimizer_config.type != "adamw":
@@ -171,7 +173,7 @@ def _create_model(model_id: str, request: requests.CreateModel, context: Context
     )
     return tink_train.CreateModel(
         rank=lora.rank,
-        alpha=context.alpha,
+        alpha=context.alpha if lora.alpha is None else lora.alpha,
         seed=seed % 2**63,
         train_attn=lora.train_attn,
         train_mlp=lora.train_mlp,

@@ -110,6 +110,7 @@ def _(event: events.JobAccepted, record: Record) -> Iterator[Change]:
             model_id=who.model_id,
             sampler_id=event.sampler_id,
             seq_id=event.seq_id,
+            key=event.key,
             model_seq_id=event.model_seq_id,
             accepted_seq=record.seq,
             submitted_at=record.at,
@@ -326,6 +327,8 @@ class Ledger:
         self._addresses: dict[Key, rows.Checkpoint] = {}
         # By adapter version: a run makes one with each of its steps, and most of those are gone.
         self._samplers: defaultdict[str, list[rows.Sampler]] = defaultdict(list)
+        # (tenant, idempotency key) -> the session that was made with it. They are never forgotten.
+        self._sessions: dict[Key, rows.Session] = {}
 
     def table(self, name: str, kind: type[R]) -> dict[Key, R]:
         """One table, typed: `ledger.table("jobs", rows.Job)`."""
@@ -335,6 +338,9 @@ class Ledger:
         """The live checkpoint of that address."""
         found = self._addresses.get((model_id, kind, name))
         return found if found is not None and found.state == "live" else None
+
+    def session_of(self, tenant: str, idempotency_key: str) -> rows.Session | None:
+        return self._sessions.get((tenant, idempotency_key))
 
     def samplers_of(self, adapter_id: str) -> Iterable[rows.Sampler]:
         """Those of an adapter version, and of a session that is open."""
@@ -350,6 +356,8 @@ class Ledger:
                 self._addresses[address] = row
         elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
             self._samplers[row.adapter_id].append(row)
+        elif isinstance(row, rows.Session) and row.idempotency_key is not None:
+            self._sessions[row.tenant, row.idempotency_key] = row
 
     def forget(self, table: str, key: Key) -> rows.Row | None:
         """Takes a row out, and returns it."""

@@ -1,7 +1,8 @@
 """The jobs' requests, as the SDK sends them in JSON. Fields that a newer client adds are ignored.
 
 A request is journaled as it was received and decoded from there again, so these types may only grow
-by defaulted fields.
+by defaulted fields. The `seq_id` of a training job is its client's, and is None where the client counts
+nothing: what counts is that of the job.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class LoraConfig(Request, frozen=True):
+    """`alpha` None: the server's (TINK_LORA_ALPHA)."""
+
     rank: Int
     seed: Int | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
+    alpha: float | None = None
 
 
 class OptimizerConfig(Request, frozen=True):
@@ -72,14 +76,14 @@ class AdamParams(Request, frozen=True):
 
 class OptimStep(Request, frozen=True):
     model_id: str
-    seq_id: Int
+    seq_id: Int | None = None
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
 
 
 class SaveWeights(Request, frozen=True):
     model_id: str
-    seq_id: Int
+    seq_id: Int | None = None
     path: str | None = None
     ttl_seconds: Int | None = None
     overwrite: bool = False
@@ -90,7 +94,7 @@ class SaveWeightsForSampler(Request, frozen=True):
     """Without `path` the weights are ephemeral: they belong to a sampler of the model's session."""
 
     model_id: str
-    seq_id: Int
+    seq_id: Int | None = None
     path: str | None = None
     sampling_session_seq_id: Int | None = None
     kind: str = "snapshot"
@@ -101,7 +105,7 @@ class SaveWeightsForSampler(Request, frozen=True):
 
 class SaveWeightsExternal(Request, frozen=True):
     model_id: str
-    seq_id: Int
+    seq_id: Int | None = None
     path: str | None = None
     ttl_seconds: Int | None = None
     age_encryption_recipients: list[str] | None = None

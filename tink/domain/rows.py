@@ -80,6 +80,7 @@ class Job(Row, kw_only=True):
     model_id: str | None
     sampler_id: str | None
     seq_id: int
+    key: str | None = None
     model_seq_id: int | None
     op_no: int | None = None
     attempts: int = 0

@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Table, and_, bindparam
 
 from tink.domain import retention, rows
 from tink.domain.events import Record, TrainerStarted
+from tink.domain.requests import MUTATING
 from tink.domain.retention import Load
 from tink.errors import StartupError
 from tink.journal import schema, store
@@ -35,6 +36,13 @@ def last_incarnation(connection: Connection) -> rows.Incarnation | None:
 
 def count_events(connection: Connection) -> int:
     return store.last_seq(connection)
+
+
+def newest_event_at(connection: Connection) -> float | None:
+    """Seconds since the epoch."""
+    events = schema.events
+    found = connection.execute(select(events.c.at).order_by(events.c.seq.desc()).limit(1)).scalar()
+    return None if found is None else float(found)
 
 
 def count(connection: Connection, table: str) -> dict[str, int]:
@@ -247,12 +255,26 @@ def last_end(connection: Connection) -> int:
     return int(connection.execute(query).scalar() or 0)
 
 
-def unloading(connection: Connection, model_id: str) -> str:
-    """The job that has unloaded a model."""
+def job_of_key(connection: Connection, model_id: str, key: str) -> rows.Job | None:
+    """A model's job, by what a repeat of it is known by."""
     table = schema.jobs
-    query = select(table.c.job_id).where(table.c.model_id == model_id, table.c.op == "unload_model")
-    done = query.where(table.c.state == "done").order_by(table.c.seq_id.desc()).limit(1)
-    return str(connection.execute(done).scalar_one())
+    query = select(table).where(table.c.model_id == model_id, table.c.key == key, schema.KEYED)
+    return next(iter(_rows(connection, query, rows.Job)), None)
+
+
+def sample_of_key(connection: Connection, tenant: str, key: str) -> rows.Job | None:
+    """A tenant's sample, by what a repeat of it is known by."""
+    table = schema.jobs
+    query = select(table).where(table.c.tenant == tenant, table.c.key == key, schema.KEYED_SAMPLES)
+    return next(iter(_rows(connection, query, rows.Job)), None)
+
+
+def weights(connection: Connection, model_id: str) -> rows.Job | None:
+    """The last accepted job that changes a model's weights, or saves them for samplers."""
+    table = schema.jobs
+    ops = table.c.op.in_([*sorted(MUTATING), "save_weights_for_sampler"])
+    query = select(table).where(table.c.model_id == model_id, ops).order_by(table.c.seq_id.desc())
+    return next(iter(_rows(connection, query.limit(1), rows.Job)), None)
 
 
 def trainers(connection: Connection) -> list[str]:

@@ -44,6 +44,9 @@ BigKey = BigInteger().with_variant(Integer(), "sqlite")
 # The condition of the partial index on open jobs, word for word in the queries that are to use it: a
 # database does not recognise it in bound parameters.
 OPEN_JOBS = text("state IN ('accepted', 'running')")
+# Of jobs that a repeat is not known of by its number.
+KEYED = text("key IS NOT NULL")
+KEYED_SAMPLES = text("key IS NOT NULL AND model_id IS NULL")
 # Of adapters, checkpoints and snapshots.
 LIVE = text("state = 'live'")
 # What retention asks for.
@@ -156,6 +159,7 @@ jobs = Table(
     Column("model_id", Text),
     Column("sampler_id", Text, ForeignKey("samplers.sampler_id")),
     Column("seq_id", BigInteger, nullable=False),
+    Column("key", Text),
     Column("model_seq_id", BigInteger),
     Column("op_no", BigInteger),
     Column("attempts", Integer, nullable=False),
@@ -183,8 +187,10 @@ jobs = Table(
     Column("error", Text),
     # The identity of a job, whatever its body: a repeat finds the first one.
     Index("uq_jobs_model_id_seq_id", "model_id", "seq_id", unique=True),
+    Index("uq_jobs_model_id_key", "model_id", "key", unique=True, **_where(KEYED)),
     Index("uq_jobs_session_id_model_seq_id", "session_id", "model_seq_id", unique=True),
     Index("uq_jobs_sampler_id_seq_id", "sampler_id", "seq_id", unique=True),
+    Index("uq_jobs_tenant_key", "tenant", "key", unique=True, **_where(KEYED_SAMPLES)),
     Index("uq_jobs_model_id_op_no", "model_id", "op_no", unique=True),
     # Recovery reads open jobs only, however long the history is.
     Index("ix_jobs_open", "accepted_seq", **_where(OPEN_JOBS)),

@@ -219,6 +219,7 @@ def upgrade() -> None:
         sa.Column("model_id", sa.Text(), nullable=True),
         sa.Column("sampler_id", sa.Text(), nullable=True),
         sa.Column("seq_id", sa.BigInteger(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=True),
         sa.Column("model_seq_id", sa.BigInteger(), nullable=True),
         sa.Column("op_no", sa.BigInteger(), nullable=True),
         sa.Column("attempts", sa.Integer(), nullable=False),
@@ -283,6 +284,20 @@ def upgrade() -> None:
             sqlite_where=sa.text("op = 'load_weights'"),
             postgresql_where=sa.text("op = 'load_weights'"),
         )
+        batch_op.create_index(
+            "uq_jobs_model_id_key",
+            ["model_id", "key"],
+            unique=True,
+            sqlite_where=sa.text("key IS NOT NULL"),
+            postgresql_where=sa.text("key IS NOT NULL"),
+        )
+        batch_op.create_index(
+            "uq_jobs_tenant_key",
+            ["tenant", "key"],
+            unique=True,
+            sqlite_where=sa.text("key IS NOT NULL AND model_id IS NULL"),
+            postgresql_where=sa.text("key IS NOT NULL AND model_id IS NULL"),
+        )
         batch_op.create_index("uq_jobs_model_id_op_no", ["model_id", "op_no"], unique=True)
         batch_op.create_index("uq_jobs_model_id_seq_id", ["model_id", "seq_id"], unique=True)
         batch_op.create_index("uq_jobs_sampler_id_seq_id", ["sampler_id", "seq_id"], unique=True)
@@ -330,6 +345,16 @@ def downgrade() -> None:
         batch_op.drop_index("uq_jobs_sampler_id_seq_id")
         batch_op.drop_index("uq_jobs_model_id_seq_id")
         batch_op.drop_index("uq_jobs_model_id_op_no")
+        batch_op.drop_index(
+            "uq_jobs_tenant_key",
+            sqlite_where=sa.text("key IS NOT NULL AND model_id IS NULL"),
+            postgresql_where=sa.text("key IS NOT NULL AND model_id IS NULL"),
+        )
+        batch_op.drop_index(
+            "uq_jobs_model_id_key",
+            sqlite_where=sa.text("key IS NOT NULL"),
+            postgresql_where=sa.text("key IS NOT NULL"),
+        )
         batch_op.drop_index(
             "ix_jobs_loads",
             sqlite_where=sa.text("op = 'load_weights'"),

@@ -90,17 +90,20 @@ def _ordinary(q: messages.Question) -> Any:
             return messages.SessionView(session(q.session_id), [RUN], [SAMPLER])
         case messages.ListSessions():
             return [session()]
-        case messages.UnloadModel():
-            return messages.Promise(f"{q.model_id}:9", model_id=q.model_id)
         case messages.SubmitTraining():
-            return messages.Promise(ids.job_id(q.model_id, q.seq_id), model_id=q.model_id)
+            seq = 9 if q.seq_id is None else q.seq_id
+            return messages.Promise(ids.job_id(q.model_id, seq), model_id=q.model_id)
         case messages.SubmitSample():
-            job = ids.job_id(q.sampler_id, q.seq_id)
+            job = ids.job_id(q.sampler_id, 9 if q.seq_id is None else q.seq_id)
             return messages.Promise(job, sample_sequence_ids=ids.sequence_ids(job, q.num_samples))
         case messages.GetModel():
             return model(q.model_id)
         case messages.ListModels():
             return [model()]
+        case messages.GetWeights():
+            return training_job(q.model_id)
+        case messages.GetSample() | messages.GetTokenizer():
+            return None
         case messages.CreateSampler():
             return messages.Created(ids.sampler_id(q.session_id, q.sampling_seq_id))
         case messages.GetSampler():
@@ -152,6 +155,28 @@ def model(model_id: str = RUN) -> messages.ModelView:
         last_request_at=WHEN,
     )
     return messages.ModelView(row, "qwen3", "/home/tiny", checkpoint(), None)
+
+
+def training_job(model_id: str = RUN, **changes: Any) -> rows.Job:
+    row = rows.Job(
+        job_id=ids.job_id(model_id, 4),
+        tenant="default",
+        op="optim_step",
+        state="done",
+        session_id=SESSION,
+        model_id=model_id,
+        sampler_id=None,
+        seq_id=4,
+        model_seq_id=None,
+        accepted_seq=1,
+        submitted_at=WHEN,
+        body_sha256=None,
+        body_bytes=0,
+        codec="identity",
+        seed=None,
+        num_samples=None,
+    )
+    return msgspec.structs.replace(row, **changes)
 
 
 def sampler(sampler_id: str = SAMPLER) -> rows.Sampler:
@@ -259,6 +284,44 @@ BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/get_info"): {"model_id": RUN},
     ("POST", "/weights_info"): {"tinker_path": f"tinker://{RUN}/weights/final"},
     ("PUT", "/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl"): {"ttl_seconds": 3600},
+}
+
+
+_DATUM = {
+    "model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]},
+    "loss_fn_inputs": {
+        "target_tokens": {"data": [2, 3], "dtype": "int64", "shape": [2]},
+        "weights": [0, 0.5],
+    },
+}
+_BATCH = {
+    "model_id": RUN,
+    "data": [_DATUM],
+    "loss_fn": "ppo",
+    "loss_fn_config": {"clip_low_threshold": 0.9},
+}
+_CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello!"}]
+_SAMPLES = [
+    {"model_id": RUN, "prompt": [1, 2], "sampling_params": {"max_tokens": 4}, "num_samples": 2},
+    {"model_path": f"tinker://{RUN}/sampler_weights/final", "prompts": [_PROMPT, [1]]},
+    {"base_model": BASE, "messages": _CHAT[:1]},
+    {"base_model": BASE, "prompt": "Hello"},
+]
+_SAVE = {"model_id": RUN, "path": "final", "ttl_seconds": 60, "user_metadata": {"a": "b"}}
+
+# Valid requests of the REST API's operations.
+REST: dict[str, list[dict[str, Any]]] = {
+    "add_lora": [{"base_model": BASE, "rank": 4, "alpha": 8.0, "user_metadata": {"a": [1]}}],
+    "remove_lora": [{"model_id": RUN}],
+    "forward": [_BATCH],
+    "fwd": [_BATCH],
+    "fwdbwd": [_BATCH, {"model_id": RUN, "data": [_CHAT]}],
+    "optim": [{"model_id": RUN, "adam_params": {"learning_rate": 0.1}}],
+    "optim_step": [{"model_id": RUN}],
+    "load_weights": [{"model_id": RUN, "path": f"tinker://{RUN}/weights/final", "optimizer": True}],
+    "save_weights": [_SAVE],
+    "save_weights_for_sampler": [_SAVE, {"model_id": RUN}],
+    "sample": _SAMPLES,
 }
 
 

@@ -14,6 +14,7 @@ from tink import limits
 from tink.api.body import Body, beginning, expand
 from tink.domain import messages
 from tink.errors import MalformedRequest, TooLarge
+from tink.limits import MAX_SEQ
 
 JSON = {"Content-Type": "application/json"}
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
@@ -109,7 +110,16 @@ async def test_a_command_that_does_not_is_refused_at_once(post, worker, sent):
 
 @pytest.mark.parametrize(
     ("seq_id", "status"),
-    [(1, 200), (2**63 - 1, 200), (0, 400), (-1, 400), (2**63, 400), (10**400, 400), (1.5, 400)],
+    [
+        (1, 200),
+        (MAX_SEQ, 200),
+        (MAX_SEQ + 1, 400),
+        (0, 400),
+        (-1, 400),
+        (2**63, 400),
+        (10**400, 400),
+        (1.5, 400),
+    ],
 )
 async def test_the_range_of_a_sequence_number(post, worker, seq_id, status):
     sent = json.dumps({"model_id": RUN, "seq_id": seq_id}).encode()

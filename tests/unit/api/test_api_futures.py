@@ -123,7 +123,7 @@ async def test_a_thousand_polls_are_all_answered_once(client, worker, autojump_c
     answers = []
 
     async def poll(i):
-        answer = await client.post(PATH, json={"request_id": f"{SAMPLER}:{i}"})
+        answer = await client.post(PATH, json={**POLL, "request_id": f"{SAMPLER}:{i}"})
         answers.append((i, answer.json()))
 
     async with trio.open_nursery() as nursery:

@@ -9,26 +9,38 @@ from urllib.parse import urlencode
 import httpx
 import trio
 import zstandard
-from api_double import BODIES, RUN, SESSION, StillWorld, Worker, lease, protobuf
+from api_double import BODIES, REST, RUN, SAMPLER, SESSION, StillWorld, Worker, lease, protobuf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tink.api import tinker
+from tink.api import both, rest, tinker
 from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.domain import messages
 
 POSTS = sorted(
-    path for path, handlers in tinker.TABLE.items() if "POST" in handlers and path != "/retrieve_future"
+    path for path, handlers in both.together(tinker.TABLE, rest.API).items() if "POST" in handlers
 )
+
+# By path. Those that the SDK has too are drawn with its bodies or with these.
+PLAIN = {f"/{name}{form}": bodies for name, bodies in REST.items() for form in ("", "_async")} | {
+    "/asample": REST["sample"]
+}
+for _, path in BODIES.keys() & {("POST", path) for path in PLAIN}:
+    PLAIN[path] = [*PLAIN[path], BODIES["POST", path]]
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 _json = st.recursive(
     _scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner)
 )
 _names = st.sampled_from(sorted({name for body in BODIES.values() for name in body}))
+_keys = st.text(st.characters(max_codepoint=255), max_size=8).map(lambda key: key.encode("latin-1"))
 _ids = st.sampled_from(
     [RUN, SESSION, f"{SESSION}:sample:0", "", "x:train:", "../..", "\x00", "tinker://a/b/c"]
+)
+# Whatever a call of the REST API waits for has come to this end.
+_SAVED = messages.Outcome(
+    "save_weights_for_sampler", "done", result={"sampling_session_id": SAMPLER, "path": "p"}
 )
 _objects = st.dictionaries(_names, _json | _ids, max_size=8)
 
@@ -46,17 +58,19 @@ def mutated(draw, valid):
 def changed(draw, path):
     """A valid body with some of its fields replaced."""
     valid = BODIES.get(("POST", path), {"model_id": RUN, "seq_id": 1})
+    if path in PLAIN:
+        valid = draw(st.sampled_from(PLAIN[path]))
     return json.dumps({**valid, **draw(_objects)}).encode()
 
 
 @st.composite
 def posts(draw):
     path = draw(st.sampled_from(POSTS))
-    valid = json.dumps(BODIES.get(("POST", path), {})).encode()
+    valid = json.dumps(draw(st.sampled_from(PLAIN.get(path, [BODIES.get(("POST", path), {})])))).encode()
     if path == "/forward_backward":
         valid = protobuf()
     body = draw(st.binary(max_size=200) | mutated(valid) | changed(path))
-    headers = {}
+    headers = {"idempotency-key": draw(_keys)} if draw(st.booleans()) else {}
     media = "application/x-protobuf" if path == "/forward_backward" else "application/json"
     headers["content-type"] = draw(st.sampled_from([media] * 8 + ["", "text/plain", "application/json"]))
     if draw(st.integers(0, 3)) == 0:
@@ -75,6 +89,7 @@ async def _post(worker, path, body, headers):
 @given(post=posts())
 def test_no_bytes_are_an_internal_error(post):
     worker = Worker()
+    worker.script(messages.AwaitOutcome, _SAVED)
     answer = trio.run(_post, worker, *post)
     assert answer.status_code < 500
     if answer.status_code >= 400:
@@ -93,6 +108,7 @@ def _assert_well_formed(question):
     if isinstance(question, messages.SubmitTraining):
         assert question.model_id.startswith(f"{question.session_id}:train:")
         assert (question.seq_id == 0) == (question.model_seq_id is not None)
+        assert question.key is None or (question.key.isprintable() and len(question.key) < 200)
         assert question.invalid is None or (question.invalid and question.body == b"")
 
 

@@ -29,6 +29,7 @@ def test_the_commands_are_these():
     assert set(EVERY) == {
         ("serve",),
         ("config",),
+        ("doctor",),
         ("status",),
         ("jobs",),
         ("jobs", "show"),

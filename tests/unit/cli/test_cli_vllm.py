@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 import stat
+from dataclasses import fields
 
 import pytest
 
 from tink.cli import vllm
+from tink.settings import Settings
 
 PROGRAM = """#!/bin/sh
 echo "$0 $*"
@@ -80,6 +82,23 @@ def test_it_becomes_vllm_and_keeps_tinks_variables_from_it(tink, model, tmp_path
     assert "VLLM_PORT" not in environment
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_where_vllm_s_own_processes_meet_is_what_vllm_calls_its_port(tink, model, monkeypatch):
+    monkeypatch.setenv("VLLM_PORT", "9000")
+    monkeypatch.setenv("VLLM_GROUP_PORT", "9100")
+    words = printed(tink, model)
+    assert words[words.index("--port") + 1] == "9000"
+    assert "VLLM_PORT=9100" in words[: words.index("vllm")]
+    environment = vllm.environment(Settings.load({"VLLM_GROUP_PORT": "9100"}), {"VLLM_GROUP_PORT": "9100"})
+    assert environment["VLLM_PORT"] == "9100"
+    assert "VLLM_GROUP_PORT" not in environment
+
+
+def test_no_variable_of_tinks_own_reaches_vllm():
+    known = {name for field in fields(Settings) for name in field.metadata["names"]}
+    # The key is vLLM's own variable, and means the same.
+    assert {name for name in known if name.startswith("VLLM_")} - {"VLLM_API_KEY"} == vllm.OURS
 
 
 def test_without_vllm_it_says_what_to_install(tink, model):

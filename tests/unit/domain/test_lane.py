@@ -72,6 +72,11 @@ class AnyLane(RuleBasedStateMachine):
         assert self.running is not None
 
     @invariant()
+    def its_end_is_behind_all_that_have_come(self) -> None:
+        come = self.arrived | self.refused | self.skipped
+        assert self.lane.end() == max(come, default=-1) + 1
+
+    @invariant()
     def a_gap_is_what_is_missing_before_what_waits(self) -> None:
         waiting = self.arrived - set(self.started)
         gap = self.lane.gap()

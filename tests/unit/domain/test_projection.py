@@ -141,6 +141,10 @@ HISTORY: list[tuple[Subject, AnyEvent]] = [
         events.BodiesPruned(count=2, bytes=12, submitted_before=1.7e9, finished_before=1.6e9),
     ),
     (_about(MODEL, job_id="s:train:0:2"), events.ModelRemoved()),
+    (
+        _about(MODEL, job_id="s:train:0:5"),
+        events.JobAccepted(op="optim_step", seq_id=5, request="{}", body_bytes=2, key="k"),
+    ),
 ]
 
 

@@ -23,10 +23,10 @@ LEAST: dict[type[Request], dict[str, Any]] = {
         "base_model": "m",
         "lora_config": {"rank": 8},
     },
-    requests.OptimStep: {"model_id": "m", "seq_id": 1},
-    requests.SaveWeights: {"model_id": "m", "seq_id": 1},
-    requests.SaveWeightsForSampler: {"model_id": "m", "seq_id": 1},
-    requests.SaveWeightsExternal: {"model_id": "m", "seq_id": 1},
+    requests.OptimStep: {"model_id": "m"},
+    requests.SaveWeights: {"model_id": "m"},
+    requests.SaveWeightsForSampler: {"model_id": "m"},
+    requests.SaveWeightsExternal: {"model_id": "m"},
     requests.LoadWeights: {"path": "tinker://m/weights/a"},
     requests.Sample: {},
 }
@@ -75,6 +75,15 @@ def test_a_required_field_that_is_missing_or_of_another_type_is_named(kind: type
             requests.decode(msgspec.json.encode(without), kind)
         with pytest.raises(MalformedRequest, match=rf"\$\.{field}"):
             requests.decode(msgspec.json.encode({**LEAST[kind], field: [[]]}), kind)
+
+
+@kinds
+def test_a_job_that_is_not_counted_has_no_number_and_one_that_is_has_a_number(kind: type[Request]) -> None:
+    body = msgspec.json.encode(LEAST[kind])
+    if "seq_id" in kind.__struct_fields__:
+        assert requests.decode(body, kind).seq_id is None
+        with pytest.raises(MalformedRequest, match=r"\$\.seq_id"):
+            requests.decode(msgspec.json.encode({**LEAST[kind], "seq_id": "1"}), kind)
 
 
 @kinds

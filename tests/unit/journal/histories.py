@@ -128,6 +128,7 @@ def _training_job(draw: st.DrawFn, state: _State) -> Entry:
         body_bytes=draw(counts),
         codec=draw(st.sampled_from(["identity", "zstd"])),
         invalid=draw(st.none() | texts),
+        key=draw(st.sampled_from([None, f"key {seq}"])),
     )
 
 

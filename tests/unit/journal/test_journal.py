@@ -439,13 +439,16 @@ async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path
         event.listen(journal._reader, "before_cursor_execute", note)
         await journal.job("j")
         await journal.read(partial(queries.ops, model_id="m", after=3, upto=7))
+        await journal.read(partial(queries.job_of_key, model_id="m", key="k"))
+        await journal.read(partial(queries.sample_of_key, tenant="t", key="k"))
+        await journal.read(partial(queries.weights, model_id="m"))
         with journal._reader.connect() as connection:
             store.read_present(connection)
             begun = len(sent)
             written = {(name, ("x",) * len(key)): {} for name, (_, key) in rows.TABLES.items()}
             store._stored(connection, written, Ledger())
         event.remove(journal._reader, "before_cursor_execute", note)
-        one, ops, *tables = sent[:begun]
+        one, ops, of_key, sample_of_key, weights, *tables = sent[:begun]
         by_key = sent[begun:]
         open_jobs, adapters, snapshots = [
             next(s for s in tables if f"FROM {name}" in s) for name in ("jobs", "adapters", "snapshots")
@@ -461,6 +464,10 @@ async def test_hot_queries_use_their_indexes(autojump_clock: MockClock, tmp_path
 
         assert "USING INDEX sqlite_autoindex_jobs_1 (job_id=?)" in plan(one)
         assert "USING INDEX uq_jobs_model_id_op_no (model_id=? AND op_no>? AND op_no<?)" in plan(ops)
+        assert "USING INDEX uq_jobs_model_id_key (model_id=? AND key=?)" in plan(of_key)
+        assert "USING INDEX uq_jobs_tenant_key (tenant=? AND key=?)" in plan(sample_of_key)
+        assert "USING INDEX uq_jobs_model_id_seq_id (model_id=?)" in plan(weights)
+        assert "USE TEMP B-TREE" not in plan(weights)
         assert "ix_jobs_open" in plan(open_jobs)
         assert "ix_adapters_live" in plan(adapters)
         assert "ix_snapshots_live" in plan(snapshots)

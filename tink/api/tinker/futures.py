@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import trio
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from tink.api import waiting
 from tink.api.call import MEDIA_PROTOBUF, Call, Table, identifier
 from tink.api.refusals import JSON, RETRY_AFTER
 from tink.domain import messages
@@ -25,7 +24,10 @@ async def retrieve(call: Call) -> Any:
     """Holds the poll for a while before it says "not yet": the SDK asks again at once. A result stays
     where it is, so a reply that is lost on the way can be fetched again."""
     request_id = identifier((await call.json(Future)).request_id)
-    outcome = await _watched(call, messages.AwaitOutcome(tenant=call.tenant, job_id=request_id))
+    try:
+        outcome = await waiting.outcome(call, request_id, POLL_HOLD)
+    except TinkError as error:
+        raise _patient(error) from None
     if outcome is None:
         return JSON({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
     if outcome.state == "failed":
@@ -35,38 +37,6 @@ async def retrieve(call: Call) -> Any:
     if outcome.body is not None:
         return Response(outcome.body, media_type=MEDIA_PROTOBUF)
     return outcome.result or {}
-
-
-async def _watched(call: Call, question: messages.AwaitOutcome) -> messages.Outcome | None:
-    """The answer, None when it did not come within the hold. Raises ClientDisconnect as soon as the
-    poller is gone, so that a wait for nobody holds nothing."""
-    outcome: messages.Outcome | None = None
-    refused: TinkError | None = None
-    gone = False
-
-    async with trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            nonlocal gone
-            while (await call.request.receive())["type"] != "http.disconnect":
-                pass
-            gone = True
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(watch)
-        with trio.move_on_after(POLL_HOLD):
-            try:
-                outcome = await call.ask(question)
-            except TinkError as error:
-                # Not out of the nursery: that would wrap it in a group.
-                refused = error
-        nursery.cancel_scope.cancel()
-
-    if refused is not None:
-        raise _patient(refused)
-    if gone and outcome is None:
-        raise ClientDisconnect
-    return outcome
 
 
 def _patient(error: TinkError) -> TinkError | HTTPException:

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from tink import limits
 from tink.api.body import Body, beginning, expand
-from tink.api.call import MAX_INT, MEDIA_JSON, MEDIA_PROTOBUF, Call, Handler, Table, identifier, natural
+from tink.api.call import MEDIA_JSON, MEDIA_PROTOBUF, Call, Handler, Table, identifier, natural
 from tink.api.tinker.peek import json_members, protobuf_ids
 from tink.domain import ids, messages, requests
 from tink.domain.requests import OpName
@@ -46,10 +46,10 @@ class Place(NamedTuple):
 
     @classmethod
     def of_model(cls, model_id: str, seq_id: int) -> Place:
-        session_id, mark, number = model_id.rpartition(":train:")
-        if not (mark and number.isdigit()):
+        found = ids.Place.of_model(model_id)
+        if found is None:
             raise NotFound(f"{model_id[:80]!r} is not a training run's id")
-        return cls(identifier(session_id), identifier(model_id), seq_id)
+        return cls(identifier(found.session_id), identifier(model_id), seq_id)
 
 
 def command(op: OpName, kind: type[requests.Request]) -> Handler:
@@ -97,7 +97,7 @@ async def _submit(
     fields: dict[str, Any],
     body: Body,
     invalid: MalformedRequest | TooLarge | None,
-    most: int = MAX_INT,
+    most: int = limits.MAX_SEQ,
 ) -> dict[str, Any]:
     place = Place.of(fields, most)
     if place is None:
@@ -122,8 +122,17 @@ async def unload_model(call: Call) -> dict[str, Any]:
     """The SDK gives it no number."""
     sent = await call.json(requests.UnloadModel)
     place = Place.of_model(sent.model_id, 1)
-    ask = messages.UnloadModel(call.tenant, place.session_id, place.model_id)
-    promise: messages.Promise = await call.ask(ask)
+    promise: messages.Promise = await call.ask(
+        messages.SubmitTraining(
+            tenant=call.tenant,
+            op="unload_model",
+            session_id=place.session_id,
+            model_id=place.model_id,
+            seq_id=None,
+            body=msgspec.json.encode(sent),
+            key=messages.UNLOAD,
+        )
+    )
     return {"request_id": promise.request_id, "model_id": promise.model_id}
 
 
