@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fair",
         action="store_true",
-        help=f"no user's p95 wait over {FAIR:g} times the mean of all (not with --url: the journal has it)",
+        help=f"the p95 of what a user's steps waited is at most {FAIR:g} times the mean of all "
+        "(not with --url: the journal has it)",
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="for home and logs (deleted in the end)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

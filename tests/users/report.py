@@ -24,7 +24,7 @@ def problems(found: Trial, at_least: float | None = None, fair: bool = False) ->
         lines.append(f"{found.speedup:.2f} times as fast is less than {at_least:g}")
     if fair and (found.unfairness is None or found.unfairness > FAIR):
         lines.append(
-            "a user's p95 wait is "
+            "the p95 of what a user's steps waited is "
             + ("not known" if found.unfairness is None else f"{found.unfairness:.2f} times the mean")
         )
     return lines
@@ -39,7 +39,7 @@ def document(found: Trial) -> dict[str, Any]:
                 "losses": together.losses,
                 "alone_seconds": alone.seconds,
                 "together_seconds": together.seconds,
-                "queue_ms": waited,
+                "step_waits_ms": waited,
                 "identical": same,
                 "error": alone.error or together.error,
             }
@@ -56,11 +56,11 @@ def document(found: Trial) -> dict[str, Any]:
 
 
 def show(found: Trial) -> None:
-    columns = ("USER", "LOSS", "ALONE", "AT ONCE", "JOB WAITS", "P95", "AS ALONE")
-    table = printing.table(*columns, right=("ALONE", "AT ONCE", "JOB WAITS", "P95"))
+    columns = ("USER", "LOSS", "ALONE", "AT ONCE", "STEP WAITS", "P95", "AS ALONE")
+    table = printing.table(*columns, right=("ALONE", "AT ONCE", "STEP WAITS", "P95"))
     said = document(found)
     for user in said["users"]:
-        losses, waited = user["losses"], user["queue_ms"]
+        losses, waited = user["losses"], user["step_waits_ms"]
         table.add_row(
             str(user["user"]),
             f"{losses[0]:.1f} -> {losses[-1]:.1f}" if losses else "-",
@@ -81,4 +81,6 @@ def show(found: Trial) -> None:
         print(f"training jobs that ran at one time: {found.most_running}")
     # Where everyone has a slot of their own the waits are the worker's own milliseconds.
     if found.most_running == 1 and found.unfairness is not None:
-        print(f"the longest p95 wait of a user is {found.unfairness:.2f} times the mean of all")
+        print(
+            f"the longest p95 of what a user's steps waited is {found.unfairness:.2f} times the mean of all"
+        )

@@ -116,6 +116,12 @@ def test_fair_is_nobody_who_waits_twice_as_long_as_all(waits, code):
     assert status(found) == 0
 
 
+def test_a_step_waits_as_long_as_its_batch_and_it_together():
+    jobs = [("forward_backward", 3.0), ("optim_step", 1.0), ("forward_backward", 2.0), ("optim_step", 4.0)]
+    assert trial.step_waits(jobs) == [4.0, 6.0]
+    assert trial.step_waits(jobs[1:]) == [6.0]
+
+
 def test_a_p95_is_what_five_of_a_hundred_exceed():
     assert (p95([3.0]), p95([*range(100)]), p95([*range(20)])) == (3.0, 94, 18)
 

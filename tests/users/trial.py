@@ -22,9 +22,9 @@ FAIR = 2.0
 
 @dataclass(frozen=True)
 class Trial:
-    """`alone` and `together`: the outcomes of each user, in order. `waits`: what each user's training jobs
-    waited when all came at once (ms, from the journal); `most_running`: how many of them ran at one time.
-    Both None if the journal is not ours."""
+    """`alone` and `together`: the outcomes of each user, in order. `waits`: how long each user's training
+    steps waited for others when all came at once (ms, from the journal); `most_running`: how many training
+    jobs ran at one time. Both None if the journal is not ours."""
 
     alone: list[Outcome]
     together: list[Outcome]
@@ -105,15 +105,13 @@ def with_journal(trial: Trial, journal: Path) -> Trial:
     models = [outcome.model_id or "" for outcome in trial.together]
     with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as connection:
         waits = [
-            [
-                row[0]
-                for row in connection.execute(
-                    # What is removed is removed when all have ended.
-                    "SELECT queue_ms FROM jobs WHERE model_id = ? AND queue_ms IS NOT NULL "
-                    "AND op != 'unload_model'",
+            step_waits(
+                connection.execute(
+                    "SELECT op, queue_ms FROM jobs WHERE model_id = ? AND queue_ms IS NOT NULL "
+                    "AND op IN ('forward_backward', 'optim_step') ORDER BY seq_id",
                     (model,),
                 )
-            ]
+            )
             for model in models
         ]
         events = connection.execute(
@@ -121,6 +119,19 @@ def with_journal(trial: Trial, journal: Path) -> Trial:
         )
         jobs = [(kind, job_id) for kind, model_id, job_id in events if model_id in models]
     return replace(trial, waits=waits, most_running=most_running(jobs))
+
+
+def step_waits(jobs: Iterable[tuple[str, float]]) -> list[float]:
+    """What each batch and the step behind it waited together, from the op and wait of a model's jobs in
+    order. Not each alone: where one job runs at a time, who waited with the batch need not with the step,
+    so that even with equal turns some jobs wait twice the mean of all."""
+    waits: list[float] = []
+    for op, wait in jobs:
+        if op == "forward_backward":
+            waits.append(wait)
+        elif waits:
+            waits[-1] += wait
+    return waits
 
 
 def most_running(events: Iterable[tuple[str, str]]) -> int:

@@ -19,31 +19,29 @@ class Jobs:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._first: dict[str, None] = {}
         self._waiting: dict[str, None] = {}
         self._expected: dict[str, None] = {}
         self._running: set[str] = set()
         self._aside: set[str] = set()
         self._changed = trio.Event()
 
-    def send(self, job_id: str, *, first: bool = False) -> None:
-        """Never blocks: open jobs are bounded where they are accepted. `first`: it runs before all that
-        were not sent so, whatever came earlier."""
-        if job_id not in self._running and job_id not in self._first and job_id not in self._waiting:
-            (self._first if first else self._waiting)[job_id] = None
+    def send(self, job_id: str) -> None:
+        """Never blocks: open jobs are bounded where they are accepted."""
+        if job_id not in self._running:
+            self._waiting.setdefault(job_id)
             self._expected.pop(job_id, None)
             self._change()
 
     def expect(self, job_id: str) -> None:
         """It will be sent once another one, which runs or waits here, has ended: until then it is not run,
         but it is among those that are `coming`."""
-        if job_id not in self._running and job_id not in self._first and job_id not in self._waiting:
+        if job_id not in self._running and job_id not in self._waiting:
             self._expected.setdefault(job_id)
             self._change()
 
     def coming(self) -> list[str]:
         """Those that cannot run yet, and will, in about that order."""
-        return [*((*self._first, *self._waiting) if self._full else ()), *self._expected]
+        return [*(self._waiting if self._full else ()), *self._expected]
 
     async def changed(self) -> None:
         """Returns when a job has come, begun or ended."""
@@ -51,11 +49,9 @@ class Jobs:
 
     def withdraw(self, job_id: str) -> bool:
         """Takes back a job that waits; False if it is run already, or is not here."""
-        for waiting in (self._first, self._waiting):
-            if job_id in waiting:
-                del waiting[job_id]
-                return True
-        return False
+        waits = job_id in self._waiting
+        self._waiting.pop(job_id, None)
+        return waits
 
     def step_aside(self, job_id: str) -> None:
         """What is left to do for a job that runs needs no slot."""
@@ -65,7 +61,6 @@ class Jobs:
 
     def clear(self) -> None:
         """Forgets those that it does not run."""
-        self._first.clear()
         self._waiting.clear()
         self._expected.clear()
 
@@ -73,10 +68,10 @@ class Jobs:
         """Runs them for ever. What `run_one` raises ends all that run."""
         async with trio.open_nursery() as nursery:
             while True:
-                while self._full or not (waiting := self._first or self._waiting):
+                while not self._waiting or self._full:
                     await self._changed.wait()
-                job_id = next(iter(waiting))
-                del waiting[job_id]
+                job_id = next(iter(self._waiting))
+                del self._waiting[job_id]
                 self._running.add(job_id)
                 self._change()
                 nursery.start_soon(self._run_one, run_one, job_id)

@@ -1,9 +1,8 @@
 """The training lane: sends one operation after another to the training server, whatever its engine.
 
 A slot is one operation in flight: one for Megatron, MAX_WORKERS for the HuggingFace engine. The router
-hands it at most one job of a model at a time, so the queue is fair between models by its order alone: a
-model's next job joins at the end. But a turn is a step: the optim_step that comes next after its model's
-forward_backward, which takes milliseconds, does not wait for the others' forward_backwards.
+hands it at most one job of a model at a time, so the queue is fair between models by its order alone:
+a model's next job joins at the end.
 
 While operations run, the bodies of those behind them go to the server (ahead.py).
 
@@ -71,14 +70,7 @@ class MegatronActor:
         self._redo = Redo(journal, snapshots)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
         self.jobs = Jobs(slots)
-        self._mid_step: set[str] = set()  # models whose last job was a forward_backward
         self._ahead = Ahead(journal, link, self.jobs, world)
-
-    def send(self, job_id: str) -> None:
-        job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
-        if job is None:
-            return  # it was sent twice, and has ended
-        self.jobs.send(job_id, first=job.op == "optim_step" and job.model_id in self._mid_step)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -101,8 +93,6 @@ class MegatronActor:
         await self._settle(job_id)
         if job.state == "done" and job.op in MUTATING:
             await self._snapshots.consider(self._link.present, job)
-        note = self._mid_step.add if job.op == "forward_backward" else self._mid_step.discard
-        note(str(job.model_id))
         await self._release(job_id)
 
     async def _run_to_its_end(self, job: rows.Job) -> None:

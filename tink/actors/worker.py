@@ -93,7 +93,7 @@ async def open_worker(
     )
     trains, sampled = routes.training is not None, routes.sampling is not None
     router.connect(
-        train=megatron.send if trains else None,
+        train=megatron.jobs.send if trains else None,
         expect=megatron.jobs.expect if trains else None,
         sample=sampler.jobs.send if sampled else None,
         withdraw=sampler.jobs.withdraw,

@@ -53,24 +53,6 @@ async def test_a_job_that_is_sent_twice_runs_once(autojump_clock: MockClock, nur
     assert runs.begun == ["a", "b"]
 
 
-async def test_what_is_sent_first_runs_before_what_waits_and_in_its_own_order(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    jobs = Jobs(1)
-    runs = Runs(jobs)
-    nursery.start_soon(jobs.run, runs)
-    for name in "abcd":
-        jobs.send(name)
-        await wait_all_tasks_blocked()
-    for name in "xyzxb":  # those that are here already keep their places
-        jobs.send(name, first=True)
-    assert jobs.coming() == ["x", "y", "z", "b", "c", "d"]
-    assert jobs.withdraw("y")
-    runs.gate.set()
-    await wait_all_tasks_blocked()
-    assert runs.begun == ["a", "x", "z", "b", "c", "d"]
-
-
 async def test_what_waits_can_be_withdrawn_and_what_runs_cannot(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
