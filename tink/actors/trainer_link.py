@@ -262,16 +262,7 @@ class TrainerLink:
             lease=self._journal.incarnation,
             applied={model: held.applied for model, held in state.models.items()},
         )
-        started = TrainerStarted(
-            incarnation=info.incarnation,
-            engine=info.engine,
-            base_model=info.base_model,
-            base_digest=info.base_digest,
-            arch=info.arch,
-            max_context=info.max_context,
-            base_path=info.base_path,
-            versions=info.versions,
-        )
+        started = TrainerStarted.of(info)
         again = started == self._served and self._arrived_once and self._told is None
         if started != self._served:
             self._warn_of_versions(info)

@@ -79,16 +79,7 @@ class Servers:
                 info = await client.info()
         except (BackendError, StartupError) as error:
             return [wrong("trainer", str(error), start)]
-        self._trained = TrainerStarted(
-            incarnation=info.incarnation,
-            engine=info.engine,
-            base_model=info.base_model,
-            base_digest=info.base_digest,
-            arch=info.arch,
-            max_context=info.max_context,
-            base_path=info.base_path,
-            versions=info.versions,
-        )
+        self._trained = TrainerStarted.of(info)
         detail = f"{url}, {info.engine}, {info.base_model}"
         if "train" not in info.capabilities:
             return [warning("trainer", f"{detail}: it only samples; {NO_TRAINING}", start)]

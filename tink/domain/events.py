@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from tink.domain.requests import OpName
+from tink.wire.tink_train import Info
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
@@ -46,6 +47,10 @@ class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
     max_context: int = 0
     base_path: str | None = None
     versions: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, info: Info) -> TrainerStarted:
+        return cls(**{name: getattr(info, name) for name in cls.__struct_fields__})
 
 
 # -- sessions ---------------------------------------------------------------------------------------
