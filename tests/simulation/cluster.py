@@ -18,7 +18,7 @@ from tests.simulation.power import Image, Storage
 from tests.simulation.watch import Watch
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
-from tink.domain import ids, messages
+from tink.domain import ids, keys, messages
 from tink.domain.requests import OpName
 from tink.errors import JournalUnavailable, Overloaded, tink_error
 from tink.journal import store
@@ -312,7 +312,7 @@ class Cluster:
 
     async def unload(self, model_id: str) -> messages.Promise:
         body = msgspec.json.encode({"model_id": model_id})
-        return await self.submit(model_id, None, "unload_model", body, key=messages.UNLOAD)
+        return await self.submit(model_id, None, "unload_model", body, key=keys.UNLOAD)
 
     async def create(self, session_id: str, number: int = 0, *, tenant: str = TENANT, **config: Any) -> str:
         model_id = ids.model_id(session_id, number)

@@ -10,7 +10,7 @@ import msgspec
 
 from tests.simulation.cluster import Cluster
 from tests.simulation.faults import Fault, draw
-from tink.domain import ids, messages
+from tink.domain import ids, keys, messages
 from tink.domain.requests import DATA_OPS, OpName
 from tink.errors import NotFound
 
@@ -160,7 +160,7 @@ class Client:
         await self._flush()
         if self._unloaded:
             body = msgspec.json.encode({"model_id": self._model})
-            ask = self._training("unload_model", body, None, messages.UNLOAD)
+            ask = self._training("unload_model", body, None, keys.UNLOAD)
             promise: messages.Promise = await self._cluster.ask(ask)
             self._pending.append((Op("unload", 0), ask, promise.request_id))
         for op, question, job in self._pending:

@@ -18,7 +18,8 @@ from tink.domain import messages
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = HashEngine.facts.fget
     assert facts is not None
-    monkeypatch.setattr(HashEngine, "facts", property(lambda self: replace(facts(self), engine=ENGINE)))
+    plain = property(lambda self: replace(facts(self), engine=ENGINE, capabilities=["sample"]))
+    monkeypatch.setattr(HashEngine, "facts", plain)
 
 
 async def test_training_fails_there_in_one_line_and_nothing_is_sent(

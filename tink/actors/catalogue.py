@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from tink.actors.artifacts import ArtifactFolder
-from tink.domain import ids, messages, plans, rows
+from tink.domain import ids, keys, messages, plans, rows
 from tink.domain.events import (
     CheckpointChanged,
     CheckpointDeleted,
@@ -154,7 +154,7 @@ class Catalogue:
     async def _finish_session(self, ask: messages.FinishSession) -> None:
         async with self._journal.naming:
             session = self.session(ask.tenant, ask.session_id)
-            if session.idempotency_key == messages.REST:
+            if session.idempotency_key == keys.REST_SESSION:
                 raise UserError(
                     "this session has the models of the REST API, and stays: remove_lora ends one"
                 )

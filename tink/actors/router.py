@@ -22,7 +22,7 @@ import trio
 from tink import crash
 from tink.actors.catalogue import Catalogue
 from tink.actors.mailbox import Mailbox, Reply
-from tink.domain import ids, messages, rows
+from tink.domain import ids, keys, messages, rows
 from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
 from tink.domain.lane import Lane
 from tink.domain.requests import DATA_OPS
@@ -213,7 +213,7 @@ class Router:
             known = await self._of_key(ask, key)
             while known is not None and (known.op, known.state) == ("unload_model", "failed"):
                 # It changed nothing, and whoever asks again means another try.
-                key = f"{ask.key} {known.seq_id}"
+                key = keys.again(str(ask.key), known.seq_id)
                 known = await self._of_key(ask, key)
             if known is not None:
                 await self._check_same(known, ask)

@@ -14,7 +14,6 @@ import structlog
 import trio
 
 from tink.actors.backoff import Backoff
-from tink.backends import text_generation
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
@@ -56,9 +55,9 @@ class Life:
 
     def require_training(self) -> None:
         """Raises BackendError of a server that only samples."""
-        if self.info.engine == text_generation.ENGINE:
+        if not self.info.trains:
             raise BackendError(
-                f"the server at {self.client.url} is a plain {text_generation.ENGINE}, which only samples: "
+                f"the server at {self.client.url} is a plain {self.info.engine}, which only samples: "
                 "training needs `tink trainer --engine megatron` in its place"
             )
 
@@ -170,8 +169,8 @@ class TrainerLink:
     def state(self) -> str:
         """For people: `ready`, or why it is waited for."""
         if self._life is not None:
-            plain = self._life.info.engine == text_generation.ENGINE
-            return f"ready: a plain {text_generation.ENGINE}, which only samples" if plain else "ready"
+            info = self._life.info
+            return "ready" if info.trains else f"ready: a plain {info.engine}, which only samples"
         return f"awaited: {self._told}" if self._told else "awaited"
 
     async def run(self) -> None:

@@ -19,7 +19,6 @@ from tink.actors.snapshots import Snapshots
 from tink.actors.supervisor import supervise
 from tink.actors.trainer_link import Find, TrainerLink
 from tink.actors.trainer_samples import TrainerSamples
-from tink.backends import text_generation
 from tink.journal.journal import Journal
 from tink.limits import (
     SAMPLE_SLOTS,
@@ -136,8 +135,7 @@ def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
             return None
         # What is longer could be trained, and not sampled.
         context = min([trained.max_context, *(one.max_context for one in served)])
-        trains = trained.engine != text_generation.ENGINE
-        return Base(trained.base_model, context, trained.arch, trained.base_path, trains)
+        return Base(trained.base_model, context, trained.arch, trained.base_path, trained.trains)
 
     async def base() -> Base:
         if link is not None:

@@ -21,12 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from tink.backends.replica import Aborted, ReplicaGone, Sampled
+from tink.domain import sampling
 from tink.errors import UserError
 from tink.limits import (
     MAX_NUM_SAMPLES,
-    MAX_STOPS,
-    MAX_TOPK,
-    MAX_TOPK_CELLS,
 )
 from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import SampleRequest
@@ -96,28 +94,7 @@ def check(request: SampleRequest, max_context: int) -> None:
             f"the prompt has {length} tokens; it must have 1 to {max_context - 1} here: vLLM's context "
             f"(--max-model-len) is {max_context} and must hold one more"
         )
-    _check_range("num_samples", request.num_samples, 1, MAX_NUM_SAMPLES)
-    _check_range("max_tokens", request.max_tokens or 0, 0, None)
-    _check_range("top_k", request.top_k, -1, None)
-    _check_range("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, MAX_TOPK)
-    _check_range("topk_sample_logprobs", request.topk_sample_logprobs, 0, MAX_TOPK)
-    cells = request.num_samples * _room(request, max_context) * request.topk_sample_logprobs
-    if cells > MAX_TOPK_CELLS:
-        raise UserError(
-            f"topk_sample_logprobs of {cells} tokens do not fit an answer: ask for {MAX_TOPK_CELLS} at most"
-        )
-    if not 0 <= request.temperature < math.inf:
-        raise UserError(f"temperature is {request.temperature}: it must be 0 or more")
-    if not 0 < request.top_p <= 1:
-        raise UserError(f"top_p is {request.top_p}: it must be above 0 and at most 1")
-    if len(request.stop_strings) + len(request.stop_tokens) > MAX_STOPS:
-        raise UserError(f"more than {MAX_STOPS} stops")
-    if "" in request.stop_strings:
-        raise UserError("an empty stop string ends everything: leave it out")
-    if request.prompt_logprobs_last_n is not None:
-        if not request.prompt_logprobs:
-            raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
-        _check_range("prompt_logprobs_last_n", request.prompt_logprobs_last_n, 1, length - 1)
+    sampling.check(request, max_context)
     if request.targets is not None:
         raise UserError(f"target_prompt_logprobs {_UNSUPPORTED}")
     if request.prompt_alt_tokens_k:
@@ -293,16 +270,4 @@ def choices(request: SampleRequest) -> int:
 
 def tokens(request: SampleRequest, max_context: int) -> int:
     """How many tokens vLLM is asked for at most: one more than none, which it cannot give."""
-    return max(_room(request, max_context), 1)
-
-
-def _room(request: SampleRequest, max_context: int) -> int:
-    """How many tokens may be generated."""
-    left = max_context - len(request.prompt)
-    return left if request.max_tokens is None else min(request.max_tokens, left)
-
-
-def _check_range(name: str, value: int, low: int, high: int | None) -> None:
-    if value < low or (high is not None and value > high):
-        bound = f"{low} or more" if high is None else f"{low} to {high}"
-        raise UserError(f"{name} is {value}: it must be {bound}")
+    return max(sampling.room(request, max_context), 1)

@@ -27,11 +27,11 @@ from tink.backends import exchange
 from tink.backends.completions import EMPTY
 from tink.backends.exchange import NoAnswer
 from tink.backends.trainer import TrainerClient, TrainerGone
+from tink.domain import sampling
 from tink.errors import BackendError, StartupError, UserError
 from tink.limits import (
     ANSWER_SECONDS,
     HEALTH_SECONDS,
-    MAX_NUM_SAMPLES,
     MAX_REASON,
     TEXT_GENERATION_CONTEXT,
     TOKEN_SECONDS,
@@ -123,7 +123,7 @@ class TextGenerationClient(TrainerClient):
         began = self._world.monotonic()
         check(request, self._text.context)
         prompt = await self._world.run_sync(self._text.spell, request.prompt)
-        most = _room(request, self._text.context)
+        most = max(sampling.room(request, self._text.context), 1)
         # Greedy samples are all the same one, and so are empty ones.
         count = 1 if request.temperature == 0 or request.max_tokens == 0 else request.num_samples
         rows: list[tuple[list[int], list[float]]] = []
@@ -265,27 +265,13 @@ def check(request: SampleRequest, context: int) -> None:
     for field in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k", "targets"):
         if getattr(request, field):
             raise UserError(f"{field}: this is what {_LACKS}")
-    if not 1 <= request.num_samples <= MAX_NUM_SAMPLES:
-        raise UserError(f"num_samples is {request.num_samples}: it must be 1 to {MAX_NUM_SAMPLES}")
-    if (request.max_tokens or 0) < 0:
-        raise UserError(f"max_tokens is {request.max_tokens}: it must be 0 or more")
+    sampling.check(request, context)
     if not 0 <= request.temperature <= MAX_TEMPERATURE:
         raise UserError(f"temperature is {request.temperature}: it must be 0 to {MAX_TEMPERATURE} here")
     if not -1 <= request.top_k <= MAX_TOP_K:
         raise UserError(f"top_k is {request.top_k}: it must be -1 to {MAX_TOP_K} here")
-    if not 0 < request.top_p <= 1:
-        raise UserError(f"top_p is {request.top_p}: it must be above 0 and at most 1")
     if request.temperature and request.top_k > 0 and request.top_p < 1:
         raise UserError(f"top_k and top_p together are what {_LACKS}, or leave one out")
-    last = request.prompt_logprobs_last_n
-    if last is not None and not (request.prompt_logprobs and 1 <= last < length):
-        raise UserError(f"prompt_logprobs_last_n needs prompt_logprobs, and must be 1 to {length - 1}")
-
-
-def _room(request: SampleRequest, context: int) -> int:
-    """How many tokens are asked for at most: one more than none, which is asked for only to be dropped."""
-    left = context - len(request.prompt)
-    return max(left if request.max_tokens is None else min(request.max_tokens, left), 1)
 
 
 def _encode(request: SampleRequest, prompt: str, number: int, most: int, seed: int) -> bytes:

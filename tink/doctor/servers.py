@@ -81,7 +81,7 @@ class Servers:
             return [wrong("trainer", str(error), start)]
         self._trained = TrainerStarted.of(info)
         detail = f"{url}, {info.engine}, {info.base_model}"
-        if "train" not in info.capabilities:
+        if not info.trains:
             return [warning("trainer", f"{detail}: it only samples; {NO_TRAINING}", start)]
         return [ok("trainer", f"{detail}, ranks up to {info.max_rank}")]
 

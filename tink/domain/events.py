@@ -37,7 +37,8 @@ class IncarnationStopped(Event, frozen=True, kw_only=True, tag="incarnation_stop
 
 class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
     """Another training server than before answered: it holds no state, or that of another life, and
-    models are brought up to date in it as they are used. `versions`: of what its results depend on."""
+    models are brought up to date in it as they are used. `versions`: of what its results depend on.
+    `trains`: false for a server that only samples."""
 
     incarnation: str
     engine: str
@@ -47,6 +48,7 @@ class TrainerStarted(Event, frozen=True, kw_only=True, tag="trainer_started"):
     max_context: int = 0
     base_path: str | None = None
     versions: dict[str, str] = {}
+    trains: bool = True
 
     @classmethod
     def of(cls, info: Info) -> TrainerStarted:

@@ -19,11 +19,6 @@ class Ask(msgspec.Struct, frozen=True):
 # -- sessions ---------------------------------------------------------------------------------------
 
 
-# The key of the session that has a tenant's models and samplers of the REST API, which knows no sessions.
-# No client of the SDK can send it: its own comes in a header, where there is no line break.
-REST = "the REST API\n"
-
-
 class CreateSession(Ask, frozen=True, tag="create_session"):
     """-> Created. The same `idempotency_key` gives the same session."""
 
@@ -120,10 +115,6 @@ class CancelJob(Ask, frozen=True, tag="cancel_job"):
     """-> None. Withdraws a job that has not been sent to a backend; any other stays as it is."""
 
     job_id: str
-
-
-# The key of a model's unload_model: asked again, it is the same job, unless that one failed.
-UNLOAD = "unload"
 
 
 # -- models, samplers, checkpoints ------------------------------------------------------------------

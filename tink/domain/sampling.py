@@ -1,13 +1,14 @@
-"""From a journaled sampling job to what a sampling server is asked. Pure."""
+"""From a journaled sampling job to what a sampling server is asked, and what none can do. Pure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from tink.domain import requests, rows
 from tink.domain.events import JobAccepted
 from tink.errors import UserError
-from tink.limits import HOLD_SECONDS, MAX_STOPS, MAX_TOPK
+from tink.limits import HOLD_SECONDS, MAX_NUM_SAMPLES, MAX_STOPS, MAX_TOPK, MAX_TOPK_CELLS
 from tink.wire.tink_train import SampleRequest
 
 # Why the weights of a sampler are there no more.
@@ -120,3 +121,46 @@ def _targets(tensor: requests.TensorData, length: int) -> list[list[int]]:
                 raise UserError("target_prompt_logprobs is not a valid CSR tensor")
             table[i][col[position]] = data[position]
     return table
+
+
+def room(request: SampleRequest, context: int) -> int:
+    """How many tokens may be generated in a context of so many. A prompt that fills it still gets one, for
+    that one is never fed back."""
+    left = max(context - len(request.prompt), 1)
+    return left if request.max_tokens is None else min(request.max_tokens, left)
+
+
+def check(request: SampleRequest, context: int, vocabulary: int | None = None) -> None:
+    """Raises UserError, which names the field, for what no server of such a model can do. The prompt, which
+    may be of 1 to `context` tokens, is looked at before."""
+    most = MAX_TOPK if vocabulary is None else min(MAX_TOPK, vocabulary)
+    _check_range("num_samples", request.num_samples, 1, MAX_NUM_SAMPLES)
+    _check_range("max_tokens", request.max_tokens or 0, 0, None)
+    _check_range("top_k", request.top_k, -1, None)
+    _check_range("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, most)
+    _check_range("topk_sample_logprobs", request.topk_sample_logprobs, 0, most)
+    _check_range("prompt_alt_tokens_k", request.prompt_alt_tokens_k, 0, most)
+    cells = request.num_samples * room(request, context) * request.topk_sample_logprobs
+    if cells > MAX_TOPK_CELLS:
+        raise UserError(
+            f"topk_sample_logprobs of {cells} tokens do not fit an answer: ask for {MAX_TOPK_CELLS} at most"
+        )
+    if not 0 <= request.temperature < math.inf:
+        raise UserError(f"temperature is {request.temperature}: it must be 0 or more")
+    if not 0 < request.top_p <= 1:
+        raise UserError(f"top_p is {request.top_p}: it must be above 0 and at most 1")
+    if len(request.stop_strings) + len(request.stop_tokens) > MAX_STOPS:
+        raise UserError(f"more than {MAX_STOPS} stops")
+    if "" in request.stop_strings:
+        raise UserError("an empty stop string ends everything: leave it out")
+    last = request.prompt_logprobs_last_n
+    if last is not None:
+        if not request.prompt_logprobs:
+            raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
+        _check_range("prompt_logprobs_last_n", last, 1, len(request.prompt) - 1)
+
+
+def _check_range(name: str, value: int, low: int, high: int | None) -> None:
+    if value < low or (high is not None and value > high):
+        bound = f"{low} or more" if high is None else f"{low} to {high}"
+        raise UserError(f"{name} is {value}: it must be {bound}")

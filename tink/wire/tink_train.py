@@ -340,6 +340,11 @@ class Info(Message, frozen=True):
     losses: list[str]
     capabilities: list[str]
 
+    @property
+    def trains(self) -> bool:
+        """Whether it takes operations; else it only samples."""
+        return "train" in self.capabilities
+
 
 class ModelState(Message, frozen=True):
     """`exists`: false for one that was removed, or whose creation failed or is still queued."""

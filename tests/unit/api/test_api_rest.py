@@ -22,7 +22,7 @@ from tink.api.chat import Message, Template
 from tink.api.rest import answers, datums
 from tink.api.rest.datums import LOSSES
 from tink.api.texts import Texts
-from tink.domain import ids, messages, requests
+from tink.domain import ids, keys, messages, requests
 from tink.errors import NotServed, Overloaded, StartupError, UserError
 from tink.trainer import losses
 from tink.wire import tinker_pb2 as pb
@@ -98,7 +98,7 @@ async def test_add_lora_makes_a_model_that_its_key_names_in_the_apis_own_session
     model = ids.model_id(SESSION, number)
     assert answer.json() == {"request_id": f"{model}:0", "model_id": model}
     session, submit = worker.asked
-    assert (session.tenant, session.idempotency_key) == (TENANT, messages.REST)
+    assert (session.tenant, session.idempotency_key) == (TENANT, keys.REST_SESSION)
     assert (submit.op, submit.seq_id, submit.model_seq_id, submit.key) == (
         *("create_model", 0, number),
         "client:k 1",

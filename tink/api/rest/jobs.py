@@ -13,7 +13,7 @@ from tink.api.call import MEDIA_JSON, Call, identifier
 from tink.api.chat import Template
 from tink.api.rest import datums, forms
 from tink.api.rest.promises import Submitted, key_of
-from tink.domain import ids, messages, requests, rows
+from tink.domain import ids, keys, messages, requests, rows
 from tink.domain.ids import Place
 from tink.domain.requests import OpName, Prompt
 from tink.errors import BackendError, MalformedRequest, NotFound, UserError
@@ -61,7 +61,7 @@ async def add_lora(call: Call) -> Submitted:
 async def _session(call: Call) -> str:
     created: messages.Created = await call.ask(
         messages.CreateSession(
-            tenant=call.tenant, display_name="the REST API", idempotency_key=messages.REST
+            tenant=call.tenant, display_name="the REST API", idempotency_key=keys.REST_SESSION
         )
     )
     return created.id
@@ -71,7 +71,7 @@ async def remove_lora(call: Call) -> Submitted:
     """Once, whoever asks; one that failed is tried again."""
     sent = await call.json(forms.RemoveLora)
     body = requests.UnloadModel(sent.model_id)
-    return await _submit(call, "unload_model", sent.model_id, msgspec.json.encode(body), messages.UNLOAD)
+    return await _submit(call, "unload_model", sent.model_id, msgspec.json.encode(body), keys.UNLOAD)
 
 
 async def optim(call: Call) -> Submitted:
@@ -188,8 +188,7 @@ async def sample(call: Call) -> Submitted:
                 body=msgspec.json.encode(body),
                 num_samples=sent.num_samples,
                 seed=sent.sampling_params.seed,
-                # Not how a client's own key begins.
-                key=f"prompt {number} of {key}" if key and number else key,
+                key=keys.prompt(number, key),
             )
         )
         jobs.append(promise.request_id)
@@ -271,7 +270,7 @@ async def _newest(call: Call, place: Place) -> str:
             return sampler
         if outcome.state == "done":
             return await _of_path(call, place.session_id, str(result.get("path")), last.job_id)
-    key = f"weights {last.seq_id}"
+    key = keys.weights(last.seq_id)
     number = ids.number(f"{place.model_id} {key}")
     body = requests.SaveWeightsForSampler(place.model_id, sampling_session_seq_id=number)
     saving = await _submit(call, "save_weights_for_sampler", place.model_id, msgspec.json.encode(body), key)

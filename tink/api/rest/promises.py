@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from tink.api.call import Call, Handler
 from tink.api.rest import answers, results
+from tink.domain import keys
 from tink.errors import MalformedRequest
 from tink.limits import MAX_NAME
 
@@ -40,10 +41,10 @@ def later(submit: Submit) -> Handler:
 
 
 def key_of(call: Call) -> str | None:
-    """What a repeat is known by, if the client said so. No other job has a key that begins so."""
+    """What a repeat is known by, if the client said so."""
     key = call.request.headers.get("idempotency-key")
     if key is None:
         return None
     if not (0 < len(key) <= MAX_NAME and key.isascii() and key.isprintable()):
         raise MalformedRequest(f"an Idempotency-Key has 1 to {MAX_NAME} printable ASCII characters")
-    return f"client:{key}"
+    return keys.client(key)

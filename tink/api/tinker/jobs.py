@@ -16,7 +16,7 @@ from tink import limits
 from tink.api.body import Body, beginning, expand
 from tink.api.call import MEDIA_JSON, MEDIA_PROTOBUF, Call, Handler, Table, identifier, natural
 from tink.api.tinker.peek import json_members, protobuf_ids
-from tink.domain import ids, messages, requests
+from tink.domain import ids, keys, messages, requests
 from tink.domain.requests import OpName
 from tink.errors import MalformedRequest, NotFound, TooLarge
 from tink.wire.tinker_pb2 import ForwardBackwardRequest
@@ -130,7 +130,7 @@ async def unload_model(call: Call) -> dict[str, Any]:
             model_id=place.model_id,
             seq_id=None,
             body=msgspec.json.encode(sent),
-            key=messages.UNLOAD,
+            key=keys.UNLOAD,
         )
     )
     return {"request_id": promise.request_id, "model_id": promise.model_id}

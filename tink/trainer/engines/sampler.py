@@ -9,15 +9,15 @@ that they can be compared with what training computes.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from tink.domain import sampling
 from tink.errors import UserError
-from tink.limits import MAX_NUM_SAMPLES, MAX_STOPS, MAX_TOPK, MAX_TOPK_CELLS, SAMPLE_ROWS
+from tink.limits import SAMPLE_ROWS
 from tink.trainer.engines import drawing, lora, scores
 from tink.trainer.engines.base import Sampled
 from tink.trainer.engines.base_model import BaseModel
@@ -75,7 +75,7 @@ def _generate(
     streams = drawing.Streams(request.seed, rows)
     sequences = [Continuation() for _ in rows]
     alive = list(range(len(rows)))
-    limit = _room(request, base)
+    limit = sampling.room(request, base.context)
     if not limit:
         return sequences
     cache.batch_repeat_interleave(len(rows))
@@ -117,13 +117,6 @@ def _generate(
     return sequences
 
 
-def _room(request: SampleRequest, base: BaseModel) -> int:
-    """How many tokens may be generated. A prompt that fills the context still gets one, since that one
-    is never fed back: compute_logprobs asks for it."""
-    left = max(base.context - len(request.prompt), 1)
-    return left if request.max_tokens is None else min(request.max_tokens, left)
-
-
 def _message(sequence: Continuation, request: SampleRequest) -> pb.SampledSequence:
     message = pb.SampledSequence(
         stop_reason=pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH,
@@ -143,29 +136,7 @@ def check(request: SampleRequest, base: BaseModel) -> None:
         raise UserError(f"the prompt has {length} tokens; it must have 1 to {base.context}")
     _check_ids("the prompt", request.prompt, base)
     _check_ids("stop", request.stop_tokens, base)
-    _check_range("num_samples", request.num_samples, 1, MAX_NUM_SAMPLES)
-    _check_range("max_tokens", request.max_tokens or 0, 0, None)
-    _check_range("top_k", request.top_k, -1, None)
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-        _check_range(name, getattr(request, name), 0, min(MAX_TOPK, base.vocab_size))
-    cells = request.num_samples * _room(request, base) * request.topk_sample_logprobs
-    if cells > MAX_TOPK_CELLS:
-        raise UserError(
-            f"topk_sample_logprobs of {cells} tokens do not fit an answer: ask for {MAX_TOPK_CELLS} at most"
-        )
-    if not 0 <= request.temperature < math.inf:
-        raise UserError(f"temperature is {request.temperature}: it must be 0 or more")
-    if not 0 < request.top_p <= 1:
-        raise UserError(f"top_p is {request.top_p}: it must be above 0 and at most 1")
-    if len(request.stop_strings) + len(request.stop_tokens) > MAX_STOPS:
-        raise UserError(f"more than {MAX_STOPS} stops")
-    if "" in request.stop_strings:
-        raise UserError("an empty stop string ends everything: leave it out")
-    last = request.prompt_logprobs_last_n
-    if last is not None:
-        if not request.prompt_logprobs:
-            raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
-        _check_range("prompt_logprobs_last_n", last, 1, length - 1)
+    sampling.check(request, base.context, base.vocab_size)
     if request.targets is not None:
         _check_targets(request.targets, length, base)
 
@@ -182,9 +153,3 @@ def _check_ids(name: str, ids: list[int], base: BaseModel) -> None:
     for token in ids:
         if not 0 <= token < base.vocab_size:
             raise UserError(f"{name} has token id {token}; the vocabulary is 0 to {base.vocab_size - 1}")
-
-
-def _check_range(name: str, value: int, low: int, high: int | None) -> None:
-    if value < low or (high is not None and value > high):
-        bound = f"{low} or more" if high is None else f"{low} to {high}"
-        raise UserError(f"{name} is {value}: it must be {bound}")
