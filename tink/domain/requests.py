@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tink.errors import MalformedRequest
+from tink.errors import MalformedRequest, UserError
 from tink.limits import MAX_NUM_SAMPLES
 
 OpName = Literal[
@@ -141,6 +141,19 @@ class Chunk(Request, frozen=True):
 
 class Prompt(Request, frozen=True):
     chunks: list[Chunk]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Raises UserError for what is no text."""
+        tokens: list[int] = []
+        for index, chunk in enumerate(self.chunks):
+            if chunk.type != "encoded_text" or chunk.tokens is None:
+                raise UserError(
+                    f"chunk {index} is of type {chunk.type[:80]!r}: this server takes text only "
+                    "(encoded_text with tokens)"
+                )
+            tokens += chunk.tokens
+        return tokens
 
 
 class SamplingParams(Request, frozen=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from tink.domain import requests, rows
 from tink.domain.events import JobAccepted
@@ -32,7 +31,7 @@ def request_of(
             "again (save_weights_for_sampler) and make a new one; what is saved with a name stays"
         )
     params = request.sampling_params
-    prompt = list(_tokens(request.prompt))
+    prompt = request.prompt.tokens
     for name, value in (
         ("topk_prompt_logprobs", request.topk_prompt_logprobs),
         ("topk_sample_logprobs", request.topk_sample_logprobs),
@@ -68,16 +67,6 @@ def request_of(
         wait=HOLD_SECONDS,
         seeded=params.seed is not None,
     )
-
-
-def _tokens(prompt: requests.Prompt) -> Iterator[int]:
-    for index, chunk in enumerate(prompt.chunks):
-        if chunk.type != "encoded_text" or chunk.tokens is None:
-            raise UserError(
-                f"prompt chunk {index} is of type {chunk.type[:80]!r}: this server takes text only "
-                "(encoded_text with tokens)"
-            )
-        yield from chunk.tokens
 
 
 def _stops(stop: str | list[str] | list[int] | None) -> tuple[list[str], list[int], bool]:

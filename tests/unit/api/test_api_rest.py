@@ -149,7 +149,7 @@ async def test_a_batch_is_that_of_the_sdk_whichever_way_it_is_written(post, work
     [
         ({**PLAIN, "model_input": [2**40]}, "data[1]: "),
         ({**PLAIN, "loss_fn_inputs": {"weights": [1e300]}}, "data[1]: "),
-        ({"model_input": {"chunks": [{"type": "image"}]}, "loss_fn_inputs": {}}, "data[1]: a chunk is of"),
+        ({"model_input": {"chunks": [{"type": "image"}]}, "loss_fn_inputs": {}}, "data[1]: chunk 0 is of"),
         ({**PLAIN, "loss_fn_inputs": {"w": {"data": [1], "dtype": "bool"}}}, "data[1]: the dtype 'bool'"),
         ({"model_input": [1]}, "$.data[1]"),
         ("text", "$.data[1]"),

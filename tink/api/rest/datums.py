@@ -78,15 +78,8 @@ def encode(batch: Batch, side: tuple[Text, Template] | None, *, forward_only: bo
 
 
 def _datum(message: pb.Datum, datum: Datum) -> None:
-    if isinstance(datum.model_input, list):
-        _tokens(message, datum.model_input)
-    else:
-        for chunk in datum.model_input.chunks:
-            if chunk.type != "encoded_text" or chunk.tokens is None:
-                raise UserError(
-                    f"a chunk is of type {chunk.type[:80]!r}: encoded_text with tokens is served"
-                )
-            _tokens(message, chunk.tokens)
+    given = datum.model_input
+    _tokens(message, given if isinstance(given, list) else given.tokens)
     for name, tensor in datum.loss_fn_inputs.items():
         if isinstance(tensor, list):
             whole = all(isinstance(value, int) for value in tensor)

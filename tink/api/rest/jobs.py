@@ -215,16 +215,7 @@ def _tokens(prompt: str | list[int] | Prompt, text: Text | None) -> list[int]:
     if isinstance(prompt, str):
         assert text is not None, "a prompt of text comes with a tokenizer"
         return text.encode(prompt)
-    if isinstance(prompt, list):
-        return prompt
-    tokens: list[int] = []
-    for chunk in prompt.chunks:
-        if chunk.type != "encoded_text" or chunk.tokens is None:
-            raise UserError(
-                f"a prompt's chunk is of type {chunk.type[:80]!r}: encoded_text with tokens is served"
-            )
-        tokens += chunk.tokens
-    return tokens
+    return prompt if isinstance(prompt, list) else prompt.tokens
 
 
 async def _sampler_of_key(call: Call, key: str | None) -> str | None:
