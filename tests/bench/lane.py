@@ -26,9 +26,9 @@ import trio
 
 from tests.bench import still
 from tests.bench.figures import Figure
-from tink.actors.external import ExternalEndpoint, ExternalTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
+from tink.backends.endpoint import ExternalEndpoint
 from tink.domain import ids, messages
 from tink.domain.requests import OpName
 from tink.journal.home import Home
@@ -121,7 +121,7 @@ async def _worker(folder: Path, url: str) -> AsyncIterator[tuple[Journal, Router
     home.make()
     async with (
         Journal.open(home, world, version="bench", settings_digest="bench") as journal,
-        open_worker(journal, ExternalTrainer(ExternalEndpoint(url)).find, settings, world) as router,
+        open_worker(journal, ExternalEndpoint(url).find, settings, world) as router,
     ):
         yield journal, router
 

@@ -21,7 +21,7 @@ import trio
 import trio.lowlevel
 
 from tests.simulation.watch import Watch
-from tink.actors.trainer_link import Endpoint
+from tink.backends.endpoint import Endpoint
 from tink.errors import BackendError, UserError
 from tink.trainer import lanes
 from tink.trainer.artifacts import Artifacts

@@ -17,7 +17,7 @@ from trio.testing import MockClock
 from tests.simulation.cluster import TENANT, Cluster
 from tests.simulation.doubles import Network, SimulatedTrainer, SimulatedWorld
 from tests.simulation.scenario import batch, events, json, step
-from tink.actors.external import ExternalEndpoint, ExternalTrainer
+from tink.backends.endpoint import ExternalEndpoint
 from tink.domain import messages
 from tink.limits import SEQ_GAP_SECONDS, WRONG_ANSWERS
 from tink.wire import tink_train
@@ -228,9 +228,7 @@ async def test_a_server_of_somebody_elses_that_hangs_is_used_again_once_it_was_r
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = await _expected(tmp_path / "one", 6)
-    monkeypatch.setattr(
-        SimulatedTrainer, "find", ExternalTrainer(ExternalEndpoint("http://trainer.sim")).find
-    )
+    monkeypatch.setattr(SimulatedTrainer, "find", ExternalEndpoint("http://trainer.sim").find)
     async with Cluster.running(tmp_path / "two", hang_seconds=400.0) as cluster:
         model = await _model(cluster)
         results = await _train(cluster, model, 1, 2)

@@ -40,8 +40,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "actors": BASE | {"domain", "world", "settings", "journal", "backends", "metrics"},
     "api": BASE | {"domain", "pretrained", "world"},
     "trainer": BASE | {"domain", "pretrained", "world"},
-    "doctor": BASE
-    | {"domain", "pretrained", "world", "settings", "journal", "backends", "actors", "trainer"},
+    "doctor": BASE | {"domain", "pretrained", "world", "settings", "journal", "backends", "trainer"},
     "cli": BASE
     | {"domain", "world", "settings", "journal", "backends", "actors", "api", "doctor", "trainer"},
 }

@@ -23,7 +23,7 @@ import trio
 
 import tink
 from tink import crash
-from tink.actors.trainer_link import Endpoint
+from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
 from tink.journal.home import Home, TrainerRecord

@@ -7,13 +7,14 @@ server answers again, as the same incarnation or as a new one.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
 import trio
 
 from tink.actors.backoff import Backoff
+from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
@@ -24,15 +25,6 @@ from tink.wire import tink_train
 from tink.world import World
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    url: str
-    token: str = ""
-
-    def connect(self, world: World, slots: int) -> AbstractAsyncContextManager[TrainerClient]:
-        return TrainerClient.connect(self.url, world, slots=slots, token=self.token)
 
 
 # Makes sure that a server runs, and says where: an embedded one is started, or adopted from the worker

@@ -12,6 +12,7 @@ import trio
 
 from tink.cli import printing, probes, serve
 from tink.cli.probes import WorkerStatus
+from tink.cli.serving import external
 from tink.doctor import machine
 from tink.doctor.findings import Finding, ok, warning, wrong
 from tink.doctor.servers import Servers
@@ -76,7 +77,7 @@ def look(home: Path | None, world: World) -> Iterator[Finding]:
     yield machine.versions()
     yield from _worker(settings, world)
     if not reading.problems:
-        yield from trio.run(Servers(settings, world).look)
+        yield from trio.run(Servers(settings, external(settings), world).look)
 
 
 def _worker(settings: Settings, world: World) -> Iterator[Finding]:

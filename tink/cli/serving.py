@@ -16,11 +16,11 @@ from starlette.applications import Starlette
 
 import tink
 from tink.actors.embedded import EmbeddedTrainer
-from tink.actors.external import ExternalEndpoint, ExternalTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
+from tink.backends.endpoint import ExternalEndpoint
 from tink.journal.home import Home, WorkerRecord
 from tink.journal.journal import Journal
 from tink.limits import (
@@ -42,7 +42,7 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
         home, world, version=tink.__version__, settings_digest=settings.digest
     ) as journal:
         embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
-        find = ExternalTrainer(external(settings)).find if embedded is None else embedded.find
+        find = external(settings).find if embedded is None else embedded.find
         async with open_worker(journal, find, settings, world) as router:
             app = create_app(
                 router.ask,

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import trio
 
-from tink.actors.external import ExternalEndpoint
 from tink.backends import base_model
+from tink.backends.endpoint import ExternalEndpoint
 from tink.backends.flavour import flavour
 from tink.backends.replica import Probe, Refused, ReplicaGone, Served
 from tink.backends.vllm import VllmClient
@@ -32,10 +32,10 @@ _LOWER = re.compile(r"is greater than max_lora_rank (\d+)")
 
 
 class Servers:
-    """One look at all of them."""
+    """One look at all of them. `trainer`: where the settings say that one is."""
 
-    def __init__(self, settings: Settings, world: World) -> None:
-        self._settings, self._world = settings, world
+    def __init__(self, settings: Settings, trainer: ExternalEndpoint, world: World) -> None:
+        self._settings, self._endpoint, self._world = settings, trainer, world
         self._trained: TrainerStarted | None = None
         self._replicas: dict[str, tuple[Served, Probe | None]] = {}
 
@@ -60,14 +60,11 @@ class Servers:
     # -- training -------------------------------------------------------------------------------------
 
     async def _trainer(self) -> list[Finding]:
-        settings, url = self._settings, self._settings.megatron_server_url
-        endpoint = ExternalEndpoint(
-            url, settings.trainer_token, model=settings.hf_model, name=settings.hf_model_name
-        )
+        url = self._endpoint.url
         port = url.rpartition(":")[2]
         start = f"tink trainer --engine megatron --model MODEL --port {port}; or set MEGATRON_SERVER_URL"
         try:
-            async with endpoint.connect(self._world, 1) as client:
+            async with self._endpoint.connect(self._world, 1) as client:
                 health = await client.health()
                 if health.protocol != PROTOCOL:
                     detail = f"{url} speaks {health.protocol}, not {PROTOCOL}"

@@ -1,24 +1,33 @@
-"""A training server that somebody else starts, watches and ends: `tink trainer`, on GPUs of its own, or a
-plain Megatron-LM text generation server, which only samples."""
+"""Where a training server is, and how it is spoken to: as `tink trainer`, or, where somebody else starts
+it, perhaps as a plain Megatron-LM text generation server, which only samples."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
-from tink.actors.trainer_link import Endpoint
 from tink.backends import text_generation
 from tink.backends.trainer import TrainerClient
 from tink.errors import StartupError
 from tink.world import World
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    url: str
+    token: str = ""
+
+    def connect(self, world: World, slots: int) -> AbstractAsyncContextManager[TrainerClient]:
+        return TrainerClient.connect(self.url, world, slots=slots, token=self.token)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExternalEndpoint(Endpoint):
-    """`model`: a directory or hub name, of which a plain server's tokenizer is; clients call it `name`."""
+    """Of a server that somebody else starts, watches and ends. `model`: a directory or hub name, of which a
+    plain one's tokenizer is; clients call it `name`."""
 
     model: str = ""
     name: str = ""
@@ -41,13 +50,8 @@ class ExternalEndpoint(Endpoint):
         ) as client:
             yield client
 
-
-class ExternalTrainer:
-    def __init__(self, endpoint: ExternalEndpoint) -> None:
-        self._endpoint = endpoint
-
     async def find(self, unfit: str | None = None) -> Endpoint:
-        """Where it is, running or not. One that is `unfit` is whoever's who started it to end: it is not
-        used until another one answers there."""
+        """Here, running or not. A server that is `unfit` is whoever's who started it to end: it is not used
+        until another one answers here."""
         await trio.lowlevel.checkpoint()
-        return self._endpoint
+        return self
