@@ -13,7 +13,7 @@ import httpx
 import pytest
 from cli_home import BEGAN, StillWorld
 
-from tests.vllm.double import Network, VllmDouble
+from tests.vllm.double import Adapter, Network, VllmDouble
 from tink.cli import doctor, probes
 from tink.doctor import machine
 from tink.settings import Settings
@@ -306,6 +306,20 @@ def test_a_vllm_server_that_does_not_see_the_artifact_folder_is_found(diagnosis,
     code, found = diagnosis()
     assert code == 1
     assert "does not see" in found["lora", "wrong"]
+
+
+def test_a_vllm_server_that_takes_adapters_unread_is_rid_of_it_again(diagnosis, serving, monkeypatch):
+    doubles = serving()
+
+    def load(self: VllmDouble, body: dict[str, str]) -> httpx.Response:
+        self.adapters[body["lora_name"]] = Adapter(body["lora_name"], body["lora_path"])
+        return self._say("load", a=body["lora_name"])
+
+    monkeypatch.setattr(VllmDouble, "_load", load)
+    code, found = diagnosis()
+    assert code == 0
+    assert "takes adapters up to rank 64" in found["lora", "ok"]
+    assert doubles["http://vllm-0"].adapters == {}
 
 
 def test_vllm_servers_that_differ_are_found(diagnosis, serving):
