@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hypercorn.config
 import hypercorn.trio
@@ -98,7 +98,7 @@ def run(options: Options, world: World | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     world = world or World()
     if options.rank:
-        return _follow(options, world)
+        _follow(options, world)
     serve = partial(_listen, options, world)
     if not options.preload:
         return serve()
@@ -127,7 +127,7 @@ def _begin_anew_for_cuda() -> None:
         os.execve(sys.executable, [sys.executable, *words], environment)  # noqa: S606  no shell
 
 
-def _follow(options: Options, world: World) -> int:
+def _follow(options: Options, world: World) -> NoReturn:
     """Any rank but the first."""
     from tink.trainer.engines import lockstep
 
@@ -137,7 +137,6 @@ def _follow(options: Options, world: World) -> int:
     # it has.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lockstep.follow(engine, group)
-    return 0
 
 
 def _check(options: Options) -> None:

@@ -112,7 +112,6 @@ def main(
         if spoil and rank == ranks - 1:
             _find(spoil)(engine)
         lockstep.follow(engine, group)
-        return
     found = _find(function)(lockstep.Leader(engine, group, threading.Lock()), artifacts)
     Path(result).write_bytes(pickle.dumps(found))
 

@@ -162,6 +162,21 @@ def test_who_disagrees_with_the_others_ends_the_process(
     assert [(line["event"], line["method"]) for line in logs] == [("the ranks disagree", "optim_step")]
 
 
+def test_a_rank_whose_leader_is_gone_ends_at_once_and_well(
+    engine: Engine, ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the interpreter's own way out, gloo's threads sometimes abort the process."""
+
+    def hear(group: Any) -> bytes:
+        raise RuntimeError("Connection closed by peer\nand more")
+
+    monkeypatch.setattr(lockstep, "_hear", hear)
+    with capture_logs() as logs, pytest.raises(Ended):
+        lockstep.follow(engine, None)
+    assert ended == [0]
+    assert [line["reason"] for line in logs] == ["Connection closed by peer"]
+
+
 def test_one_call_at_a_time_and_who_waits_is_alive(
     leader: lockstep.Leader, lock: threading.Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

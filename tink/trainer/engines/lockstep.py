@@ -122,14 +122,14 @@ class Leader:
         return result
 
 
-def follow(engine: Engine, group: Any) -> None:
-    """Does what the leader does, until it is gone."""
+def follow(engine: Engine, group: Any) -> NoReturn:
+    """Does what the leader does, and ends the process when it is gone."""
     while True:
         try:
             told = _hear(group)
         except RuntimeError as error:  # gloo's, when a connection breaks
             log.info("the first rank is gone", reason=str(error).strip().partition("\n")[0])
-            return
+            _leave(0)
         with to_the_end():
             name, args = _understand(told)
             # Whether this was what all others have found is the leader's to tell, and to end.
@@ -203,5 +203,10 @@ def to_the_end() -> Iterator[None]:
 
 def _end(event: str, **fields: Any) -> NoReturn:
     log.error(event, rank=dist.get_rank() if dist.is_initialized() else None, **fields)
-    # Not an orderly exit: other threads wait in collectives, and nothing here is worth keeping.
-    os._exit(1)
+    _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    # Not an orderly exit, in which gloo sometimes aborts when a connection breaks meanwhile: other threads
+    # wait in collectives, and nothing here is worth keeping.
+    os._exit(status)
