@@ -24,6 +24,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tink-hf-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], True)
 
+# What is printed has the width of no terminal, which processes of pytest's have set.
+os.environ.pop("COLUMNS", None)
+
 # Whoever runs the tests from a script's background job has Ctrl-C ignored, and what the tests start would
 # inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -36,7 +36,7 @@ def test_the_refusals_are_word_for_word() -> None:
     assert NO_TRAINING == "Training not supported in non-Megatron mode"
 
 
-@pytest.mark.parametrize("cell", set(TABLE.values()), ids=str)
+@pytest.mark.parametrize("cell", dict.fromkeys(TABLE.values()), ids=str)
 def test_every_mode_has_a_name(cell: tuple[str | None, str | None]) -> None:
     assert "training on" in Routes(*cell).mode  # type: ignore[arg-type]
 
