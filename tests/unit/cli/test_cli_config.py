@@ -21,6 +21,7 @@ def _nothing_set(monkeypatch):
 def test_every_setting_has_a_line_with_its_value_and_where_it_comes_from(tink, monkeypatch, tmp_path):
     monkeypatch.setenv("PORT", "8500")
     monkeypatch.setenv("USE_VLLM", "yes")
+    monkeypatch.setenv("COLUMNS", "400")  # A line each, however long the path is.
     code, out, err = tink("config", "--home", tmp_path)
     assert (code, err) == (0, "")
     mode, empty, head, *lines = out.splitlines()
