@@ -160,17 +160,15 @@ def check(seed: int, mutant: str | None = None) -> str | None:
 def judge(seed: int, what: Program, mutant: str | None = None) -> Verdict:
     """Runs a program twice, and compares."""
     quiet()
-    try:
-        registered = partial(VLLMActor, registered=what.registered)
-        with (
-            patch.object(pool, "VLLMActor", registered),
-            mutants.applied(mutant),
-            tempfile.TemporaryDirectory(dir=SCRATCH) as folder,
-        ):
-            calm = simulate(Path(folder) / "calm", seed, what, disturbed=False)
-            stormy = simulate(Path(folder) / "stormy", seed, what, disturbed=True)
-    except (Exception, BaseExceptionGroup) as error:
-        return Verdict(f"{type(error).__name__}: {innermost(error)}", Counter())
+    registered = partial(VLLMActor, registered=what.registered)
+    # A mutant that cannot be applied is an error here: it would pass for one that was noticed.
+    with patch.object(pool, "VLLMActor", registered), mutants.applied(mutant):
+        try:
+            with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+                calm = simulate(Path(folder) / "calm", seed, what, disturbed=False)
+                stormy = simulate(Path(folder) / "stormy", seed, what, disturbed=True)
+        except (Exception, BaseExceptionGroup) as error:
+            return Verdict(f"{type(error).__name__}: {innermost(error)}", Counter())
     return Verdict(difference(calm, stormy), stormy.counts)
 
 

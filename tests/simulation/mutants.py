@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from sqlalchemy import Connection
 
 from tink.actors import router
 from tink.actors.megatron import MegatronActor
@@ -24,7 +25,7 @@ from tink.domain.events import Entry, SnapshotTaken, Subject
 from tink.domain.lane import Lane
 from tink.domain.projection import Ledger
 from tink.errors import TinkError
-from tink.journal import database
+from tink.journal import database, queries
 from tink.journal.journal import Journal
 from tink.trainer import artifacts, lanes
 from tink.trainer.bodies import Bodies
@@ -202,12 +203,12 @@ def new_number_after_restart(patch: Patch) -> None:
 @mutant
 def redo_without_failed_jobs(patch: Patch) -> None:
     """A redo leaves out the numbers of operations that failed."""
-    ops = Journal.ops
+    ops = queries.ops
 
-    async def done_ones(self: Journal, *range_: Any) -> list[rows.Job]:
-        return [job for job in await ops(self, *range_) if job.state != "failed"]
+    def done_ones(connection: Connection, **range_: Any) -> list[rows.Job]:
+        return [job for job in ops(connection, **range_) if job.state != "failed"]
 
-    patch.setattr(Journal, "ops", done_ones)
+    patch.setattr(queries, "ops", done_ones)
 
 
 @mutant
@@ -226,17 +227,17 @@ def redo_of_failed_jobs(patch: Patch) -> None:
 @mutant
 def lost_gradients(patch: Patch) -> None:
     """A redo forgets what was accumulated since the last step."""
-    ops = Journal.ops
+    ops = queries.ops
 
-    async def steps(self: Journal, *range_: Any) -> list[rows.Job]:
-        jobs = await ops(self, *range_)
+    def steps(connection: Connection, **range_: Any) -> list[rows.Job]:
+        jobs = ops(connection, **range_)
         last = max((job.op_no or 0 for job in jobs if job.op == "optim_step"), default=0)
         for job in jobs:
             if job.op == "forward_backward" and (job.op_no or 0) > last:
                 job.state = "failed"
         return jobs
 
-    patch.setattr(Journal, "ops", steps)
+    patch.setattr(queries, "ops", steps)
 
 
 @mutant
