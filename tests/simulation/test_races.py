@@ -103,13 +103,11 @@ async def test_a_restarted_actor_gets_every_open_job_once(
         await cluster.outcome(f"{model}:0")
         router = cluster.router
         assert router is not None
-        assert router._train is not None
-        jobs = router._train.__self__  # type: ignore[attr-defined]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cluster.submit, model, 1, "forward_backward", b"batch")
             for _ in range(50):
                 nursery.start_soon(cluster.ask, messages.ListSessions(TENANT))
-            nursery.start_soon(router.restarted, "train", jobs.clear)
+            nursery.start_soon(router.restarted, router._training)
         assert (await cluster.outcome(f"{model}:1")).state == "done"
         cluster.check_journal()
 

@@ -49,6 +49,7 @@ class MegatronActor:
 
     def __init__(
         self,
+        jobs: Jobs,
         journal: Journal,
         link: TrainerLink,
         settle: Settle,
@@ -57,20 +58,18 @@ class MegatronActor:
         folder: ArtifactFolder,
         world: World,
         *,
-        slots: int,
         alpha: float,
         max_attempts: int,
         place: Place | None = None,
     ) -> None:
         """`place`: gives a new adapter version to the sampling servers; None: the training server samples,
         from the artifact folder."""
-        self._journal, self._link, self._world = journal, link, world
+        self.jobs, self._journal, self._link, self._world = jobs, journal, link, world
         self._settle, self._release = settle, release
         self._snapshots, self._folder = snapshots, folder
         self._redo = Redo(journal, snapshots)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
-        self.jobs = Jobs(slots)
-        self._ahead = Ahead(journal, link, self.jobs, world)
+        self._ahead = Ahead(journal, link, jobs, world)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -9,11 +9,10 @@ So no two questions are half decided at the same time, and their commits still g
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import structlog
@@ -21,12 +20,14 @@ import trio
 
 from tink import crash
 from tink.actors.catalogue import Catalogue
+from tink.actors.jobs import Jobs
 from tink.actors.mailbox import Mailbox, Reply
+from tink.actors.outcomes import Outcomes
 from tink.domain import ids, keys, messages, rows
 from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
 from tink.domain.lane import Lane
 from tink.domain.requests import DATA_OPS
-from tink.errors import NotFound, Overloaded, TinkError, TooLarge, UserError
+from tink.errors import NotFound, Overloaded, TooLarge, UserError
 from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import (
@@ -43,17 +44,6 @@ from tink.world import World
 log = structlog.get_logger()
 
 Submit = messages.SubmitTraining | messages.SubmitSample
-# Jobs.send, Jobs.expect and Jobs.withdraw, of the actor that runs the job.
-Send = Callable[[str], None]
-Expect = Callable[[str], None]
-Withdraw = Callable[[str], bool]
-Actor = Literal["train", "sample"]
-
-# Of a job's row, in its log line.
-JOB_FIGURES = (
-    *("op_no", "queue_ms", "run_ms", "idle_ms"),
-    *("tokens_in", "tokens_out", "loss_sum", "error_category"),
-)
 
 SKIPPED = "this sequence number was skipped: it had not come {seconds:.0f} s after later ones; submit again"
 
@@ -79,41 +69,29 @@ class _Released:
 
 
 class _Restarted:
-    """An actor begins (again)."""
+    """The actor that runs these jobs begins (again)."""
 
-    def __init__(self, actor: Actor, clear: Callable[[], None]) -> None:
-        self.actor, self.clear = actor, clear
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs = jobs
         self.reply: Reply[None] = Reply()
 
 
 class Router:
-    """`ask` is for the HTTP side, `settle` for the actors that run jobs; `run` is its task."""
+    """`ask` is for the HTTP side, `settle` for the actors, which run the jobs in `training` and `sampling`;
+    `run` is its task."""
 
-    def __init__(self, journal: Journal, catalogue: Catalogue, world: World) -> None:
+    def __init__(
+        self, journal: Journal, catalogue: Catalogue, training: Jobs, sampling: Jobs, world: World
+    ) -> None:
         self._journal, self.catalogue, self._world = journal, catalogue, world
+        self._training, self._sampling = training, sampling
+        self._outcomes = Outcomes(journal)
         self._mailbox: Mailbox[_Question | _Settled | _Released | _Restarted] = Mailbox(MAILBOX)
         self._lanes: dict[str, Lane] = {}
         self._accepting: dict[str, trio.Event] = {}
-        self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
         self._gap_watched: set[str] = set()
         self._cancelling: set[str] = set()
         self._by_key: dict[tuple[str, str], trio.Event] = {}  # until a submission with a key is decided
-        self._train: Send | None = None
-        self._expect: Expect | None = None
-        self._sample: Send | None = None
-        self._withdraw: Withdraw | None = None
-
-    def connect(
-        self,
-        *,
-        train: Send | None,
-        expect: Expect | None,
-        sample: Send | None,
-        withdraw: Withdraw | None,
-    ) -> None:
-        """Says which actors run the jobs; None for what is not served. `expect` is told of training jobs
-        whose turn comes next in their models. Before `run`."""
-        self._train, self._expect, self._sample, self._withdraw = train, expect, sample, withdraw
 
     async def ask(self, question: messages.Question) -> Any:
         """The answer that the message names. Raises TinkError. Cancelled: a job that was being accepted
@@ -128,19 +106,16 @@ class Router:
     async def release(self, job_id: str) -> None:
         await self._mailbox.send(_Released(job_id))
 
-    async def restarted(self, actor: Actor, clear: Callable[[], None]) -> None:
-        """An actor begins: its jobs are forgotten by `clear`, and its own open ones are sent to it, in one
-        step. Returns when that is done."""
-        message = _Restarted(actor, clear)
+    async def restarted(self, jobs: Jobs) -> None:
+        """The actor that runs these jobs begins: those that wait there are forgotten, and all that are open
+        are sent there, in one step. Returns when that is done."""
+        message = _Restarted(jobs)
         await self._mailbox.send(message)
         await message.reply.wait()
 
     def release_waiters(self) -> None:
         """The worker is stopping: whoever waits for a result is told to ask again, of the next one."""
-        for replies in self._waiters.values():
-            for reply in replies:
-                reply.fail(Overloaded("the worker is stopping: ask again"))
-        self._waiters.clear()
+        self._outcomes.release()
 
     async def run(self) -> None:
         """Takes the lanes from the journal, then serves for ever."""
@@ -154,8 +129,8 @@ class Router:
                     case _Released():
                         self._released(message.job_id)
                     case _Restarted():
-                        message.clear()
-                        self._send_open_jobs(message.actor)
+                        message.jobs.clear()
+                        self._send_open_jobs(message.jobs)
                         message.reply.set(None)
                     case _Question():
                         self._decide(message)
@@ -370,8 +345,7 @@ class Router:
                 _check_own(known, accepted.key)
                 return promise
             await self._accept(subject, accepted, body)
-        assert self._sample is not None
-        self._sample(job_id)
+        self._sampling.send(job_id)
         return promise
 
     async def _accept(self, subject: Subject, accepted: JobAccepted, body: bytes) -> None:
@@ -413,10 +387,10 @@ class Router:
 
     def _cancel(self, ask: messages.CancelJob) -> Awaitable[None]:
         job = self._journal.ledger.table("jobs", rows.Job).get((ask.job_id,))
-        if job is None or job.tenant != ask.tenant or job.sampler_id is None or self._withdraw is None:
+        if job is None or job.tenant != ask.tenant or job.sampler_id is None:
             return self._nothing_to_cancel(ask)
         # Once: until the first one is durable, the job still looks as if it could be withdrawn.
-        if ask.job_id in self._cancelling or not self._withdraw(ask.job_id):
+        if ask.job_id in self._cancelling or not self._sampling.withdraw(ask.job_id):
             return self._nothing_to_cancel(ask)
         self._cancelling.add(ask.job_id)
         return self._cancel_sample(job)
@@ -437,12 +411,11 @@ class Router:
             return self._known_outcome(ask)
         if job.tenant != ask.tenant:
             raise NotFound(f"there is no job {ask.job_id}")
-        waiting = [other for other in self._waiters[ask.job_id] if not other.abandoned]
-        self._waiters[ask.job_id] = [*waiting, reply]
+        self._outcomes.keep(ask.job_id, reply)
         return None
 
     async def _known_outcome(self, ask: messages.AwaitOutcome) -> messages.Outcome:
-        return await self._outcome(await self._job(ask.tenant, ask.job_id))
+        return await self._outcomes.of(await self._job(ask.tenant, ask.job_id))
 
     async def _job(self, tenant: str, job_id: str) -> rows.Job:
         job = await self._journal.job(job_id)
@@ -450,40 +423,9 @@ class Router:
             raise NotFound(f"there is no job {job_id}")
         return job
 
-    async def _outcome(self, job: rows.Job) -> messages.Outcome:
-        body: bytes | None = None
-        if job.result_sha256 is not None:
-            try:
-                body = await self._journal.bodies.get(job.result_sha256)
-            except LookupError as error:
-                raise NotFound(f"the result of {job.job_id} is lost: {error}") from None
-        return messages.Outcome(
-            op=job.op,
-            state=job.state,
-            result=job.result,
-            body=body,
-            category=job.error_category,
-            error=job.error,
-        )
-
     def _ended(self, job_id: str) -> None:
         """A job's terminal event is durable: say so."""
-        self._nursery.start_soon(self._wake, job_id, self._waiters.pop(job_id, []))
-
-    async def _wake(self, job_id: str, waiters: list[Reply[messages.Outcome]]) -> None:
-        job = await self._journal.job(job_id)
-        assert job is not None, "it has just ended"
-        log.info("job", **job_line(job))
-        if not waiters:
-            return
-        try:
-            outcome = await self._outcome(job)
-        except TinkError as error:
-            for reply in waiters:
-                reply.fail(error)
-        else:
-            for reply in waiters:
-                reply.set(outcome)
+        self._nursery.start_soon(self._outcomes.announce, job_id)
 
     # -- lanes --------------------------------------------------------------------------------------
 
@@ -504,32 +446,30 @@ class Router:
                 # That life ended before it could say so.
                 self._nursery.start_soon(self._came_too_late, rows.about(job))
 
-    def _send_open_jobs(self, actor: Actor) -> None:
-        if actor == "train":
+    def _send_open_jobs(self, jobs: Jobs) -> None:
+        if jobs is self._training:
             for model_id, lane in self._lanes.items():
-                if lane.running is not None and self._train is not None:
+                if lane.running is not None:
                     if (lane.running,) in self._journal.ledger.tables["jobs"]:
-                        self._train(lane.running)
+                        jobs.send(lane.running)
                     else:  # it had ended, and was not released
                         lane.finish(lane.running)
                 self._advance(model_id)
-        elif self._sample is not None:
+        else:
             for job in self._journal.ledger.table("jobs", rows.Job).values():
                 if job.sampler_id is not None and job.job_id not in self._cancelling:
-                    self._sample(job.job_id)
+                    jobs.send(job.job_id)
 
     def _advance(self, model_id: str) -> None:
         lane = self._lane(model_id)
         job_id = lane.start()
         if job_id is not None:
-            assert self._train is not None, "training jobs are accepted only if something runs them"
-            self._train(job_id)
+            self._training.send(job_id)
         elif lane.gap() is not None and model_id not in self._gap_watched:
             self._gap_watched.add(model_id)
             self._nursery.start_soon(self._watch_gap, model_id)
-        if self._expect is not None:
-            for following in lane.behind(AHEAD_JOBS_PER_SLOT):
-                self._expect(following)
+        for following in lane.behind(AHEAD_JOBS_PER_SLOT):
+            self._training.expect(following)
 
     async def _watch_gap(self, model_id: str) -> None:
         """Skips numbers that do not come while later ones wait."""
@@ -570,17 +510,3 @@ def _check_own(known: rows.Job, key: str | None) -> None:
             f"the number {known.seq_id} of {known.model_id or known.sampler_id} was given to a job that "
             f"came without one, a {known.op}: count on from {known.seq_id + 1}"
         )
-
-
-def job_line(job: rows.Job) -> dict[str, Any]:
-    """An ended job in one log line: ids, times (ms) and counts; never a body."""
-    line: dict[str, Any] = {"id": job.job_id, "op": job.op, "state": job.state}
-    if job.started_at is not None and job.finished_at is not None:
-        line["total_ms"] = round((job.finished_at - job.submitted_at) * 1000, 1)
-    for name in JOB_FIGURES:
-        value = getattr(job, name)
-        if value:
-            line[name] = round(value, 3) if isinstance(value, float) else value
-    if job.attempts > 1:
-        line["attempts"] = job.attempts
-    return line

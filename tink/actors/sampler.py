@@ -42,15 +42,15 @@ class SamplerActor:
 
     def __init__(
         self,
+        jobs: Jobs,
         journal: Journal,
         backend: SamplingBackend,
         settle: Settle,
         scorer: SamplingBackend | None = None,
     ) -> None:
-        self._journal, self._backend, self._settle = journal, backend, settle
+        self.jobs, self._journal, self._backend, self._settle = jobs, journal, backend, settle
         self._scorer = scorer
         self._scores = trio.CapacityLimiter(scorer.slots if scorer else 1)
-        self.jobs = Jobs(backend.slots)
 
     async def run(self) -> None:
         await self.jobs.run(self._run_one)

@@ -9,6 +9,7 @@ import trio
 
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.catalogue import Backends, Base, Catalogue
+from tink.actors.jobs import Jobs
 from tink.actors.megatron import MegatronActor
 from tink.actors.placements import TRAINER, Placements
 from tink.actors.pool import VLLMPool
@@ -62,8 +63,12 @@ async def open_worker(
     journal.observers.append(metrics.observe)
     backends = _backends(link if routes.trainer else None, pool)
     catalogue = Catalogue(journal, backends, routes, folder, metrics, world)
-    router = Router(journal, catalogue, world)
+    by_trainer = TrainerSamples(journal, link, world, max_attempts=settings.max_attempts)
+    sampling_backend = by_trainer if pool is None else pool
+    training, sampling = Jobs(settings.training_slots), Jobs(sampling_backend.slots)
+    router = Router(journal, catalogue, training, sampling, world)
     megatron = MegatronActor(
+        training,
         journal,
         link,
         router.settle,
@@ -71,15 +76,14 @@ async def open_worker(
         Snapshots(journal, folder, seconds=settings.snapshot_seconds),
         folder,
         world,
-        slots=settings.training_slots,
         alpha=settings.lora_alpha,
         max_attempts=settings.max_attempts,
         place=None if pool is None else pool.place,
     )
-    by_trainer = TrainerSamples(journal, link, world, max_attempts=settings.max_attempts)
     sampler = SamplerActor(
+        sampling,
         journal,
-        by_trainer if pool is None else pool,
+        sampling_backend,
         router.settle,
         scorer=by_trainer if pool is not None and routes.trainer else None,
     )
@@ -90,20 +94,13 @@ async def open_worker(
         hours=settings.retention_hours,
         servers=pool,
     )
-    trains, sampled = routes.training is not None, routes.sampling is not None
-    router.connect(
-        train=megatron.jobs.send if trains else None,
-        expect=megatron.jobs.expect if trains else None,
-        sample=sampler.jobs.send if sampled else None,
-        withdraw=sampler.jobs.withdraw,
-    )
 
     async def train() -> None:
-        await router.restarted("train", megatron.jobs.clear)
+        await router.restarted(training)
         await megatron.run()
 
     async def sample() -> None:
-        await router.restarted("sample", sampler.jobs.clear)
+        await router.restarted(sampling)
         await sampler.run()
 
     async with trio.open_nursery() as nursery:
@@ -112,9 +109,9 @@ async def open_worker(
             nursery.start_soon(supervise, "trainer link", link.run, world)
         if pool is not None:
             nursery.start_soon(pool.run)
-        if trains:
+        if routes.training is not None:
             nursery.start_soon(supervise, "training lane", train, world)
-        if sampled:
+        if routes.sampling is not None:
             nursery.start_soon(supervise, "sampler", sample, world)
         nursery.start_soon(supervise, "retention", retention.run, world)
         yield router
