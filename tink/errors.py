@@ -23,6 +23,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import msgspec
+
+# What msgspec raises for bytes that are not what they should be. Bad UTF-8 and deep nesting have errors of
+# their own.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 
 class TinkError(Exception):
     """The root. Its text is one line for a person: what was wrong, where, what to do."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tink.errors import StartupError, UserError
+from tink.errors import UNREADABLE, StartupError, UserError
 from tink.limits import MAX_PIECE_TOKENS
 
 T = TypeVar("T")
@@ -180,7 +180,7 @@ def _lacks(error: ModuleNotFoundError) -> StartupError:
 def _read(file: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise StartupError(f"{file} cannot be read: {error}") from error
 
 

@@ -10,6 +10,13 @@ from tests.simulation import chaos, mutants
 FIRST = ("no-op-fence", "no-dedupe", "no-fsync")
 # Of the seeds from 0 on, this many must be enough.
 SEEDS = 120
+# Those that need the most: the seed that has noticed it before is tried first, which saves minutes.
+NOTICED = {
+    "base-model-for-a-missing-adapter": 88,
+    "damage-unnoticed": 73,
+    "eviction-of-what-is-in-use": 25,
+    "restore-goes-back": 30,
+}
 
 
 @pytest.mark.parametrize(
@@ -20,4 +27,5 @@ SEEDS = 120
     ],
 )
 def test_the_simulation_fails_without_it(name: str) -> None:
-    assert any(chaos.check(seed, name) is not None for seed in range(SEEDS))
+    seeds = (NOTICED.get(name, 0), *range(SEEDS))
+    assert any(chaos.check(seed, name) is not None for seed in seeds)

@@ -6,7 +6,7 @@ import msgspec
 
 from tink.api.body import Body, expand
 from tink.api.call import MEDIA_JSON, Call, Handler, Method, Table
-from tink.errors import TinkError
+from tink.errors import UNREADABLE, TinkError
 from tink.limits import MAX_JSON_BODY
 
 # The SDK counts its jobs, and says with each poll whether it would take less than the whole result.
@@ -35,5 +35,5 @@ def _either(sdk: Handler, rest: Handler) -> Handler:
 def _members(body: Body) -> set[str] | None:
     try:
         return set(msgspec.json.decode(expand(body, MAX_JSON_BODY), type=dict[str, msgspec.Raw]))
-    except (TinkError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (TinkError, *UNREADABLE):
         return None

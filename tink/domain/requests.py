@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tink.errors import MalformedRequest, UserError
+from tink.errors import UNREADABLE, MalformedRequest, UserError
 from tink.limits import MAX_NUM_SAMPLES
 
 OpName = Literal[
@@ -200,5 +200,5 @@ def decode(body: bytes, kind: type[Request]) -> Any:
     try:
         # As text: msgspec does not look at the bytes of fields that it skips, but they are journaled.
         return msgspec.json.decode(body.decode(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedRequest(f"the body is not a valid {kind.__name__}: {error}") from None

@@ -38,7 +38,7 @@ from tink.domain.events import (
     TrainerStarted,
 )
 from tink.domain.projection import Key, Ledger, Update, project
-from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
+from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.journal import queries, revisions, store
 from tink.journal.bodies import BodyStore
 from tink.journal.commits import GroupCommit
@@ -226,7 +226,7 @@ class Journal:
                 self.diverged = store.count(self._connection, Diverged)
                 present = store.read_present(self._connection)
                 wrong = store.check_end(self._connection, present)
-            except (LookupError, msgspec.MsgspecError) as error:
+            except (LookupError, *UNREADABLE) as error:
                 wrong = [str(error)]
         if wrong:
             raise store.damaged(self._home.journal, wrong)

@@ -7,11 +7,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from tink.errors import StartupError
+from tink.errors import UNREADABLE, StartupError
 from tink.journal import revisions
 from tink.journal.database import reader_engine
 from tink.journal.home import Home
@@ -30,7 +29,7 @@ def open_snapshot(path: Path) -> Iterator[Connection]:
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         raise StartupError(f"{path} cannot be read: {cause}") from error
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise StartupError(
             f"{path} holds what this Tink does not understand ({error}): 'tink db check' tells more"
         ) from error

@@ -39,7 +39,7 @@ from tink.domain.projection import (
     missing,
     project,
 )
-from tink.errors import StartupError
+from tink.errors import UNREADABLE, StartupError
 from tink.journal import schema
 from tink.limits import CHECKED_EVENTS, SQL_KEYS
 
@@ -184,7 +184,7 @@ def _record(row: Sequence[Any]) -> Record:
     seq, at, incarnation, kind, data, *subject = row
     try:
         event: AnyEvent = _DECODERS[kind].decode(data)
-    except (KeyError, msgspec.DecodeError) as error:
+    except (KeyError, *UNREADABLE) as error:
         raise LookupError(f"event {seq} is not one that this Tink can read: {error}") from None
     return Record(seq, at, incarnation, Subject(**dict(zip(_SUBJECT, subject, strict=True))), event)
 
@@ -231,7 +231,7 @@ def check(connection: Connection) -> list[str]:
     try:
         stored = read_tables(connection)
         return list(fold(gapless(read_events(connection))).differences(stored))
-    except (LookupError, msgspec.MsgspecError) as error:
+    except (LookupError, *UNREADABLE) as error:
         return [str(error)]
 
 
@@ -250,7 +250,7 @@ def check_end(connection: Connection, present: Ledger) -> list[str]:
     try:
         written = last_written(gapless(read_events(connection, after), after))
         return list(missing(written, _stored(connection, written, present)))
-    except (LookupError, msgspec.MsgspecError) as error:
+    except (LookupError, *UNREADABLE) as error:
         return [str(error)]
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from tink import crash, files
 from tink.domain import ids
-from tink.errors import BackendError, NotFound, UserError
+from tink.errors import UNREADABLE, BackendError, NotFound, UserError
 from tink.wire.tink_train import File
 
 FORMAT = "tink-artifact/1"
@@ -102,7 +102,7 @@ class Artifacts:
     def _manifest(self, target: Path) -> Manifest:
         try:
             manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=Manifest)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise BackendError(f"{target} has no readable {MANIFEST}: {error}") from error
         if manifest.format != FORMAT or any("/" in file.name for file in manifest.files):
             raise BackendError(f"{target} is not a {FORMAT} directory")

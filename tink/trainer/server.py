@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tink.errors import MalformedRequest, TinkError, TooLarge, Unauthorized
+from tink.errors import UNREADABLE, MalformedRequest, TinkError, TooLarge, Unauthorized
 from tink.limits import MAX_TRAINER_BODY
 from tink.trainer.books import Books, Refused
 from tink.trainer.engines.base import Engine, Facts
@@ -279,7 +279,7 @@ async def _body(request: Request) -> bytearray:
 async def _read(request: Request, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(await _body(request), type=kind)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise MalformedRequest(f"not a {kind.__name__}: {error}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import trio
 
-from tink.errors import BackendError, MalformedRequest, TinkError, UserError
+from tink.errors import UNREADABLE, BackendError, MalformedRequest, TinkError, UserError
 from tink.limits import MAX_OP_WAIT
 from tink.pretrained import Text
 from tink.trainer.books import Refused
@@ -57,7 +57,7 @@ def read(body: bytes | bytearray) -> Call:
     ignored, as it does."""
     try:
         fields = msgspec.json.decode(body or b"{}", type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedRequest(f"the body is not a JSON map of fields: {error}") from error
     if "prompts" not in fields:
         raise MalformedRequest(NO_PROMPTS)

@@ -111,7 +111,10 @@ def test_a_setting_that_cannot_work_is_found(diagnosis, monkeypatch, variables, 
     assert says in found[check, "wrong"]
 
 
-def test_a_model_that_is_none_is_found(diagnosis, monkeypatch, tmp_path):
+@pytest.mark.parametrize("config", [None, b"{", b'{"model_type": "\xff"}', b"[" * 10_000])
+def test_a_model_that_is_none_is_found(diagnosis, monkeypatch, tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_bytes(config)
     monkeypatch.setenv("TINK_HF_MODEL", str(tmp_path))
     code, found = diagnosis()
     assert code == 1

@@ -372,7 +372,7 @@ async def test_every_refusal_has_its_status(caller: Caller, double: EngineDouble
     assert len(double.ran) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"\x80"])
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"\x80", b"\x81\xabincarnation\xa1\xff"])
 async def test_a_malformed_body_is_refused(caller: Caller, content: bytes) -> None:
     for path in ("/v1/ops", "/v1/samples", "/v1/snapshots", "/v1/restores"):
         answer = await caller.http.post(path, content=content)
