@@ -108,7 +108,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _job(self, job_id: str | None) -> rows.Job:
-        return self._ledger.table("jobs", rows.Job)[(job_id,)]
+        return self._ledger.jobs[(job_id,)]
 
 
 class _OpenJobs(Collector):
@@ -117,7 +117,7 @@ class _OpenJobs(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         family = GaugeMetricFamily("tink_jobs_open", "Jobs that have not ended.", labels=["op", "state"])
-        jobs = self._ledger.table("jobs", rows.Job).values()
+        jobs = self._ledger.jobs.values()
         tally = Tally((job.op, job.state) for job in jobs if not job.ended)
         for (op, state), number in sorted(tally.items()):
             family.add_metric([op, state], number)

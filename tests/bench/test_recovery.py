@@ -18,7 +18,6 @@ from trio.testing import MockClock
 from tests.bench import history
 from tests.bench.figures import Figure
 from tests.unit.journal.journal_kit import InlineWorld, opened
-from tink.domain import rows
 from tink.journal import store
 from tink.journal.database import reader_engine
 from tink.journal.home import Home
@@ -52,7 +51,7 @@ def test_the_journal_that_is_measured_is_whole(homes: list[Home]) -> None:
         stored = store.read_tables(connection)
     engine.dispose()
     assert all(stored.tables.values()), "every table has rows"
-    states = Counter(job.state for job in stored.table("jobs", rows.Job).values())
+    states = Counter(job.state for job in stored.jobs.values())
     assert states["accepted"] + states["running"] == OPEN
     assert states["running"] > 0
     assert states["done"] > 1_500

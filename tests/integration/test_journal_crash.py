@@ -12,7 +12,6 @@ import pytest
 import trio
 
 from tests.unit.journal.journal_kit import new_home, opened
-from tink.domain import rows
 from tink.journal import store
 from tink.journal.database import reader_engine
 from tink.journal.home import Home
@@ -87,12 +86,12 @@ def test_no_kill_loses_what_was_acknowledged_or_tears_a_batch(tmp_path: Path) ->
         events = sum(1 for _ in store.read_events(connection))
     engine.dispose()
     assert events == last
-    sessions = {key[0] for key in stored.tables["sessions"]}
+    sessions = {key[0] for key in stored.sessions}
     assert {f"{name}-{half}" for name, _ in told for half in "ab"} <= sessions
     assert {name[:-1] for name in sessions if name.endswith("a")} == {
         name[:-1] for name in sessions if name.endswith("b")
     }
-    lives = stored.table("incarnations", rows.Incarnation)
+    lives = stored.incarnations
     assert sorted(key[0] for key in lives) == list(range(1, KILLS + 1))
     assert {row.stop_reason for row in lives.values()} == {None}
 

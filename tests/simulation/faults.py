@@ -208,10 +208,10 @@ async def _come_back(cluster: Cluster, fault: Fault) -> None:
 def _spoilable(cluster: Cluster) -> list[str]:
     """The newest snapshots of models that have another one, which is whole, and jobs to be run."""
     live: defaultdict[str, list[rows.Snapshot]] = defaultdict(list)
-    for snapshot in cluster.watch.rows("snapshots", rows.Snapshot):
+    for snapshot in cluster.watch.ledger.snapshots.values():
         if snapshot.state == "live":
             live[snapshot.model_id].append(snapshot)
-    in_use = {job.model_id for job in cluster.watch.rows("jobs", rows.Job) if not job.ended}
+    in_use = {job.model_id for job in cluster.watch.ledger.jobs.values() if not job.ended}
     found = []
     for model_id, snapshots in live.items():
         directories = [s.directory for s in sorted(snapshots, key=lambda s: s.op_no)]

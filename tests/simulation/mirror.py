@@ -79,7 +79,7 @@ class Mirror:
             if not isinstance(change, Update):
                 self.made.setdefault(place, record.seq)
         if isinstance(record.event, events.JobAccepted):
-            job = self.ledger.table("jobs", rows.Job)[(record.subject.job_id,)]
+            job = self.ledger.jobs[(record.subject.job_id,)]
             self._jobs[job.model_id].append(job)
             self._since.setdefault(job.job_id, trio.current_time())
         if isinstance(record.event, events.JobDone | events.JobFailed | events.JobCancelled):
@@ -89,7 +89,7 @@ class Mirror:
     # -- a job's life -------------------------------------------------------------------------------
 
     def _check(self, event: AnyEvent, who: Subject) -> None:
-        job = self.ledger.table("jobs", rows.Job).get((who.job_id,))
+        job = self.ledger.jobs.get((who.job_id,))
         is_open = job is not None and job.state in rows.OPEN
         match event:
             case events.JobAccepted():
@@ -118,18 +118,18 @@ class Mirror:
             again = (event.op_no, event.directory) == (job.op_no, job.directory)
             require(again, f"X1: another attempt of {job.job_id} has another op_no or directory")
             return
-        model = self.ledger.table("models", rows.Model)[(job.model_id,)]
+        model = self.ledger.models[(job.model_id,)]
         require(event.op_no == model.op_no + 1, f"X1: op_no {event.op_no} comes after {model.op_no}")
         self._check_order(job)
         busy = [other.job_id for other in self._jobs[model.model_id] if other.state == "running"]
         require(not busy, f"X2: {job.job_id} begins while {busy} run")
 
     def _check_order(self, job: rows.Job) -> None:
-        model = self.ledger.table("models", rows.Model)[(job.model_id,)]
+        model = self.ledger.models[(job.model_id,)]
         require(job.seq_id == model.next_seq, f"X5: {job.job_id} has its turn at number {model.next_seq}")
 
     def _check_skip(self, skipped: events.SeqSkipped, model_id: str) -> None:
-        model = self.ledger.table("models", rows.Model)[(model_id,)]
+        model = self.ledger.models[(model_id,)]
         first, last = skipped.first, skipped.last
         require(model.next_seq == first <= last, f"X5: {first} to {last} skipped at {model.next_seq}")
         there = [job.job_id for job in self._jobs[model_id] if first <= job.seq_id <= last]

@@ -314,7 +314,7 @@ def newest_adapter(patch: Patch) -> None:
 
     async def newest(self: Journal, adapter_id: str) -> rows.Adapter:
         found = await adapter(self, adapter_id)
-        versions = self.ledger.table("adapters", rows.Adapter).values()
+        versions = self.ledger.adapters.values()
         return max((a for a in versions if a.model_id == found.model_id), key=lambda a: a.version)
 
     patch.setattr(Journal, "adapter", newest)

@@ -44,7 +44,7 @@ async def _after_a_crash(cluster: Cluster, steps: int) -> list[object]:
     cluster.crash_worker()
     await cluster.start_worker()
     assert cluster.journal is not None
-    assert len(cluster.journal.ledger.tables["jobs"]) == len(jobs) == 10 * steps
+    assert len(cluster.journal.ledger.jobs) == len(jobs) == 10 * steps
     await cluster.start_trainer()
     found = await answers(cluster, jobs)
     cluster.check_journal()

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import msgspec
 import trio
@@ -20,7 +20,7 @@ from tests.simulation.power import Storage
 from tink.backends.vllm import PROBE
 from tink.domain import events, messages, requests, rows
 from tink.domain.events import Record
-from tink.domain.projection import Key
+from tink.domain.projection import Key, Ledger
 from tink.domain.requests import MUTATING
 from tink.errors import TinkError
 from tink.journal.home import Home
@@ -29,7 +29,6 @@ from tink.trainer.artifacts import Artifacts
 from tink.wire import tink_train
 
 P = ParamSpec("P")
-R = TypeVar("R", bound=rows.Row)
 
 # The tables of which a worker has all that has not ended.
 PRESENT = {"sessions", "models", "samplers", "jobs", "checkpoints", "adapters", "snapshots"}
@@ -144,9 +143,7 @@ class Watch:
         taken them in. It forgets what has ended, and need not have what is older than itself."""
         assert self._worker is not None
         for table, key in self._touched:
-            ours, theirs = (
-                ledger.tables[table].get(key) for ledger in (self._mirror.ledger, self._worker.ledger)
-            )
+            ours, theirs = (ledger.tables[table].get(key) for ledger in (self.ledger, self._worker.ledger))
             assert ours is not None, "what was touched is there"
             if theirs is not None or (table in PRESENT and not ours.ended):
                 require(
@@ -155,7 +152,7 @@ class Watch:
 
     def _check_wholes(self, records: list[Record]) -> None:
         """The events of one job's end are there together."""
-        tables = self._mirror.ledger.tables
+        tables = self.ledger.tables
         for record in records:
             job = tables["jobs"].get((record.subject.job_id,))
             if not isinstance(record.event, events.JobDone) or not isinstance(job, rows.Job):
@@ -183,13 +180,13 @@ class Watch:
 
     def _check_kept(self) -> None:
         """The bodies that are still needed: of open jobs, and of those that a redo applies again."""
-        ledger = self._mirror.ledger
+        ledger = self.ledger
         taken: defaultdict[str, list[int]] = defaultdict(list)
-        for snapshot in self.rows("snapshots", rows.Snapshot):
+        for snapshot in self.ledger.snapshots.values():
             if snapshot.state == "live":
                 taken[snapshot.model_id].append(snapshot.op_no)
-        models = ledger.table("models", rows.Model)
-        for job in ledger.table("jobs", rows.Job).values():
+        models = ledger.models
+        for job in ledger.jobs.values():
             if job.model_id is not None and models[(job.model_id,)].state == "removed":
                 continue
             # A damaged newest snapshot falls back to the one before it.
@@ -213,7 +210,7 @@ class Watch:
 
     def _check_published(self, records: list[Record], *, all_of_it: bool = False) -> None:
         """`all_of_it`: not only what has just been named, but what still must be there."""
-        tables = self._mirror.ledger.tables
+        tables = self.ledger.tables
         for record in records:
             event, job_id = record.event, record.subject.job_id
             match event:
@@ -242,9 +239,10 @@ class Watch:
     def trainer_started(self) -> None:
         self.at.clear()
 
-    def rows(self, table: str, kind: type[R]) -> list[R]:
+    @property
+    def ledger(self) -> Ledger:
         """What the journal has."""
-        return list(self._mirror.ledger.table(table, kind).values())
+        return self._mirror.ledger
 
     def placements(self) -> list[rows.AdapterPlacement]:
         """As the journal's table has them."""
@@ -262,7 +260,7 @@ class Watch:
     def applied(self, request: tink_train.OpRequest, state: object, *, failed: bool) -> None:
         """The engine has done an operation, or refused to."""
         model_id, op_no = request.model_id, request.op_no
-        job = self._mirror.ledger.table("jobs", rows.Job).get((request.job_id,))
+        job = self.ledger.jobs.get((request.job_id,))
         require(job is not None, f"X7: {request.job_id} runs, and is not journaled")
         assert job is not None
         require(job.op_no == op_no, f"X7: {job.job_id} runs as op {op_no}, and is journaled as {job.op_no}")
@@ -305,12 +303,12 @@ class Watch:
 
     @_looks
     def sampled(self, request: tink_train.SampleRequest) -> None:
-        ledger = self._mirror.ledger
-        job = ledger.table("jobs", rows.Job).get((request.sample_id,))
+        ledger = self.ledger
+        job = ledger.jobs.get((request.sample_id,))
         require(job is not None, f"X7: {request.sample_id} runs, and is not journaled")
         assert job is not None
-        sampler = ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]
-        adapter = ledger.table("adapters", rows.Adapter).get((sampler.adapter_id,))
+        sampler = ledger.samplers[(str(job.sampler_id),)]
+        adapter = ledger.adapters.get((sampler.adapter_id,))
         directory = None if adapter is None else adapter.directory
         require(request.adapter == directory, f"L2: {job.job_id} reads {request.adapter}, not {directory}")
         seed = self._seeds[job.job_id]
@@ -328,9 +326,9 @@ class Watch:
         if body["prompt"] == PROBE and body["max_tokens"] == 1:
             return
         directory = None if path is None else Path(path).relative_to(self._artifacts.root).as_posix()
-        samplers = self._mirror.ledger.table("samplers", rows.Sampler)
-        adapters = self._mirror.ledger.table("adapters", rows.Adapter)
-        for job in self._mirror.ledger.table("jobs", rows.Job).values():
+        samplers = self.ledger.samplers
+        adapters = self.ledger.adapters
+        for job in self.ledger.jobs.values():
             if job.op != "sample" or job.state != "running" or self._seeds[job.job_id] != body["seed"]:
                 continue
             adapter = adapters.get((samplers[(str(job.sampler_id),)].adapter_id,))
@@ -381,7 +379,7 @@ class Watch:
         known = self._promises.setdefault(job_id, promise)
         require(known == promise, f"X4: {job_id} is promised as {promise}, and was as {known}")
         self._check_durable(self._mirror.made.get(("jobs", (job_id,))), job_id)
-        job = self._mirror.ledger.table("jobs", rows.Job)[(job_id,)]
+        job = self.ledger.jobs[(job_id,)]
         if job.body_sha256 is not None and job.state in rows.OPEN:
             self._body(job.body_sha256, job_id)
 
@@ -389,7 +387,7 @@ class Watch:
         known = self._outcomes.setdefault(job_id, outcome)
         require(known == outcome, f"X4: {job_id} ends as {outcome}, and had as {known}")
         self._check_durable(self._mirror.ended.get(job_id), f"the end of {job_id}")
-        job = self._mirror.ledger.table("jobs", rows.Job)[(job_id,)]
+        job = self.ledger.jobs[(job_id,)]
         told = (outcome.state, outcome.result, outcome.error)
         require(told == (job.state, job.result, job.error), f"J6: {job_id} is answered with {outcome}")
         if job.result_sha256 is not None:

@@ -85,8 +85,8 @@ class Ahead:
         held = sum(len(shipped.body) for shipped in self._shipped.values() if shipped is not None)
         if held >= AHEAD_BYTES:
             return None
-        ledger = self._journal.ledger.table("jobs", rows.Job)
-        jobs = (ledger.get((job_id,)) for job_id in self._jobs.coming())
+        open_jobs = self._journal.ledger.jobs
+        jobs = (open_jobs.get((job_id,)) for job_id in self._jobs.coming())
         with_body = [job for job in jobs if job is not None and job.op in DATA_OPS]
         near = with_body[: AHEAD_JOBS_PER_SLOT * self._jobs.slots]
         return next((job for job in near if job.job_id not in self._shipped), None)

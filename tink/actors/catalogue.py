@@ -20,6 +20,7 @@ from tink.domain.events import (
     SessionMoved,
     Subject,
 )
+from tink.domain.projection import Key, Ledger
 from tink.domain.routing import Routes
 from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
@@ -29,7 +30,7 @@ from tink.limits import LONGEST_TTL
 from tink.metrics import Metrics
 from tink.world import World
 
-R = TypeVar("R", bound=rows.Row)
+R = TypeVar("R", rows.Session, rows.Model, rows.Sampler, rows.Checkpoint)
 
 
 class Base(NamedTuple):
@@ -83,7 +84,7 @@ class Catalogue:
             case messages.GetSession():
                 return self._session_view(ask)
             case messages.ListSessions():
-                return _newest_first(self._mine("sessions", rows.Session, ask.tenant))
+                return _newest_first(_mine(self._ledger.sessions, ask.tenant))
             case messages.ReportClientFailure():
                 if ask.session_id is not None:
                     self.session(ask.tenant, ask.session_id)
@@ -125,7 +126,7 @@ class Catalogue:
     # -- sessions -----------------------------------------------------------------------------------
 
     def session(self, tenant: str, session_id: str) -> rows.Session:
-        return self._owned("sessions", rows.Session, tenant, session_id, "session")
+        return _owned(self._ledger.sessions, tenant, session_id, "session")
 
     async def _create_session(self, ask: messages.CreateSession) -> messages.Created:
         if (known := self._session_of_key(ask)) is not None:
@@ -148,7 +149,7 @@ class Catalogue:
     def _session_of_key(self, ask: messages.CreateSession) -> messages.Created | None:
         if ask.idempotency_key is None:
             return None
-        session = self._journal.ledger.session_of(ask.tenant, ask.idempotency_key)
+        session = self._ledger.session_of(ask.tenant, ask.idempotency_key)
         return None if session is None else messages.Created(session.session_id)
 
     async def _finish_session(self, ask: messages.FinishSession) -> None:
@@ -165,8 +166,8 @@ class Catalogue:
 
     def _session_view(self, ask: messages.GetSession) -> messages.SessionView:
         session = self.session(ask.tenant, ask.session_id)
-        models = [m for m in self._mine("models", rows.Model, ask.tenant) if m.state == "live"]
-        samplers = self._mine("samplers", rows.Sampler, ask.tenant)
+        models = [m for m in _mine(self._ledger.models, ask.tenant) if m.state == "live"]
+        samplers = _mine(self._ledger.samplers, ask.tenant)
         return messages.SessionView(
             row=session,
             model_ids=[m.model_id for m in models if m.session_id == session.session_id],
@@ -176,10 +177,10 @@ class Catalogue:
     # -- models and samplers ------------------------------------------------------------------------
 
     def sampler(self, tenant: str, sampler_id: str) -> rows.Sampler:
-        return self._owned("samplers", rows.Sampler, tenant, sampler_id, "sampler")
+        return _owned(self._ledger.samplers, tenant, sampler_id, "sampler")
 
     def _live_model(self, tenant: str, model_id: str) -> rows.Model:
-        model = self._owned("models", rows.Model, tenant, model_id, "model")
+        model = _owned(self._ledger.models, tenant, model_id, "model")
         if model.state != "live":
             raise NotFound(f"there is no model {model_id}")
         return model
@@ -203,7 +204,7 @@ class Catalogue:
         ]
 
     def _live_models(self, ask: messages.ListModels) -> list[rows.Model]:
-        models = [m for m in self._mine("models", rows.Model, ask.tenant) if m.state == "live"]
+        models = [m for m in _mine(self._ledger.models, ask.tenant) if m.state == "live"]
         if ask.project_id is not None:
             models = [
                 m for m in models if self.session(ask.tenant, m.session_id).project_id == ask.project_id
@@ -212,7 +213,7 @@ class Catalogue:
 
     async def _weights(self, ask: messages.GetWeights) -> rows.Job:
         self.routes.check_sampling()
-        self._owned("models", rows.Model, ask.tenant, ask.model_id, "model")
+        _owned(self._ledger.models, ask.tenant, ask.model_id, "model")
         found = await self._journal.read(partial(queries.weights, model_id=ask.model_id))
         assert found is not None, "a model is there when the job that makes it is"
         return found
@@ -221,7 +222,7 @@ class Catalogue:
         self.routes.check_sampling()
         self.session(ask.tenant, ask.session_id)
         sampler_id = ids.sampler_id(ask.session_id, ask.sampling_seq_id)
-        samplers = self._journal.ledger.tables["samplers"]
+        samplers = self._ledger.samplers
         if (sampler_id,) in samplers:
             return messages.Created(sampler_id)
         base = await self._backends.base()
@@ -280,14 +281,14 @@ class Catalogue:
         now = self._world.now()
         return [
             checkpoint
-            for checkpoint in self._mine("checkpoints", rows.Checkpoint, tenant)
+            for checkpoint in _mine(self._ledger.checkpoints, tenant)
             if checkpoint.expires_at is None or checkpoint.expires_at > now
         ]
 
     def _list_checkpoints(self, ask: messages.ListCheckpoints) -> list[rows.Checkpoint]:
         found = self._live_checkpoints(ask.tenant)
         if ask.model_id is not None:
-            model = self._owned("models", rows.Model, ask.tenant, ask.model_id, "model")
+            model = _owned(self._ledger.models, ask.tenant, ask.model_id, "model")
             if model.state not in ("live", "removed"):  # what was saved outlives its model
                 raise NotFound(f"there is no model {ask.model_id}")
             found = [checkpoint for checkpoint in found if checkpoint.model_id == ask.model_id]
@@ -295,7 +296,7 @@ class Catalogue:
 
     def _own_checkpoint(self, tenant: str, text: str) -> rows.Checkpoint:
         address = ids.Address.parse(text)
-        checkpoint = self._journal.ledger.checkpoint_at(*address)
+        checkpoint = self._ledger.checkpoint_at(*address)
         if checkpoint is not None and checkpoint.tenant == tenant:
             return checkpoint
         raise NotFound(f"there is no checkpoint {address}")
@@ -305,7 +306,7 @@ class Catalogue:
             row = plans.find_checkpoint(self._journal.ledger, ids.Address.parse(ask.address), ask.tenant)
         except UserError as error:
             raise NotFound(str(error)) from None
-        model = self._journal.ledger.table("models", rows.Model)[(row.model_id,)]
+        model = self._ledger.models[(row.model_id,)]
         files = await self._folder.files(row.directory)
         if files is None:
             raise NotFound(f"the files of {ask.address} are not in the artifact folder {self._folder.root}")
@@ -334,15 +335,21 @@ class Catalogue:
 
     # -- lookups ------------------------------------------------------------------------------------
 
-    def _owned(self, table: str, kind: type[R], tenant: str, key: str, what: str) -> R:
-        row = self._journal.ledger.table(table, kind).get((key,))
-        if row is None or row.tenant != tenant:  # type: ignore[attr-defined]  # every owned table has one
-            raise NotFound(f"there is no {what} {key[:200]}")
-        return row
+    @property
+    def _ledger(self) -> Ledger:
+        return self._journal.ledger
 
-    def _mine(self, table: str, kind: type[R], tenant: str) -> list[R]:
-        return [row for row in self._journal.ledger.table(table, kind).values() if row.tenant == tenant]  # type: ignore[attr-defined]
+
+def _owned(table: dict[Key, R], tenant: str, key: str, what: str) -> R:
+    row = table.get((key,))
+    if row is None or row.tenant != tenant:
+        raise NotFound(f"there is no {what} {key[:200]}")
+    return row
+
+
+def _mine(table: dict[Key, R], tenant: str) -> list[R]:
+    return [row for row in table.values() if row.tenant == tenant]
 
 
 def _newest_first(found: Iterable[R]) -> list[R]:
-    return sorted(found, key=lambda row: row.created_at, reverse=True)  # type: ignore[attr-defined]
+    return sorted(found, key=lambda row: row.created_at, reverse=True)

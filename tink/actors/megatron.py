@@ -77,7 +77,7 @@ class MegatronActor:
             await self.jobs.run(self._run_one)
 
     async def _run_one(self, job_id: str) -> None:
-        job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
+        job = self._journal.ledger.jobs.get((job_id,))
         if job is None:
             return  # it was sent twice, and has ended
         try:
@@ -203,7 +203,7 @@ class MegatronActor:
         return plans.Context(self._journal.ledger, life.info, self._alpha, exports=self._place is not None)
 
     def _model(self, job: rows.Job) -> rows.Model:
-        return self._journal.ledger.table("models", rows.Model)[(job.model_id,)]
+        return self._journal.ledger.models[(job.model_id,)]
 
     # -- talking to the server ----------------------------------------------------------------------
 

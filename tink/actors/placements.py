@@ -45,7 +45,7 @@ class Placements:
         left = [replica for replica in placements._loaded if replica not in servers]
         entries = [gone(subject) for replica in left for subject in placements.of(replica).values()]
         if TRAINER in servers:
-            live = journal.ledger.table("adapters", rows.Adapter).values()
+            live = journal.ledger.adapters.values()
             entries += [
                 entry(adapter, TRAINER, "loaded")
                 for adapter in live

@@ -126,7 +126,7 @@ class ReplicaAdapters:
         self.changes = 0
         live = {
             self._name(adapter): adapter
-            for adapter in journal.ledger.table("adapters", rows.Adapter).values()
+            for adapter in journal.ledger.adapters.values()
             if adapter.state == "live"
         }
         for name, path in there.items():
@@ -336,7 +336,7 @@ class ReplicaAdapters:
             return False
         if held.adapter is None or self._is_journaled(held.adapter):
             return True
-        job = self._journal.ledger.table("jobs", rows.Job).get((held.adapter.job_id,))
+        job = self._journal.ledger.jobs.get((held.adapter.job_id,))
         return job is None or job.state not in rows.OPEN
 
     def _is_journaled(self, adapter: rows.Adapter) -> bool:
@@ -350,7 +350,7 @@ class ReplicaAdapters:
         return row is not None and row.directory != adapter.directory
 
     def _row(self, adapter: rows.Adapter) -> rows.Adapter | None:
-        return self._journal.ledger.table("adapters", rows.Adapter).get((adapter.adapter_id,))
+        return self._journal.ledger.adapters.get((adapter.adapter_id,))
 
     async def _journal_placements(self) -> None:
         """What the journal says of this server becomes what is so."""

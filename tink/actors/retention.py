@@ -131,7 +131,7 @@ class Retention:
         """Deletes those whose time is up."""
         now = self._world.now()
         async with self._journal.naming:
-            checkpoints = self._journal.ledger.table("checkpoints", rows.Checkpoint).values()
+            checkpoints = self._journal.ledger.checkpoints.values()
             await self._journal.append(
                 *(
                     (rows.about(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason="expired"))
@@ -144,7 +144,7 @@ class Retention:
         """Those that nobody will sample from. Their files go with the other directories."""
         ledger, before = self._journal.ledger, self._cutoffs().used
         quiet = retention.quiet_samplers(ledger, before, self._last_requests)
-        made = {s: ledger.table("samplers", rows.Sampler)[(s,)].created_at for s in quiet}
+        made = {s: ledger.samplers[(s,)].created_at for s in quiet}
         asked = await self._journal.read(partial(queries.last_requests, samplers=quiet))
         self._last_requests |= made | asked
         async with self._journal.naming:  # no sampler is made meanwhile
@@ -169,7 +169,7 @@ class Retention:
         ledger, read = self._journal.ledger, self._journal.read
         if self._servers is not None:
             await self._servers.let_go()
-        there = await self._folder.published(list(ledger.table("models", rows.Model).values()))
+        there = await self._folder.published(list(ledger.models.values()))
         in_use = self._folder.used | (set() if self._servers is None else self._servers.directories)
         kept = retention.directories_kept(ledger)
         sampled = retention.sampled(ledger)

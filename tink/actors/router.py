@@ -265,7 +265,7 @@ class Router:
         return self._accept_training(subject, accepted, ask.body, promise, making)
 
     def _model(self, tenant: str, model_id: str) -> rows.Model:
-        model = self._journal.ledger.table("models", rows.Model).get((model_id,))
+        model = self._journal.ledger.models.get((model_id,))
         if model is None or model.tenant != tenant:
             raise NotFound(f"there is no model {model_id}")
         return model
@@ -358,7 +358,7 @@ class Router:
         crash.point("worker.accepted")
 
     def _is_known(self, job_id: str) -> bool:
-        return job_id in self._accepting or (job_id,) in self._journal.ledger.tables["jobs"]
+        return job_id in self._accepting or (job_id,) in self._journal.ledger.jobs
 
     async def _when_accepted(self, promise: messages.Promise, key: str | None = None) -> messages.Promise:
         """The first one's promise, once the first one is durable."""
@@ -372,7 +372,7 @@ class Router:
         return promise
 
     def _reserve(self, job_id: str, *, awaited: bool = False) -> None:
-        open_jobs = len(self._journal.ledger.tables["jobs"]) + len(self._accepting)
+        open_jobs = len(self._journal.ledger.jobs) + len(self._accepting)
         if open_jobs >= MAX_OPEN_JOBS and not awaited:
             raise Overloaded(f"{open_jobs} jobs are open: send it again when some have ended")
         self._accepting[job_id] = trio.Event()
@@ -386,7 +386,7 @@ class Router:
             self._accepting.pop(job_id).set()
 
     def _cancel(self, ask: messages.CancelJob) -> Awaitable[None]:
-        job = self._journal.ledger.table("jobs", rows.Job).get((ask.job_id,))
+        job = self._journal.ledger.jobs.get((ask.job_id,))
         if job is None or job.tenant != ask.tenant or job.sampler_id is None:
             return self._nothing_to_cancel(ask)
         # Once: until the first one is durable, the job still looks as if it could be withdrawn.
@@ -406,7 +406,7 @@ class Router:
     # -- outcomes -----------------------------------------------------------------------------------
 
     def _await_outcome(self, ask: messages.AwaitOutcome, reply: Reply[Any]) -> Awaitable[Any] | None:
-        job = self._journal.ledger.table("jobs", rows.Job).get((ask.job_id,))
+        job = self._journal.ledger.jobs.get((ask.job_id,))
         if job is None:
             return self._known_outcome(ask)
         if job.tenant != ask.tenant:
@@ -431,13 +431,13 @@ class Router:
 
     def _lane(self, model_id: str) -> Lane:
         if model_id not in self._lanes:
-            model = self._journal.ledger.table("models", rows.Model).get((model_id,))
+            model = self._journal.ledger.models.get((model_id,))
             self._lanes[model_id] = Lane(model.next_seq if model is not None else 0)
         return self._lanes[model_id]
 
     def _load_lanes(self) -> None:
         """The lanes as the last life left them: its running jobs are next again."""
-        jobs = [job for job in self._journal.ledger.table("jobs", rows.Job).values() if job.model_id]
+        jobs = [job for job in self._journal.ledger.jobs.values() if job.model_id]
         for job in jobs:
             if job.state == "running":
                 self._lane(str(job.model_id)).next_seq = job.seq_id
@@ -450,13 +450,13 @@ class Router:
         if jobs is self._training:
             for model_id, lane in self._lanes.items():
                 if lane.running is not None:
-                    if (lane.running,) in self._journal.ledger.tables["jobs"]:
+                    if (lane.running,) in self._journal.ledger.jobs:
                         jobs.send(lane.running)
                     else:  # it had ended, and was not released
                         lane.finish(lane.running)
                 self._advance(model_id)
         else:
-            for job in self._journal.ledger.table("jobs", rows.Job).values():
+            for job in self._journal.ledger.jobs.values():
                 if job.sampler_id is not None and job.job_id not in self._cancelling:
                     jobs.send(job.job_id)
 

@@ -56,7 +56,7 @@ class SamplerActor:
         await self.jobs.run(self._run_one)
 
     async def _run_one(self, job_id: str) -> None:
-        job = self._journal.ledger.table("jobs", rows.Job).get((job_id,))
+        job = self._journal.ledger.jobs.get((job_id,))
         if job is None:
             return  # it was sent twice, and has ended
         try:
@@ -106,5 +106,5 @@ class SamplerActor:
         return rows.about(job), done
 
     async def _adapter(self, job: rows.Job) -> rows.Adapter | None:
-        sampler = self._journal.ledger.table("samplers", rows.Sampler)[(str(job.sampler_id),)]
+        sampler = self._journal.ledger.samplers[(str(job.sampler_id),)]
         return None if sampler.adapter_id is None else await self._journal.adapter(sampler.adapter_id)

@@ -126,7 +126,7 @@ class Snapshots:
         """Newest first."""
         found = [
             snapshot
-            for snapshot in self._journal.ledger.table("snapshots", rows.Snapshot).values()
+            for snapshot in self._journal.ledger.snapshots.values()
             if snapshot.model_id == model_id
         ]
         return sorted(found, key=lambda snapshot: snapshot.op_no, reverse=True)

@@ -281,7 +281,7 @@ class TrainerLink:
         wrong = None
         if state.lease > self._journal.incarnation:
             wrong = f"it has served worker {state.lease}, this one is {self._journal.incarnation}"
-        for model in self._journal.ledger.table("models", rows.Model).values():
+        for model in self._journal.ledger.models.values():
             held = state.models.get(model.model_id)
             if held is not None and held.applied > model.op_no:
                 wrong = (
@@ -307,7 +307,7 @@ class TrainerLink:
     def _check_base(self, info: tink_train.Info) -> None:
         """A home's models live on one base: their redo on another one would be another run."""
         before = self._served
-        models = self._journal.ledger.table("models", rows.Model).values()
+        models = self._journal.ledger.models.values()
         if before is None or before.base_digest == info.base_digest or not any(m.rank for m in models):
             return
         raise StartupError(

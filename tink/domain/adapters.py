@@ -25,10 +25,10 @@ def wanted(ledger: Ledger) -> list[rows.Adapter]:
     """The versions that a server should have before it gets requests, the one that was made last at the
     end: the newest one of each model of an open session, and those that open jobs sample from. Any other
     is loaded when it is asked for."""
-    sessions, models = ledger.table("sessions", rows.Session), ledger.table("models", rows.Model)
+    sessions, models = ledger.sessions, ledger.models
     sampled = retention.sampled(ledger)
     found = []
-    for adapter in ledger.table("adapters", rows.Adapter).values():
+    for adapter in ledger.adapters.values():
         model = models[(adapter.model_id,)]
         is_newest = adapter.version == model.versions and model.state != "removed"
         in_use = is_newest and sessions[(model.session_id,)].state == "open"
@@ -40,9 +40,9 @@ def wanted(ledger: Ledger) -> list[rows.Adapter]:
 def needed(ledger: Ledger) -> set[str]:
     """The versions that may stay on a server which has them: the wanted ones, and those with a sampler of
     an open session; of a model that was unloaded only what was saved by name."""
-    models, saved = ledger.table("models", rows.Model), retention.saved(ledger)
+    models, saved = ledger.models, retention.saved(ledger)
     found = {adapter.adapter_id for adapter in wanted(ledger)}
-    for adapter in ledger.table("adapters", rows.Adapter).values():
+    for adapter in ledger.adapters.values():
         lasts = models[(adapter.model_id,)].state != "removed" or adapter.adapter_id in saved
         if adapter.state == "live" and lasts and any(ledger.samplers_of(adapter.adapter_id)):
             found.add(adapter.adapter_id)

@@ -43,7 +43,7 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
     """The operation of a training job whose turn has come. Raises UserError if it cannot be served."""
     model_id = _model_id(job)
     if job.op != "create_model" and job.seq_id != 0:
-        model = context.ledger.table("models", rows.Model)[(model_id,)]
+        model = context.ledger.models[(model_id,)]
         if model.state == "removed":
             raise UserError(
                 f"the model {model_id} was unloaded: make another one, from what was saved of it"
@@ -98,7 +98,7 @@ def again(job: rows.Job, body: bytes, ledger: Ledger) -> tink_train.Op:
     then, whatever has been renamed, deleted or configured since."""
     if job.state == "failed" or job.op not in requests.MUTATING:
         return tink_train.Skip()
-    model = ledger.table("models", rows.Model)[(_model_id(job),)]
+    model = ledger.models[(_model_id(job),)]
     match job.op:
         case "forward_backward":
             return tink_train.ForwardBackward(body)
@@ -199,11 +199,11 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
         raise UserError(f"{address} cannot be trained on: only a state that save_state wrote can")
     # A job that was begun goes on with what it began with, whatever has become of the checkpoint.
     directory = job.directory or find_checkpoint(context.ledger, address, job.tenant).directory
-    source = context.ledger.table("models", rows.Model)[(address.model_id,)]
+    source = context.ledger.models[(address.model_id,)]
     if request.base_model is not None:
         check_base_model(request.base_model, context.served.base_model, context.served.base_path)
     if job.seq_id != 0:
-        target = context.ledger.table("models", rows.Model)[(_model_id(job),)]
+        target = context.ledger.models[(_model_id(job),)]
         for part in ("rank", "train_attn", "train_mlp", "train_unembed"):
             mine, theirs = getattr(target, part), getattr(source, part)
             if mine != theirs:
@@ -246,7 +246,7 @@ def _check_ephemeral(job: rows.Job, request: requests.SaveWeightsForSampler, led
     if request.sampling_session_seq_id is None:
         raise UserError("save_weights_for_sampler needs a path, or sampling_session_seq_id for a sampler")
     sampler = ids.sampler_id(str(job.session_id), request.sampling_session_seq_id)
-    if (sampler,) in ledger.tables["samplers"]:
+    if (sampler,) in ledger.samplers:
         raise UserError(f"the sampler {sampler} exists already: count sampling_session_seq_id up")
 
 
@@ -272,7 +272,7 @@ def exported(
     if plan.export is None or not result.files:  # applied when nobody had asked for an adapter
         return None
     model_id = _model_id(job)
-    versions = context.ledger.table("models", rows.Model)[(model_id,)].versions
+    versions = context.ledger.models[(model_id,)].versions
     version = 1 + versions if job.op == "save_weights_for_sampler" else 0
     return rows.Adapter(
         adapter_id=ids.adapter_id(model_id, version),
@@ -352,7 +352,7 @@ def conclusion(
 def _removed(job: rows.Job, ledger: Ledger) -> list[Entry]:
     """Nothing of the model is redone any more."""
     entries: list[Entry] = [(rows.about(job), events.ModelRemoved())]
-    for snapshot in ledger.table("snapshots", rows.Snapshot).values():
+    for snapshot in ledger.snapshots.values():
         if snapshot.model_id == job.model_id and snapshot.state == "live":
             dropped = events.SnapshotDropped(snapshot_id=snapshot.snapshot_id, reason="pruned")
             entries.append((rows.about(job), dropped))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import singledispatch
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -15,7 +15,6 @@ from tink.domain import events, rows
 from tink.domain.events import AnyEvent, Record
 
 Key = tuple[Any, ...]
-R = TypeVar("R", bound=rows.Row)
 
 
 class Insert(msgspec.Struct, frozen=True):
@@ -319,20 +318,26 @@ def _(event: events.SamplerCreated, record: Record) -> Iterator[Change]:
 
 
 class Ledger:
-    """The projections in memory: table -> primary key -> row."""
+    """The projections in memory: each table is primary key -> row."""
 
     def __init__(self) -> None:
-        self.tables: dict[str, dict[Key, rows.Row]] = {name: {} for name in rows.TABLES}
+        self.incarnations: dict[Key, rows.Incarnation] = {}
+        self.sessions: dict[Key, rows.Session] = {}
+        self.models: dict[Key, rows.Model] = {}
+        self.jobs: dict[Key, rows.Job] = {}
+        self.samplers: dict[Key, rows.Sampler] = {}
+        self.adapters: dict[Key, rows.Adapter] = {}
+        self.adapter_placements: dict[Key, rows.AdapterPlacement] = {}
+        self.checkpoints: dict[Key, rows.Checkpoint] = {}
+        self.snapshots: dict[Key, rows.Snapshot] = {}
+        # The same, by the tables' names.
+        self.tables: dict[str, dict[Key, Any]] = {name: getattr(self, name) for name in rows.TABLES}
         # (model, kind, name) -> the checkpoint that lives there, or lived there last.
         self._addresses: dict[Key, rows.Checkpoint] = {}
         # By adapter version: a run makes one with each of its steps, and most of those are gone.
-        self._samplers: defaultdict[str, list[rows.Sampler]] = defaultdict(list)
+        self._samplers_of: defaultdict[str, list[rows.Sampler]] = defaultdict(list)
         # (tenant, idempotency key) -> the session that was made with it. They are never forgotten.
-        self._sessions: dict[Key, rows.Session] = {}
-
-    def table(self, name: str, kind: type[R]) -> dict[Key, R]:
-        """One table, typed: `ledger.table("jobs", rows.Job)`."""
-        return cast("dict[Key, R]", self.tables[name])
+        self._sessions_of: dict[Key, rows.Session] = {}
 
     def checkpoint_at(self, model_id: str, kind: str, name: str) -> rows.Checkpoint | None:
         """The live checkpoint of that address."""
@@ -340,13 +345,12 @@ class Ledger:
         return found if found is not None and found.state == "live" else None
 
     def session_of(self, tenant: str, idempotency_key: str) -> rows.Session | None:
-        return self._sessions.get((tenant, idempotency_key))
+        return self._sessions_of.get((tenant, idempotency_key))
 
     def samplers_of(self, adapter_id: str) -> Iterable[rows.Sampler]:
         """Those of an adapter version, and of a session that is open."""
-        sessions = self.table("sessions", rows.Session)
-        samplers = self._samplers.get(adapter_id, ())
-        return (one for one in samplers if sessions[(one.session_id,)].state == "open")
+        samplers = self._samplers_of.get(adapter_id, ())
+        return (one for one in samplers if self.sessions[(one.session_id,)].state == "open")
 
     def put(self, table: str, row: rows.Row) -> None:
         self.tables[table][_key(table, row)] = row
@@ -355,19 +359,19 @@ class Ledger:
             if row.state == "live" or address not in self._addresses:
                 self._addresses[address] = row
         elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
-            self._samplers[row.adapter_id].append(row)
+            self._samplers_of[row.adapter_id].append(row)
         elif isinstance(row, rows.Session) and row.idempotency_key is not None:
-            self._sessions[row.tenant, row.idempotency_key] = row
+            self._sessions_of[row.tenant, row.idempotency_key] = row
 
     def forget(self, table: str, key: Key) -> rows.Row | None:
         """Takes a row out, and returns it."""
-        row = self.tables[table].pop(key, None)
+        row: rows.Row | None = self.tables[table].pop(key, None)
         if isinstance(row, rows.Checkpoint):
             address = (row.model_id, row.kind, row.name)
             if self._addresses.get(address) is row:
                 del self._addresses[address]
         elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
-            self._samplers[row.adapter_id].remove(row)
+            self._samplers_of[row.adapter_id].remove(row)
         return row
 
     def apply(self, changes: Iterable[Change]) -> None:

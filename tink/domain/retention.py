@@ -51,12 +51,12 @@ def covered(ledger: Ledger) -> dict[str, int]:
     oldest of the snapshots that are kept, for the newer one may turn out to be damaged; 0 as long as
     there are fewer."""
     taken: defaultdict[str, list[int]] = defaultdict(list)
-    for snapshot in ledger.table("snapshots", rows.Snapshot).values():
+    for snapshot in ledger.snapshots.values():
         if snapshot.state == "live":
             taken[snapshot.model_id].append(snapshot.op_no)
     return {
         model.model_id: sorted([0] * SNAPSHOTS_KEPT + taken[model.model_id])[-SNAPSHOTS_KEPT]
-        for model in ledger.table("models", rows.Model).values()
+        for model in ledger.models.values()
         if model.state not in ENDED
     }
 
@@ -107,11 +107,9 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
     stays, and so does, while its model is there, one that has a sampler of an open session with a request
     since `before`; a sampler that is not in `last_requests` counts as such."""
     made_for_one = {
-        sampler.adapter_id
-        for sampler in ledger.table("samplers", rows.Sampler).values()
-        if sampler.model_path is None
+        sampler.adapter_id for sampler in ledger.samplers.values() if sampler.model_path is None
     }
-    models, sessions = ledger.table("models", rows.Model), ledger.table("sessions", rows.Session)
+    models, sessions = ledger.models, ledger.sessions
     for adapter, samplers in _unnamed(ledger):
         if models[(adapter.model_id,)].state == "removed":
             yield adapter, "removed"
@@ -133,32 +131,32 @@ def spare_adapters(ledger: Ledger, before: float, last_requests: Mapping[str, fl
 def _unnamed(ledger: Ledger) -> Iterator[tuple[rows.Adapter, list[rows.Sampler]]]:
     """The live versions without a live checkpoint and an open job, with their samplers of open sessions."""
     used = sampled(ledger) | saved(ledger)
-    for adapter in ledger.table("adapters", rows.Adapter).values():
+    for adapter in ledger.adapters.values():
         if adapter.state == "live" and adapter.adapter_id not in used:
             yield adapter, list(ledger.samplers_of(adapter.adapter_id))
 
 
 def leaving(ledger: Ledger) -> bool:
     """Whether a live version waits for nothing but open jobs: its model was unloaded."""
-    models, named = ledger.table("models", rows.Model), saved(ledger)
+    models, named = ledger.models, saved(ledger)
     return any(
         adapter.state == "live"
         and models[(adapter.model_id,)].state == "removed"
         and adapter.adapter_id not in named
-        for adapter in ledger.table("adapters", rows.Adapter).values()
+        for adapter in ledger.adapters.values()
     )
 
 
 def saved(ledger: Ledger) -> set[str]:
     """The versions that have a live checkpoint."""
-    checkpoints = ledger.table("checkpoints", rows.Checkpoint).values()
+    checkpoints = ledger.checkpoints.values()
     return {one.adapter_id for one in checkpoints if one.state == "live" and one.adapter_id is not None}
 
 
 def sampled(ledger: Ledger) -> set[str]:
     """The versions that open jobs sample from."""
-    samplers = ledger.table("samplers", rows.Sampler)
-    jobs = ledger.table("jobs", rows.Job).values()
+    samplers = ledger.samplers
+    jobs = ledger.jobs.values()
     found = {
         samplers[(job.sampler_id,)].adapter_id
         for job in jobs
@@ -173,21 +171,21 @@ def sampled(ledger: Ledger) -> set[str]:
 def directories_kept(ledger: Ledger) -> set[str]:
     """The directories that rows of the ledger need: of checkpoints, adapters and snapshots that live, and
     of open jobs. Not in the ledger is what a redo would load (`loads_needed`)."""
-    models = ledger.table("models", rows.Model)
+    models = ledger.models
     kept: set[str] = set()
-    for job in ledger.table("jobs", rows.Job).values():
+    for job in ledger.jobs.values():
         if job.state in rows.OPEN and job.directory is not None:
             kept.add(job.directory)
         makes_a_model = job.op in ("create_model", "load_weights") and job.op_no is not None
         if job.state in rows.OPEN and makes_a_model:
             kept.add(ids.first_adapter(str(job.model_id), job.op_no or 0))
-    for checkpoint in ledger.table("checkpoints", rows.Checkpoint).values():
+    for checkpoint in ledger.checkpoints.values():
         if checkpoint.state == "live":
             kept.add(checkpoint.directory)
-    for adapter in ledger.table("adapters", rows.Adapter).values():
+    for adapter in ledger.adapters.values():
         if adapter.state == "live":
             kept.add(adapter.directory)
-    for snapshot in ledger.table("snapshots", rows.Snapshot).values():
+    for snapshot in ledger.snapshots.values():
         if snapshot.state == "live" and models[(snapshot.model_id,)].state not in ENDED:
             kept.add(snapshot.directory)
     return kept

@@ -137,7 +137,7 @@ class Journal:
 
     async def job(self, job_id: str) -> rows.Job | None:
         """A job by its id, open or ended, or None."""
-        hot = self.ledger.table("jobs", rows.Job).get((job_id,)) or self._recent.get(job_id)
+        hot = self.ledger.jobs.get((job_id,)) or self._recent.get(job_id)
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot
@@ -145,7 +145,7 @@ class Journal:
 
     async def adapter(self, adapter_id: str) -> rows.Adapter:
         """An adapter version. LookupError if there is none."""
-        hot = self.ledger.table("adapters", rows.Adapter).get((adapter_id,))
+        hot = self.ledger.adapters.get((adapter_id,))
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot

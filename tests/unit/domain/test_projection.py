@@ -234,7 +234,7 @@ def test_history_without_a_projection_changes_nothing() -> None:
 
 def test_an_insert_of_a_row_that_is_there_raises() -> None:
     ledger = fold(_records())
-    row = next(iter(ledger.tables["sessions"].values()))
+    row = next(iter(ledger.sessions.values()))
     with pytest.raises(LookupError, match="sessions has the row"):
         ledger.apply([Insert("sessions", row)])
     ledger.apply([Upsert("sessions", row)])
@@ -262,8 +262,8 @@ def test_an_event_twice_is_never_taken_silently_for_two(index: int) -> None:
 
 def test_differences_name_the_row() -> None:
     one, other = fold(_records()), fold(_records())
-    other.table("sessions", rows.Session)[("s",)].state = "open"
-    del other.tables["jobs"][("s:sample:0:0",)]
+    other.sessions[("s",)].state = "open"
+    del other.jobs[("s:sample:0:0",)]
     lines = list(one.differences(other))
     assert len(lines) == 2
     assert {line.partition(":")[0] for line in lines} == {"sessions['s']", "jobs['s"}

@@ -282,7 +282,7 @@ def test_version_0_stays_while_its_model_is_used_and_has_no_newer_one(
     session: str, versions: int, last_request_at: float, reasons: list[str]
 ) -> None:
     ledger = _ledger(_adapter(0), session=session)
-    model = ledger.table("models", rows.Model)[(MODEL,)]
+    model = ledger.models[(MODEL,)]
     model.versions, model.last_request_at = versions, last_request_at
     assert [reason for _, reason in retention.spare_adapters(ledger, NOW, {})] == reasons
 
@@ -312,7 +312,7 @@ def test_what_a_server_may_keep_is_told_without_a_walk_through_all_samplers_ever
             raise AssertionError
 
     ledger = _ledger(_adapter(), _sampler())
-    ledger.tables["samplers"] = NotWalked(ledger.tables["samplers"])
+    ledger.samplers = NotWalked(ledger.samplers)
     assert adapters.needed(ledger) == {"a1"}
 
 

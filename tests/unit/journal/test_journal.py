@@ -71,7 +71,7 @@ async def test_what_append_returned_for_is_on_disk_and_in_the_ledger(
     async with opened(home) as journal:
         await journal.append(session(1), session(2))
         assert stored_sessions(home) == {"s1", "s2"}
-        assert {key[0] for key in journal.ledger.tables["sessions"]} == {"s1", "s2"}
+        assert {key[0] for key in journal.ledger.sessions} == {"s1", "s2"}
 
 
 async def test_seq_has_no_gap_over_restarts_and_each_boot_is_an_incarnation(
@@ -87,7 +87,7 @@ async def test_seq_has_no_gap_over_restarts_and_each_boot_is_an_incarnation(
     assert _seqs(home) == list(range(1, 3 * 9 + 1))
     engine = reader_engine(home.journal)
     with engine.connect() as connection:
-        found = list(store.read_tables(connection).tables["incarnations"].values())
+        found = list(store.read_tables(connection).incarnations.values())
     engine.dispose()
     assert [(row.number, row.stop_reason) for row in found] == [(n, "stopped") for n in (1, 2, 3)]  # type: ignore[attr-defined]
 
@@ -172,7 +172,7 @@ async def test_an_ended_job_leaves_the_ledger_and_is_found_again(
             subject = Subject(tenant="t", job_id=f"j{i}")
             await journal.append((subject, JobAccepted(op="sample", seq_id=i)))
             await journal.append((subject, JobDone(result={"i": i})))
-        assert journal.ledger.tables["jobs"] == {}
+        assert journal.ledger.jobs == {}
         assert len(journal._recent) == 2
         assert journal._acceptances == {}
         for i in range(5):
@@ -406,9 +406,9 @@ async def test_an_adapter_that_was_deleted_is_looked_up_and_one_that_lives_is_th
         )
         made = await journal.adapter("m@1")
     async with opened(home) as journal:
-        assert journal.ledger.tables["adapters"] == {("m@1",): made}
+        assert journal.ledger.adapters == {("m@1",): made}
         await journal.append((Subject(model_id="m", adapter_id="m@1"), AdapterDeleted(reason="idle")))
-        assert journal.ledger.tables["adapters"] == {}
+        assert journal.ledger.adapters == {}
         assert (await journal.adapter("m@1")).state == "idle"
         with pytest.raises(LookupError, match="m@2"):
             await journal.adapter("m@2")

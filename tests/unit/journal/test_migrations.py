@@ -154,7 +154,7 @@ async def test_a_start_after_a_migration_looks_at_all_of_the_journal(
 
     write_next("5")
     async with opened(home) as journal:
-        assert len(journal.ledger.tables["sessions"]) == 19
+        assert len(journal.ledger.sessions) == 19
     assert "added" in _tables(home)
 
 
