@@ -96,6 +96,16 @@ SHOWN_PROBLEMS = 100
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
 
+# -- tink sql --------------------------------------------------------------------------------------
+
+# One value of an answer, and all of it.
+SQL_VALUE_BYTES = 64 * 1024 * 1024
+SQL_ANSWER_BYTES = 256 * 1024 * 1024
+# Steps of SQLite's machine between two looks at the clock: a fraction of a millisecond.
+SQL_STEPS = 10_000
+# Characters of a cell in a table that is printed.
+SQL_CELL = 120
+
 # -- tink doctor -----------------------------------------------------------------------------------
 
 # With less room than this the next checkpoints may fail; with less than that the journal's next commit.

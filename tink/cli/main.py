@@ -18,6 +18,7 @@ examples:
   tink status            what runs, what waits, what happened last
   tink jobs --failed     what failed, and why
   tink jobs show ID      one job, with its events
+  tink sql "SELECT ..."  any question to the journal
   tink db check          is the journal whole?
   tink doctor            what is wrong here, and what mends it
 
@@ -25,7 +26,7 @@ examples:
 Settings are environment variables; 'tink config' prints them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-COMMANDS = ("serve", "config", "doctor", "status", "jobs", "db", "trainer", "vllm")
+COMMANDS = ("serve", "config", "doctor", "status", "jobs", "sql", "db", "trainer", "vllm")
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

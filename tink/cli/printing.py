@@ -23,7 +23,11 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 def print_document(value: Any) -> None:
     """`value` as one JSON document. Its keys are part of the product."""
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    print(document(value))
+
+
+def document(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 
 def console(least: int = 0) -> Console:

@@ -33,6 +33,7 @@ def test_the_commands_are_these():
         ("status",),
         ("jobs",),
         ("jobs", "show"),
+        ("sql",),
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),

@@ -1,0 +1,262 @@
+"""`tink sql` answers any question that only reads, and nothing else; programs can read what it prints."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import sqlite3
+
+import pytest
+from cli_home import MODEL, TRAINED
+from trio.testing import MockClock
+
+from tink.cli import sql as command
+from tink.journal import sql
+from tink.limits import SQL_CELL
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+def test_the_tables_can_be_asked_anything(tink, home):
+    query = "SELECT op, state, count(*) AS jobs FROM jobs GROUP BY op, state ORDER BY op, state"
+    code, out, err = tink("sql", "--home", home.root, query)
+    assert (code, err) == (0, "")
+    head, *lines = [line.split() for line in out.splitlines()]
+    assert head == ["op", "state", "jobs"]
+    assert ["forward_backward", "done", "1"] in lines
+    with sqlite3.connect(home.journal) as database:
+        assert len(lines) == len(database.execute(query).fetchall())
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "VALUES (1)",
+        "WITH a AS (SELECT 1) SELECT * FROM a",
+        "EXPLAIN QUERY PLAN SELECT * FROM jobs",
+        "SELECT name FROM sqlite_master",
+        "SELECT value FROM json_each('[1]')",
+        "SELECT sum(loss_sum) OVER (ORDER BY op_no) FROM jobs",
+        "SELECT 1 -- and no more;\n",
+    ],
+)
+def test_what_only_reads_is_answered(tink, home, query):
+    code, out, err = tink("sql", "--home", home.root, query)
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) > 1
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM jobs",
+        "UPDATE jobs SET state = 'done'",
+        "INSERT INTO jobs DEFAULT VALUES",
+        "WITH a AS (SELECT 1) DELETE FROM jobs",
+        "CREATE TABLE mine (a)",
+        "CREATE TEMP TABLE mine (a)",
+        "CREATE TEMP VIEW mine AS SELECT 1",
+        "DROP TABLE jobs",
+        "ALTER TABLE jobs ADD COLUMN mine",
+        "REINDEX",
+        "ANALYZE",
+        "VACUUM",
+        "VACUUM INTO 'copy.sqlite'",
+        "ATTACH 'bodies.sqlite' AS bodies",
+        "DETACH main",
+        "PRAGMA query_only = 0",
+        "PRAGMA journal_mode",
+        "SELECT * FROM pragma_table_info('jobs')",
+        "BEGIN",
+        "COMMIT",
+        "ROLLBACK",
+        "SAVEPOINT a",
+        "SELECT load_extension('mine')",
+        "SELECT 1; DELETE FROM jobs",
+        "SELECT 1; SELECT 2",
+    ],
+)
+def test_what_does_more_than_read_is_refused_in_one_line(tink, home, query, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {path: hashlib.sha256(path.read_bytes()).digest() for path in home.root.rglob("*.sqlite")}
+    code, out, err = tink("sql", "--home", home.root, query)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "only reading is allowed here" in err
+    assert {path: hashlib.sha256(path.read_bytes()).digest() for path in files} == files
+    assert not (tmp_path / "copy.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("SELECT nought FROM jobs", "SQLite says: no such column: nought"),
+        ("SELECT * FROM job", "SQLite says: no such table: job"),
+        ("SELEC 1", 'SQLite says: near "SELEC": syntax error'),
+        ("SELECT ?", "SQLite says: "),
+        ("", "there is no statement in it"),
+        ("-- a comment", "there is no statement in it"),
+        ("SELECT '\udcff'", "SQLite says: "),
+        ("SELECT '\0'", "SQLite says: "),
+        ("SELECT randomblob(1000000000)", "SQLite says: string or blob too big"),
+    ],
+)
+def test_what_is_wrong_with_a_question_is_one_line(tink, home, query, says):
+    code, out, err = tink("sql", "--home", home.root, query)
+    assert (code, out) == (2, "")
+    assert err.startswith("tink sql: ")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_one_that_never_ends_is_stopped(tink, home, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(command.World, "monotonic", lambda world: next(now))
+    code, out, err = tink("sql", "--home", home.root, "--seconds", "5", ENDLESS)
+    assert (code, out) == (2, "")
+    assert "it was not answered within 5 s" in err
+
+
+def test_ctrl_c_ends_one_that_takes_long(tink, home, monkeypatch):
+    def pressed(world):
+        looks.append(world)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+        return 0.0
+
+    looks = []
+    monkeypatch.setattr(command.World, "monotonic", pressed)
+    code, out, _ = tink("sql", "--home", home.root, ENDLESS)
+    assert (code, out) == (130, "")
+
+
+def test_an_answer_that_was_cut_is_told_from_a_whole_one(tink, home):
+    query = "SELECT seq FROM events ORDER BY seq"
+    code, out, err = tink("sql", "--home", home.root, "--format", "csv", "--max-rows", "3", query)
+    assert (code, out.splitlines()) == (1, ["seq", "1", "2", "3"])
+    assert "there are more than 3 rows: ask for less, or for more with --max-rows" in err
+    code, out, err = tink("sql", "--home", home.root, "--max-rows", "3", f"{query} LIMIT 3")
+    assert (code, err) == (0, "")
+
+
+def test_an_answer_that_would_fill_the_memory_is_cut(tink, home, monkeypatch):
+    monkeypatch.setattr(sql, "SQL_ANSWER_BYTES", 1000)
+    query = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT hex(randomblob(50)) FROM n"
+    )
+    code, out, err = tink("sql", "--home", home.root, "--format", "csv", query)
+    assert (code, len(out.splitlines())) == (1, 11)
+    assert "more than 1000 bytes" in err
+
+
+MIXED = "SELECT 'a,\"b\"' AS text, 1 AS whole, 0.1 AS real, NULL AS none, x'00ff' AS bytes"
+
+
+def test_csv_has_every_value(tink, home):
+    code, out, _ = tink("sql", "--home", home.root, "--format", "csv", MIXED)
+    assert code == 0
+    assert list(csv.reader(io.StringIO(out))) == [
+        ["text", "whole", "real", "none", "bytes"],
+        ['a,"b"', "1", "0.1", "", "00ff"],
+    ]
+
+
+def test_json_has_every_value(tink, home):
+    code, out, _ = tink("sql", "--home", home.root, "--format", "json", MIXED)
+    assert code == 0
+    assert json.loads(out) == [{"text": 'a,"b"', "whole": 1, "real": 0.1, "none": None, "bytes": "00ff"}]
+
+
+def test_parquet_has_every_value(tink, home, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "answer.parquet"
+    code, out, err = tink("sql", "--home", home.root, "--output", file, MIXED)
+    assert (code, out, err) == (0, "", "")
+    (row,) = parquet.read_table(file).to_pylist()
+    assert row == {"text": 'a,"b"', "whole": 1, "real": 0.1, "none": None, "bytes": b"\x00\xff"}
+
+
+@pytest.mark.parametrize(
+    ("query", "form", "says"),
+    [
+        ("SELECT 1 AS a, 2 AS a", "json", "two columns are called a"),
+        ("SELECT 1 AS a, 2 AS a", "parquet", "two columns are called a"),
+        ("SELECT 1 AS a UNION ALL SELECT 'b'", "parquet", "column a has values of several types"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(tink, home, tmp_path, query, form, says):
+    file = tmp_path / "answer"
+    code, out, err = tink("sql", "--home", home.root, "--format", form, "--output", file, query)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert not file.exists()
+
+
+def test_the_format_is_that_of_the_files_name(tink, home, tmp_path):
+    for name, begins in {"a.csv": b"seq\n", "a.json": b"[", "a.txt": b"seq"}.items():
+        assert tink("sql", "--home", home.root, "--output", tmp_path / name, "SELECT 1 AS seq")[0] == 0
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tink, home, tmp_path):
+    code, _, err = tink("sql", "--home", home.root, "--output", tmp_path / "none" / "a.csv", "SELECT 1")
+    assert code == 2
+    assert "a.csv cannot be written: No such file or directory" in err
+
+
+def test_a_table_cuts_no_column_and_no_line_but_long_values(tink, home, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    wide = ", ".join(f"'{'x' * 100}' AS column_{i}" for i in range(5))
+    code, out, _ = tink("sql", "--home", home.root, f"SELECT {wide}, '{'y' * 500}' AS long")
+    head, line = out.splitlines()
+    assert code == 0
+    assert head.split() == [*(f"column_{i}" for i in range(5)), "long"]
+    assert line.split() == [*["x" * 100] * 5, "y" * (SQL_CELL - 1) + "\N{HORIZONTAL ELLIPSIS}"]
+
+
+def test_control_characters_do_not_reach_the_terminal(tink, home):
+    _, out, _ = tink("sql", "--home", home.root, "SELECT char(27) || '[2J' AS a")
+    assert "\x1b" not in out
+
+
+def test_the_question_may_come_from_standard_input(tink, home, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"SELECT loss_sum FROM jobs WHERE job_id = '{TRAINED}'"))
+    code, out, _ = tink("sql", "--home", home.root, "--format", "csv", "-")
+    assert code == 0
+    assert out.startswith("loss_sum\n")
+
+
+def test_a_model_can_be_found_by_its_id(tink, home):
+    query = f"SELECT count(*) FROM jobs WHERE model_id = '{MODEL}'"
+    code, out, _ = tink("sql", "--home", home.root, "--format", "csv", query)
+    assert (code, out.splitlines()[1]) == (0, "4")
+
+
+def test_a_question_that_is_watched_is_asked_again_until_ctrl_c(tink, home, monkeypatch):
+    """The clock stands still for the answers: what is waited for is Trio's."""
+
+    def run(function, *arguments):
+        return trio_run(function, *arguments, clock=MockClock(autojump_threshold=0))
+
+    def asked(*arguments, **bounds):
+        asks.append(arguments)
+        if len(asks) == 4:
+            raise KeyboardInterrupt
+        return honest(*arguments, **bounds)
+
+    trio_run, honest, asks = command.trio.run, command.ask, []
+    monkeypatch.setattr(command.trio, "run", run)
+    monkeypatch.setattr(command, "ask", asked)
+    code, out, _ = tink("sql", "--home", home.root, "--format", "csv", "--watch", "3600", "SELECT 1 AS a")
+    assert (code, out.split()) == (130, ["a", "1"] * 3)
+
+
+@pytest.mark.parametrize(
+    "option", [("--max-rows", "0"), ("--seconds", "0"), ("--seconds", "inf"), ("--watch", "-1")]
+)
+def test_an_option_that_makes_no_sense_is_a_usage_error(tink, home, option):
+    code, _, err = tink("sql", "--home", home.root, *option, "SELECT 1")
+    assert code == 2
+    assert "must be" in err
