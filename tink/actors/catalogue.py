@@ -4,11 +4,12 @@ retention."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tink.actors.artifacts import ArtifactFolder
+from tink.actors.backends import Backends
 from tink.domain import ids, keys, messages, plans, rows
 from tink.domain.events import (
     CheckpointChanged,
@@ -31,26 +32,6 @@ from tink.metrics import Metrics
 from tink.world import World
 
 R = TypeVar("R", rows.Session, rows.Model, rows.Sampler, rows.Checkpoint)
-
-
-class Base(NamedTuple):
-    """The base model that is served. `max_context`: tokens. `path`: a directory with its tokenizer, which
-    may be on another machine, or its name on the hub. `trains`: whether its server can train it."""
-
-    name: str
-    max_context: int
-    arch: str = ""
-    path: str | None = None
-    trains: bool = True
-
-
-class Backends(NamedTuple):
-    """What the catalogue asks of whatever serves. `base` waits until that is known, `known` does not.
-    `health` is the state of each server, by its name."""
-
-    base: Callable[[], Awaitable[Base]]
-    known: Callable[[], Base | None]
-    health: Callable[[], dict[str, str]]
 
 
 class Catalogue:

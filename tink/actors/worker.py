@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from tink.actors.artifacts import ArtifactFolder
-from tink.actors.catalogue import Backends, Base, Catalogue
+from tink.actors.backends import Backends
+from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
 from tink.actors.megatron import MegatronActor
 from tink.actors.placements import TRAINER, Placements
@@ -61,7 +62,7 @@ async def open_worker(
         )
     metrics = Metrics(journal.ledger, journal.diverged)
     journal.observers.append(metrics.observe)
-    backends = _backends(link if routes.trainer else None, pool)
+    backends = Backends(link if routes.trainer else None, pool)
     catalogue = Catalogue(journal, backends, routes, folder, metrics, world)
     by_trainer = TrainerSamples(journal, link, world, max_attempts=settings.max_attempts)
     sampling_backend = by_trainer if pool is None else pool
@@ -116,38 +117,3 @@ async def open_worker(
         nursery.start_soon(supervise, "retention", retention.run, world)
         yield router
         nursery.cancel_scope.cancel()
-
-
-def _backends(link: TrainerLink | None, pool: VLLMPool | None) -> Backends:
-    """Models are made on what the trainer serves; without one, what vLLM serves is all there is."""
-
-    replicas = [] if pool is None else pool.replicas
-
-    def known() -> Base | None:
-        served = [replica.served for replica in replicas if replica.served is not None]
-        if link is None:
-            first = next(iter(served), None)
-            return first and Base(first.base_model, first.max_context, path=first.root or None)
-        if (trained := link.known) is None:
-            return None
-        # What is longer could be trained, and not sampled.
-        context = min([trained.max_context, *(one.max_context for one in served)])
-        return Base(trained.base_model, context, trained.arch, trained.base_path, trained.trains)
-
-    async def base() -> Base:
-        if link is not None:
-            await link.served()
-        else:
-            assert pool is not None, "something serves"
-            await pool.served()
-        found = known()
-        assert found is not None, "one of them serves it"
-        return found
-
-    def health() -> dict[str, str]:
-        states = {replica.url: replica.state for replica in replicas}
-        if link is not None:
-            states["trainer"] = link.state
-        return states
-
-    return Backends(base, known, health)

@@ -163,7 +163,7 @@ def _table(answer: Answer) -> bytes:
 
 
 def _short(value: Any) -> Any:
-    text = "" if value is None else str(value)
+    text = "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
     return text if len(text) <= SQL_CELL else f"{text[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
