@@ -20,7 +20,7 @@ from tests.simulation.disk import Disk, Killed
 from tests.simulation.power import Image, Storage, torn
 from tests.unit.journal.journal_kit import new_home, opened
 from tink.errors import NotFound
-from tink.journal.home import SECRET_BYTES, Home
+from tink.home import SECRET_BYTES, Home
 from tink.journal.journal import prepare
 from tink.trainer import tiny
 from tink.trainer.artifacts import Artifacts

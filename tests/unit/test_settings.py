@@ -12,7 +12,7 @@ from tink.actors import embedded
 from tink.cli import serve, serving, vllm
 from tink.cli.main import main
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.settings import Settings
 
 

@@ -18,8 +18,8 @@ from tink.doctor.findings import Finding, ok, warning, wrong
 from tink.doctor.servers import Servers
 from tink.domain import rows
 from tink.errors import StartupError
+from tink.home import Home
 from tink.journal import queries
-from tink.journal.home import Home
 from tink.journal.reader import open_journal
 from tink.logs import configure_logs
 from tink.settings import Settings
@@ -100,7 +100,7 @@ def _worker(settings: Settings, world: World) -> Iterator[Finding]:
         if trainer.state in ("ready", "loading"):
             yield ok("trainer", f"embedded, {trainer.state}, pid {trainer.pid}")
         else:
-            remedy = f"see {home.logs / 'trainer.log'}"
+            remedy = f"see {home.trainer_log}"
             yield wrong("trainer", f"embedded, {trainer.state}: {trainer.detail or 'no answer'}", remedy)
 
 

@@ -21,7 +21,7 @@ from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.backends.endpoint import ExternalEndpoint
-from tink.journal.home import Home, WorkerRecord
+from tink.home import Home, WorkerRecord
 from tink.journal.journal import Journal
 from tink.limits import (
     BACKLOG,
@@ -51,7 +51,7 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
                 secret=home.load_secret(),
                 world=world,
             )
-            await _listen(app, listener, router, settings, home, embedded)
+            await _listen(app, listener, router, settings, home)
         if embedded is not None:
             await embedded.stop()
     log.info("stopped")
@@ -63,7 +63,6 @@ async def _listen(
     router: Router,
     settings: Settings,
     home: Home,
-    embedded: EmbeddedTrainer | None,
 ) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
     port = listener.getsockname()[1]
@@ -87,7 +86,7 @@ async def _listen(
             await serving.start(serve)
             record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
             home.announce(record)
-            write_line(_banner(settings, _url(public, port), embedded), sys.stdout)
+            write_line(_banner(settings, home, _url(public, port)), sys.stdout)
             try:
                 await stop.wait()
             finally:
@@ -120,7 +119,7 @@ def external(settings: Settings) -> ExternalEndpoint:
     )
 
 
-def _banner(settings: Settings, url: str, embedded: EmbeddedTrainer | None) -> str:
+def _banner(settings: Settings, home: Home, url: str) -> str:
     model = settings.hf_model_name or settings.hf_model or "tink/qwen3-tiny (built in)"
     if settings.tenants:
         auth = f"API keys of {len(set(settings.tenants.values()))} tenant(s); clients pass TINKER_API_KEY"
@@ -128,15 +127,15 @@ def _banner(settings: Settings, url: str, embedded: EmbeddedTrainer | None) -> s
     else:
         auth, key = "none: everyone who reaches the port is one tenant", "tml-local"
     rows = [("mode", settings.routes.mode)]
-    if embedded is None:
+    if settings.use_megatron:
         rows.append(("trainer", f"{settings.megatron_server_url}, one training job at a time"))
     elif settings.routes.trainer:
         engine = f"embedded, HuggingFace engine, {settings.max_workers} adapters at once"
-        rows += [("model", model), ("trainer", f"{engine}, log in {embedded.log_file}")]
+        rows += [("model", model), ("trainer", f"{engine}, log in {home.trainer_log}")]
     if settings.routes.sampling == "vllm":
         rows.append(("vllm", ", ".join(settings.vllm_urls)))
     rows += [
-        ("database", f"SQLite, {settings.home / 'journal.sqlite'}"),
+        ("database", f"SQLite, {home.journal}"),
         ("artifacts", str(settings.artifact_root)),
         ("auth", auth),
         ("address", url),

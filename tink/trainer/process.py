@@ -34,8 +34,9 @@ import msgspec
 import structlog
 import trio
 
-from tink import crash, pretrained
+from tink import crash, files, pretrained
 from tink.errors import StartupError
+from tink.home import Home
 from tink.limits import ORPHAN_LOOKS, TRAINER_GRACE, TRAINER_KEEP_ALIVE_SECONDS, TRAINER_LAST_SECONDS
 from tink.logs import configure_logs, write_line
 from tink.trainer import engines
@@ -43,6 +44,7 @@ from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines.base import Engine
 from tink.trainer.preload import Preloaded
 from tink.trainer.server import Trainer, application
+from tink.wire.ready import Ready
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
@@ -79,14 +81,6 @@ class Options:
     crash_at: str = ""
     rank: int = 0
     ranks: int = 1
-
-
-class Ready(msgspec.Struct, frozen=True):
-    """The ready file: written once the port is bound, before the model is loaded."""
-
-    pid: int
-    port: int
-    incarnation: str
 
 
 def run(options: Options, world: World | None = None) -> int:
@@ -174,7 +168,8 @@ async def _serve(options: Options, listener: socket.socket, world: World) -> Non
             await listening.start(serve)
             crash.point("trainer.bound")
             if options.ready_file is not None:
-                _write_ready(options.ready_file, Ready(os.getpid(), port, trainer.incarnation))
+                ready = Ready(os.getpid(), port, trainer.incarnation)
+                files.write(options.ready_file, msgspec.json.encode(ready))
             log.info("listening", host=options.host, port=port, incarnation=trainer.incarnation)
             nursery.start_soon(trainer.load, partial(_build, options, trainer.incarnation, world))
             nursery.start_soon(_await_sigterm, stop)
@@ -245,7 +240,7 @@ def _load(options: Options, incarnation: str) -> Engine:
         tiny.publish_tokenizer(directory)
     else:
         directory, name = pretrained.find(options.model, MODEL_FILES), options.model
-    artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
+    artifacts = Artifacts(options.artifacts or Home(options.home).artifacts, incarnation)
     base = engines.load(
         options.engine,
         directory,
@@ -255,12 +250,6 @@ def _load(options: Options, incarnation: str) -> Engine:
         options.pipeline_parallel,
     )
     return LoraEngine(base, artifacts, options.threads, options.micro_batch_tokens)
-
-
-def _write_ready(path: Path, ready: Ready) -> None:
-    scratch = path.with_name(f"{path.name}.{ready.pid}")
-    scratch.write_bytes(msgspec.json.encode(ready))
-    scratch.replace(path)
 
 
 async def _await_sigterm(stop: trio.Event) -> None:

@@ -8,7 +8,7 @@ from cli_home import BEGAN, StillWorld, write
 
 from tink.cli import jobs, probes, status
 from tink.cli.main import main
-from tink.journal.home import Home
+from tink.home import Home
 
 
 @pytest.fixture(scope="session")

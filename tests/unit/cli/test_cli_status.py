@@ -24,7 +24,7 @@ from cli_home import (
 
 from tink.cli import printing, probes
 from tink.domain.events import Diverged
-from tink.journal.home import Home
+from tink.home import Home
 
 WORKER = {
     "pid": 4242,
