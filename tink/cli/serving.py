@@ -20,7 +20,7 @@ from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
-from tink.backends.endpoint import ExternalEndpoint
+from tink.cli.external import external
 from tink.home import Home, WorkerRecord
 from tink.journal.journal import Journal
 from tink.limits import (
@@ -107,16 +107,6 @@ async def _await_signals(
                 write_line("tink serve: stopped at once")
                 os._exit(128 + number)
             stop.set()
-
-
-def external(settings: Settings) -> ExternalEndpoint:
-    """The training server that somebody else runs."""
-    return ExternalEndpoint(
-        settings.megatron_server_url,
-        settings.trainer_token,
-        model=settings.hf_model,
-        name=settings.hf_model_name,
-    )
 
 
 def _banner(settings: Settings, home: Home, url: str) -> str:

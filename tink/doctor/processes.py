@@ -14,7 +14,7 @@ import trio
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.home import Home
-from tink.limits import PROBE_SECONDS
+from tink.limits import STATUS_SECONDS
 from tink.wire import tink_train
 from tink.world import World
 
@@ -53,8 +53,8 @@ class _Health(msgspec.Struct):
     servers: dict[str, str] = {}
 
 
-def probe(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
-    """Takes PROBE_SECONDS at most."""
+def look(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
+    """Takes STATUS_SECONDS at most."""
 
     async def both() -> None:
         async with trio.open_nursery() as nursery:
@@ -106,11 +106,11 @@ def _trainer(home: Home) -> TrainerStatus:
 async def _ask_worker(status: WorkerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(PROBE_SECONDS), contextlib.suppress(httpx.HTTPError):
+    with trio.move_on_after(STATUS_SECONDS), contextlib.suppress(httpx.HTTPError):
         async with httpx.AsyncClient(
             base_url=status.url,
             transport=world.http_transport(status.url, 1),
-            timeout=PROBE_SECONDS,
+            timeout=STATUS_SECONDS,
             trust_env=False,
         ) as client:
             answer = await client.get("/healthz")
@@ -123,7 +123,7 @@ async def _ask_worker(status: WorkerStatus, world: World) -> None:
 async def _ask_trainer(status: TrainerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(PROBE_SECONDS), contextlib.suppress(TrainerGone):
+    with trio.move_on_after(STATUS_SECONDS), contextlib.suppress(TrainerGone):
         async with TrainerClient.connect(status.url, world, slots=1) as client:
             health = await client.health()
         status.state, status.detail = health.state, health.detail
