@@ -70,6 +70,10 @@ class Home:
         return self.root / "artifacts"
 
     @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -29,6 +29,7 @@ from tink.limits import (
     STOPPING_SECONDS,
 )
 from tink.logs import configure_logs, write_line
+from tink.pretrained import BUILT_IN
 from tink.settings import Settings
 from tink.world import World
 
@@ -110,7 +111,7 @@ async def _await_signals(
 
 
 def _banner(settings: Settings, home: Home, url: str) -> str:
-    model = settings.hf_model_name or settings.hf_model or "tink/qwen3-tiny (built in)"
+    model = settings.hf_model_name or settings.hf_model or f"{BUILT_IN} (built in)"
     if settings.tenants:
         auth = f"API keys of {len(set(settings.tenants.values()))} tenant(s); clients pass TINKER_API_KEY"
         key = "tml-..."

@@ -235,7 +235,7 @@ def _load(options: Options, incarnation: str) -> Engine:
 
     crash.point("trainer.loading")
     if options.model is None:
-        directory, name = tiny.ensure(options.home), tiny.NAME
+        directory, name = tiny.ensure(options.home), pretrained.BUILT_IN
         # It is on no hub, where clients would look for its tokenizer by its name.
         tiny.publish_tokenizer(directory)
     else:
