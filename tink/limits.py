@@ -134,7 +134,7 @@ TCP_IDLE_SECONDS = 60
 TCP_PROBE_SECONDS = 15
 TCP_PROBES = 4
 # A worker or trainer that has not told a command its state for so long is silent.
-PROBE_SECONDS = 3.0
+STATUS_SECONDS = 3.0
 # Health is answered off the training thread: a look that takes longer is a silent process.
 HEALTH_SECONDS = 5.0
 # Between two looks at a healthy trainer; they also tell it that its worker lives.

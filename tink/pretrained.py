@@ -10,14 +10,22 @@ from typing import Any, TypeVar
 import msgspec
 
 from tink.errors import UNREADABLE, StartupError, UserError
+from tink.home import Home
 from tink.limits import MAX_PIECE_TOKENS
 
 T = TypeVar("T")
 
+# The model that Tink builds itself (tink/trainer/tiny.py).
+BUILT_IN = "tink/qwen3-tiny"
 # What of a hub's repository tells of a model without its weights.
 TEXT_FILES = ("*.json", "*.jinja")
 # What a decoder shows for bytes that are no character, or not yet one.
 INCOMPLETE = "\ufffd"
+
+
+def built_in(home: Path) -> Path:
+    """Where the built-in model is, once it has been built."""
+    return Home(home).models / BUILT_IN.replace("/", "--")
 
 
 def find(model: str, patterns: Iterable[str]) -> Path:

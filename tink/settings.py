@@ -17,6 +17,7 @@ import msgspec
 from tink import crash
 from tink.domain.routing import Routes, routes
 from tink.errors import StartupError
+from tink.home import Home
 
 Switch = Literal["auto", "true", "false"]
 
@@ -156,7 +157,7 @@ class Settings:
 
     @property
     def artifact_root(self) -> Path:
-        return self.artifacts or self.home / "artifacts"
+        return self.artifacts or Home(self.home).artifacts
 
     @property
     def tenants(self) -> dict[str, str]:

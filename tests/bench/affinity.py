@@ -36,7 +36,7 @@ from tink.actors import pool
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.domain import messages
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.journal import Journal
 from tink.limits import AFFINITY_TOKENS
 from tink.settings import Settings

@@ -19,9 +19,9 @@ from sqlalchemy.dialects.sqlite import insert
 from tink.domain import events, ids
 from tink.domain.events import AnyEvent, Record, Subject
 from tink.domain.requests import DATA_OPS, OpName
+from tink.home import Home
 from tink.journal import schema, store
 from tink.journal.database import writer_engine
-from tink.journal.home import Home
 from tink.journal.journal import prepare
 
 Entry = tuple[Subject, AnyEvent]

@@ -31,7 +31,7 @@ from tink.actors.worker import open_worker
 from tink.backends.endpoint import ExternalEndpoint
 from tink.domain import ids, messages
 from tink.domain.requests import OpName
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.journal import Journal
 from tink.logs import configure_logs
 from tink.settings import Settings

@@ -26,7 +26,7 @@ from tests.bench import history
 from tests.bench.figures import Figure
 from tests.live import LiveServer
 from tests.processes import cpu_seconds
-from tink.journal.home import Home
+from tink.home import Home
 from tools.ports import free_port
 
 SUMMARY = "the time to serve again after a crash, with a long journal"

@@ -30,7 +30,7 @@ from tests.bench.servers import vllm_servers
 from tests.live import LiveServer
 from tests.processes import cpu_seconds
 from tink.backends.transport import SlotTransport
-from tink.trainer import tiny
+from tink.pretrained import BUILT_IN
 
 SUMMARY = "tokens a second through Tink, against straight to vLLM"
 # As many as the worker holds a poll.
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
 
 def _compare(arguments: argparse.Namespace, tink: str, pid: int, urls: list[str]) -> Iterator[Figure]:
     _wait_for(tink)
-    weights = _adapters(tink, urls, arguments.adapters) or [Weights(tiny.NAME)]
+    weights = _adapters(tink, urls, arguments.adapters) or [Weights(BUILT_IN)]
     tinks, vllms, cpu = [], [], 0.0
     for _ in range(arguments.rounds):
         vllms.append(trio.run(straight, urls, weights, arguments))
@@ -110,7 +110,7 @@ def _adapters(tink: str, urls: list[str], wanted: int) -> list[Weights]:
     found = []
     service = tinker.ServiceClient(base_url=tink, api_key="tml-local")
     for seed in range(wanted):
-        client = service.create_lora_training_client(tiny.NAME, rank=8, seed=seed).result()
+        client = service.create_lora_training_client(BUILT_IN, rank=8, seed=seed).result()
         path = client.save_weights_for_sampler("bench").result().path
         found.append(Weights(served_name(urls, f"/{client.model_id}@1-"), path))
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.vllm.fixtures import find_python
 from tests.vllm.server import VllmReplica
+from tink.pretrained import BUILT_IN
 from tink.trainer import tiny
 
 
@@ -18,7 +19,7 @@ def vllm_servers(folder: Path, count: int, *arguments: str) -> Iterator[list[str
     as it has a GPU elsewhere, if that leaves one for the rest."""
     model = tiny.ensure(folder)
     python = find_python()
-    arguments = ("--served-model-name", tiny.NAME, *arguments)
+    arguments = ("--served-model-name", BUILT_IN, *arguments)
     servers = [
         VllmReplica(python, model, folder / f"vllm-{number}.log", arguments) for number in range(count)
     ]

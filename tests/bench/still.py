@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tink.trainer import process, server
+from tink.trainer import build, process, server
 from tink.trainer.engines.base import Facts
+from tink.trainer.options import Options
 from tink.wire.tink_train import CreateModel, ForwardBackward, ModelInfo, OpResult
 
 MODEL = "bench/still"
@@ -36,10 +37,10 @@ class Still:
 
 def main(ready_file: Path, seconds: float, bodies: bool) -> int:
     load: Any = lambda options, incarnation: Still(seconds)  # noqa: E731
-    process._load = load
+    build.load = load
     if not bodies:
         server.BODIES = "none"
-    options = process.Options(home=ready_file.parent, slots=1, ready_file=ready_file, orphan_seconds=60.0)
+    options = Options(home=ready_file.parent, slots=1, ready_file=ready_file, orphan_seconds=60.0)
     return process.run(options)
 
 

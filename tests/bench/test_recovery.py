@@ -18,9 +18,9 @@ from trio.testing import MockClock
 from tests.bench import history
 from tests.bench.figures import Figure
 from tests.unit.journal.journal_kit import InlineWorld, opened
+from tink.home import Home
 from tink.journal import store
 from tink.journal.database import reader_engine
-from tink.journal.home import Home
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN = 60

@@ -33,7 +33,7 @@ import trio  # noqa: E402
 
 from tink.actors import embedded  # noqa: E402
 from tink.cli import main  # noqa: E402
-from tink.trainer import process  # noqa: E402
+from tink.trainer import build, process  # noqa: E402
 from tink.wire.tink_train import OpReply, Refusal, SampleReply, encode  # noqa: E402
 
 Message = dict[str, Any]
@@ -168,17 +168,17 @@ ANSWERS = {
 def run_trainer(arguments: list[str]) -> int:
     home = Path(arguments[arguments.index("--home") + 1])
     faults = Faults(home)
-    application, build = process.application, process._build
+    application, made = process.application, build.engine
 
     def faulty(*given: Any) -> FaultyApp:
         return FaultyApp(application(*given), home, faults)
 
     def building(*given: Any) -> Any:
-        engine = build(*given)
+        engine = made(*given)
         engine.forward_backward = hanging(engine.forward_backward, faults)
         return engine
 
-    process.application, process._build = faulty, building  # type: ignore[assignment]
+    process.application, build.engine = faulty, building  # type: ignore[assignment]
     return process.main(arguments)
 
 

@@ -12,9 +12,9 @@ import pytest
 import trio
 
 from tests.unit.journal.journal_kit import new_home, opened
+from tink.home import Home
 from tink.journal import store
 from tink.journal.database import reader_engine
-from tink.journal.home import Home
 from tink.world import World
 
 KILLS = 15
@@ -24,7 +24,7 @@ WRITER = """
 import os, sys, trio
 from pathlib import Path
 from tink.domain.events import SessionCreated, Subject
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.journal import Journal
 from tink.world import World
 
@@ -109,7 +109,7 @@ def test_a_kill_during_the_very_first_start_leaves_a_home_that_starts(tmp_path: 
     """The migrations make the tables in one transaction each."""
     rng = random.Random(11)
     script = (
-        "import sys; from pathlib import Path; from tink.journal.home import Home\n"
+        "import sys; from pathlib import Path; from tink.home import Home\n"
         "from tink.journal.journal import prepare; print('go', flush=True)\n"
         "prepare(Home(Path(sys.argv[1])))"
     )

@@ -21,9 +21,9 @@ from tink.actors.worker import open_worker
 from tink.domain import ids, keys, messages
 from tink.domain.requests import OpName
 from tink.errors import JournalUnavailable, Overloaded, tink_error
+from tink.home import Home
 from tink.journal import store
 from tink.journal.database import reader_engine
-from tink.journal.home import Home
 from tink.journal.journal import Journal, prepare
 from tink.settings import Settings
 

@@ -20,8 +20,9 @@ from tests.simulation.disk import Disk, Killed
 from tests.simulation.power import Image, Storage, torn
 from tests.unit.journal.journal_kit import new_home, opened
 from tink.errors import NotFound
-from tink.journal.home import SECRET_BYTES, Home
+from tink.home import SECRET_BYTES, Home
 from tink.journal.journal import prepare
+from tink.pretrained import built_in
 from tink.trainer import tiny
 from tink.trainer.artifacts import Artifacts
 from tink.world import World
@@ -70,7 +71,7 @@ def _model(root: Path) -> Path:
 
 
 def _model_is_whole(root: Path) -> bool:
-    folder = root / "models" / tiny.NAME.replace("/", "--")
+    folder = built_in(root)
     if not folder.is_dir():
         return False
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES

@@ -15,7 +15,7 @@ from tests.simulation.scenario import events, json, slow
 from tink.domain import ids, messages
 from tink.domain.events import JobAccepted, JobDone, JobStarted, SessionCreated, Subject
 from tink.errors import JournalUnavailable, NotFound, UserError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.journal import Journal
 from tink.world import World
 

@@ -23,7 +23,7 @@ from tink.domain.events import Record
 from tink.domain.projection import Key, Ledger
 from tink.domain.requests import MUTATING
 from tink.errors import TinkError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.journal import Journal
 from tink.trainer.artifacts import Artifacts
 from tink.wire import tink_train

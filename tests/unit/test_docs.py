@@ -25,8 +25,8 @@ from tink.domain.events import AnyEvent
 from tink.domain.projection import Ledger
 from tink.domain.requests import OpName
 from tink.domain.rows import JobState
+from tink.home import Home
 from tink.journal import schema
-from tink.journal.home import Home
 from tink.journal.journal import prepare
 from tink.metrics import Metrics
 from tink.settings import Settings

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tink.actors import embedded
-from tink.cli import serve, serving, vllm
+from tink.cli import serve, vllm
+from tink.cli.external import external
 from tink.cli.main import main
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.settings import Settings
 
 
@@ -199,7 +200,7 @@ ON_MEGATRON, ON_VLLM = {"USE_MEGATRON": "true"}, {"USE_VLLM": "true"}
         (
             "MEGATRON_SERVER_URL",
             "http://gpu-1:5001",
-            lambda s: serving.external(s).url,
+            lambda s: external(s).url,
             "http://127.0.0.1:5000",
             "http://gpu-1:5001",
             ON_MEGATRON,

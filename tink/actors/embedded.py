@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import structlog
 import trio
 
@@ -26,10 +25,11 @@ from tink import crash
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import Refused, TrainerClient, TrainerGone
 from tink.errors import StartupError
-from tink.journal.home import Home, TrainerRecord
+from tink.home import Home
 from tink.limits import HEALTH_SECONDS, PROCESS_LOOK_SECONDS, SILENT_LOOKS, START_SECONDS, STOP_SECONDS
 from tink.settings import Settings
 from tink.wire import tink_train
+from tink.wire.ready import Ready
 from tink.world import World
 
 # What torchrun tells the processes that it starts: the trainer is none of them, and alone.
@@ -59,14 +59,10 @@ class EmbeddedTrainer:
         """What a trainer must have been started with to be adopted: these options, by this Tink."""
         return "\n".join([*self._command, tink.__version__])
 
-    @property
-    def log_file(self) -> Path:
-        return self._home.logs / "trainer.log"
-
     async def find(self, unfit: str | None = None) -> Endpoint:
         """A running server of this configuration: the present one, else a new one. Waits for one that is
         silent, but not for ever. The present one is killed if its incarnation is `unfit`."""
-        record = self._record()
+        record = self._home.trainer_record()
         if record is not None and self._of_this_configuration():
             if record.incarnation != unfit and await self._serves(record):
                 return self._endpoint(record)
@@ -96,15 +92,10 @@ class EmbeddedTrainer:
 
     # -- the present one ----------------------------------------------------------------------------
 
-    def _record(self) -> TrainerRecord | None:
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode(self._home.trainer.read_bytes(), type=TrainerRecord)
-        return None
-
-    def _endpoint(self, record: TrainerRecord) -> Endpoint:
+    def _endpoint(self, record: Ready) -> Endpoint:
         return Endpoint(f"http://127.0.0.1:{record.port}", self._token)
 
-    async def _serves(self, record: TrainerRecord) -> bool:
+    async def _serves(self, record: Ready) -> bool:
         """Whether it answers, within SILENT_LOOKS. False at once when it is dead, or not ours."""
         began = self._world.monotonic()
         for _ in range(SILENT_LOOKS):
@@ -121,7 +112,7 @@ class EmbeddedTrainer:
         log.error("trainer is stuck", pid=record.pid, silent_seconds=silent)
         return False
 
-    async def _health(self, record: TrainerRecord) -> tink_train.Health | None:
+    async def _health(self, record: Ready) -> tink_train.Health | None:
         endpoint = self._endpoint(record)
         try:
             async with TrainerClient.connect(
@@ -147,7 +138,7 @@ class EmbeddedTrainer:
     def _trainers(self) -> list[int]:
         """All processes of this home's server: itself, and the parent that it was forked from."""
         pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()} if PROC.is_dir() else set()
-        pids |= {one.pid for one in (self._record(), self._child) if one is not None}
+        pids |= {one.pid for one in (self._home.trainer_record(), self._child) if one is not None}
         return [pid for pid in pids if self._runs(pid)]
 
     def _runs(self, pid: int) -> bool:
@@ -179,12 +170,12 @@ class EmbeddedTrainer:
             if endpoint is not None:
                 return endpoint
         await self.stop()
-        self._home.probe()  # where it could not say that it serves
+        self._home.check_writable()  # where it could not say that it serves
         with self._home.writing():
             self._home.trainer_command.write_text(self._signature)
             self._child = await self._world.run_sync(self._spawn)
         crash.point("worker.spawned")
-        log.info("starting trainer", pid=self._child.pid, log=str(self.log_file))
+        log.info("starting trainer", pid=self._child.pid, log=str(self._home.trainer_log))
         endpoint = await self._said([self._child.pid])
         if endpoint is not None:
             return endpoint
@@ -195,7 +186,7 @@ class EmbeddedTrainer:
             raise TrainerGone(f"the trainer was killed by signal {-status} while it started")
         raise StartupError(
             f"the trainer did not start ({'no answer' if status is None else f'exit status {status}'}); "
-            f"the end of {self.log_file}:\n{self._last_lines()}"
+            f"the end of {self._home.trainer_log}:\n{self._last_lines()}"
         )
 
     async def _said(self, pids: list[int]) -> Endpoint | None:
@@ -203,7 +194,7 @@ class EmbeddedTrainer:
         is stopped, or nothing was said for START_SECONDS."""
         # Counted, and not timed: a worker that was stopped meanwhile gives them their time all the same.
         for _ in range(int(START_SECONDS / PROCESS_LOOK_SECONDS)):
-            record = self._record()
+            record = self._home.trainer_record()
             if record is not None and self._runs(record.pid):
                 return self._endpoint(record)
             if not any(self._alive(pid) for pid in pids) or any(_state(pid) in STOPPED for pid in pids):
@@ -212,7 +203,7 @@ class EmbeddedTrainer:
         return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        with self.log_file.open("ab") as output:
+        with self._home.trainer_log.open("ab") as output:
             return subprocess.Popen(  # noqa: S603  the command is ours
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -231,7 +222,7 @@ class EmbeddedTrainer:
         return {**inherited, "TINK_TRAINER_TOKEN": self._token, **more}
 
     def _last_lines(self, count: int = 5) -> str:
-        lines = self.log_file.read_text(errors="replace").splitlines()[-count:]
+        lines = self._home.trainer_log.read_text(errors="replace").splitlines()[-count:]
         return "\n".join(f"  {line[:300]}" for line in lines)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from tink.cli import printing
 from tink.cli.homes import find_home
 from tink.errors import StartupError
+from tink.home import Home
 from tink.journal import revisions
 from tink.journal.checks import Check, check
-from tink.journal.home import Home
 from tink.journal.journal import prepare
 from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Database

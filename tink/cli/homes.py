@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.settings import Settings
 
 

@@ -12,7 +12,7 @@ import trio
 
 from tink import crash
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.settings import Settings
 from tink.trainer import engines
 from tink.world import World

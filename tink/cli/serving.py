@@ -20,8 +20,8 @@ from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.api.app import create_app
 from tink.api.auth import Auth
-from tink.backends.endpoint import ExternalEndpoint
-from tink.journal.home import Home, WorkerRecord
+from tink.cli.external import external
+from tink.home import Home, WorkerRecord
 from tink.journal.journal import Journal
 from tink.limits import (
     BACKLOG,
@@ -29,6 +29,7 @@ from tink.limits import (
     STOPPING_SECONDS,
 )
 from tink.logs import configure_logs, write_line
+from tink.pretrained import BUILT_IN
 from tink.settings import Settings
 from tink.world import World
 
@@ -51,7 +52,7 @@ async def serve(settings: Settings, home: Home, world: World, listener: socket.s
                 secret=home.load_secret(),
                 world=world,
             )
-            await _listen(app, listener, router, settings, home, embedded)
+            await _listen(app, listener, router, settings, home)
         if embedded is not None:
             await embedded.stop()
     log.info("stopped")
@@ -63,7 +64,6 @@ async def _listen(
     router: Router,
     settings: Settings,
     home: Home,
-    embedded: EmbeddedTrainer | None,
 ) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
     port = listener.getsockname()[1]
@@ -87,7 +87,7 @@ async def _listen(
             await serving.start(serve)
             record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
             home.announce(record)
-            write_line(_banner(settings, _url(public, port), embedded), sys.stdout)
+            write_line(_banner(settings, home, _url(public, port)), sys.stdout)
             try:
                 await stop.wait()
             finally:
@@ -110,33 +110,23 @@ async def _await_signals(
             stop.set()
 
 
-def external(settings: Settings) -> ExternalEndpoint:
-    """The training server that somebody else runs."""
-    return ExternalEndpoint(
-        settings.megatron_server_url,
-        settings.trainer_token,
-        model=settings.hf_model,
-        name=settings.hf_model_name,
-    )
-
-
-def _banner(settings: Settings, url: str, embedded: EmbeddedTrainer | None) -> str:
-    model = settings.hf_model_name or settings.hf_model or "tink/qwen3-tiny (built in)"
+def _banner(settings: Settings, home: Home, url: str) -> str:
+    model = settings.hf_model_name or settings.hf_model or f"{BUILT_IN} (built in)"
     if settings.tenants:
         auth = f"API keys of {len(set(settings.tenants.values()))} tenant(s); clients pass TINKER_API_KEY"
         key = "tml-..."
     else:
         auth, key = "none: everyone who reaches the port is one tenant", "tml-local"
     rows = [("mode", settings.routes.mode)]
-    if embedded is None:
+    if settings.use_megatron:
         rows.append(("trainer", f"{settings.megatron_server_url}, one training job at a time"))
     elif settings.routes.trainer:
         engine = f"embedded, HuggingFace engine, {settings.max_workers} adapters at once"
-        rows += [("model", model), ("trainer", f"{engine}, log in {embedded.log_file}")]
+        rows += [("model", model), ("trainer", f"{engine}, log in {home.trainer_log}")]
     if settings.routes.sampling == "vllm":
         rows.append(("vllm", ", ".join(settings.vllm_urls)))
     rows += [
-        ("database", f"SQLite, {settings.home / 'journal.sqlite'}"),
+        ("database", f"SQLite, {home.journal}"),
         ("artifacts", str(settings.artifact_root)),
         ("auth", auth),
         ("address", url),

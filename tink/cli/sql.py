@@ -18,7 +18,7 @@ from rich.measure import Measurement
 from tink.cli import printing
 from tink.cli.homes import find_home
 from tink.errors import StartupError, UserError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.reader import open_journal
 from tink.journal.sql import Answer, ask
 from tink.limits import SQL_CELL

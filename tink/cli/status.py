@@ -11,7 +11,8 @@ import tink
 from tink.cli import printing
 from tink.cli.homes import find_home
 from tink.cli.jobs import JobLine, job_line, print_jobs
-from tink.cli.probes import TrainerStatus, WorkerStatus, probe
+from tink.doctor import processes
+from tink.doctor.processes import TrainerStatus, WorkerStatus
 from tink.domain import rows
 from tink.domain.events import Diverged
 from tink.journal import queries, store
@@ -111,7 +112,7 @@ def collect(option: Path | None, world: World) -> Status:
         sessions = queries.latest_sessions(connection, SHOWN)
         last_jobs = queries.jobs(connection, limit=SHOWN)
     now = world.now()
-    worker, trainer = probe(home, last, world)
+    worker, trainer = processes.look(home, last, world)
     return Status(
         home=str(home.root),
         version=tink.__version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tink.trainer import process
+from tink.trainer import options, process
 
 HELP = "run the training server by itself"
 DESCRIPTION = """\
@@ -26,9 +26,9 @@ exit status: 0 after SIGTERM; 2 if it cannot start"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    process.add_arguments(parser)
+    options.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return process.run(process.options(arguments))
+    return process.run(options.parsed(arguments))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from tink import pretrained
 from tink.errors import StartupError
 from tink.limits import CPU_LORAS_PER_PLACE, MAX_STOPS, MAX_TOPK, REPLICA_DRAIN_SECONDS
 from tink.logs import write_line
@@ -48,7 +49,6 @@ OURS = frozenset(
         "VLLM_MAX_LORA_RANK",
     ]
 )
-BUILT_IN = "tink/qwen3-tiny"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def command(settings: Settings) -> list[str]:
     """The words behind `vllm`."""
-    name = settings.hf_model_name or settings.hf_model or BUILT_IN
+    name = settings.hf_model_name or settings.hf_model or pretrained.BUILT_IN
     words = ["serve", settings.hf_model or str(_built_in(settings.home)), "--served-model-name", name]
     words += ["--host", settings.vllm_host, "--port", str(settings.vllm_port)]
     words += ["--gpu-memory-utilization", str(settings.vllm_gpu_memory_util)]
@@ -122,7 +122,7 @@ def environment(settings: Settings, before: Mapping[str, str]) -> dict[str, str]
 
 
 def _built_in(home: Path) -> Path:
-    directory = home / "models" / BUILT_IN.replace("/", "--")
+    directory = pretrained.built_in(home)
     if directory.is_dir():
         return directory
     if find_spec("torch") is None:

@@ -1,1 +1,1 @@
-"""What `tink doctor` looks at: this machine, and the servers that the settings name."""
+"""What `tink doctor` looks at: this machine, what runs on a home, and the servers that are named."""

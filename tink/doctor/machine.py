@@ -16,8 +16,8 @@ from tink import pretrained
 from tink.doctor.findings import Finding, ok, warning, wrong
 from tink.domain.routing import HOW_TO_SAMPLE, NO_SAMPLING
 from tink.errors import StartupError
+from tink.home import Home
 from tink.journal import queries, revisions
-from tink.journal.home import Home
 from tink.journal.reader import open_snapshot
 from tink.limits import CLOCK_SLACK_SECONDS, DISK_FEW_BYTES, DISK_LEAST_BYTES
 from tink.settings import Reading, Settings

@@ -10,8 +10,8 @@ import msgspec
 from sqlalchemy import Connection, select
 
 from tink.errors import StartupError
+from tink.home import Home
 from tink.journal import migrations, queries, revisions, schema, store
-from tink.journal.home import Home
 from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Database
 from tink.limits import CHECKED_BODIES, SHOWN_PROBLEMS

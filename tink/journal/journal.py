@@ -39,6 +39,7 @@ from tink.domain.events import (
 )
 from tink.domain.projection import Key, Ledger, Update, project
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
+from tink.home import Home
 from tink.journal import queries, revisions, store
 from tink.journal.bodies import BodyStore
 from tink.journal.commits import GroupCommit
@@ -49,7 +50,6 @@ from tink.journal.database import (
     reader_engine,
     writer_engine,
 )
-from tink.journal.home import Home
 from tink.journal.revisions import Database
 from tink.limits import BATCH_BYTES, MAX_ZSTD_WINDOW, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World

@@ -11,9 +11,9 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from tink.errors import UNREADABLE, StartupError
+from tink.home import Home
 from tink.journal import revisions
 from tink.journal.database import reader_engine
-from tink.journal.home import Home
 
 
 @contextlib.contextmanager

@@ -26,10 +26,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tink import files
 from tink.errors import StartupError
+from tink.pretrained import BUILT_IN, built_in
 from tink.trainer.corpus import Docstring, docstrings
 from tink.trainer.engines.base_model import require_determinism
 
-NAME = "tink/qwen3-tiny"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 CHAT_TEMPLATE = (
@@ -73,7 +73,7 @@ TINY = Shape()
 
 def ensure(home: Path) -> Path:
     """The built-in model under `home`, built now if it is not there."""
-    directory = home / "models" / NAME.replace("/", "--")
+    directory = built_in(home)
     if not directory.is_dir():
         build(directory)
     # Whoever built it may have been killed before its name was synced.
@@ -208,7 +208,7 @@ def _train(model: Any, rows: Any, steps: int, seed: int, progress: Progress | No
     model.eval()
 
 
-def publish_tokenizer(directory: Path, name: str = NAME) -> Path | None:
+def publish_tokenizer(directory: Path, name: str = BUILT_IN) -> Path | None:
     """Puts the tokenizer of `directory` into this user's Hugging Face cache under `name`, so that
     AutoTokenizer.from_pretrained(name) works in any process with HF_HUB_OFFLINE=1. Returns the
     snapshot's directory, or None when the cache has an entry of that name that Tink did not make:

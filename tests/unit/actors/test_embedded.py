@@ -19,7 +19,7 @@ from tink.actors import embedded
 from tink.actors.embedded import EmbeddedTrainer
 from tink.backends import trainer as client
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.home import Home
 from tink.settings import Settings
 from tink.world import World
 
@@ -266,7 +266,7 @@ async def _forked(home: Home) -> tuple[EmbeddedTrainer, int, int]:
     """A trainer whose server is forked: its parent's pid, and the server's."""
     trainer = _trainer(home, "forked")
     await trainer.find()
-    record = trainer._record()
+    record = home.trainer_record()
     assert record is not None
     (parent,) = set(_pids(home)) - {record.pid}
     return trainer, parent, record.pid

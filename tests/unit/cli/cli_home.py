@@ -20,7 +20,7 @@ from tink.domain.events import (
     SessionCreated,
     Subject,
 )
-from tink.journal.home import Home
+from tink.home import Home
 from tink.journal.journal import Journal
 from tink.world import World
 

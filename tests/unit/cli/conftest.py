@@ -6,9 +6,10 @@ import shutil
 import pytest
 from cli_home import BEGAN, StillWorld, write
 
-from tink.cli import jobs, probes, status
+from tink.cli import jobs, status
 from tink.cli.main import main
-from tink.journal.home import Home
+from tink.doctor import processes
+from tink.home import Home
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,7 @@ def _still(monkeypatch):
     monkeypatch.setattr(StillWorld, "answer", None)
     monkeypatch.setattr(status, "World", StillWorld)
     monkeypatch.setattr(jobs, "World", StillWorld)
-    monkeypatch.setattr(probes, "alive", lambda pid, word: False)
+    monkeypatch.setattr(processes, "alive", lambda pid, word: False)
     monkeypatch.delenv("TINK_HOME", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)
 

@@ -10,8 +10,8 @@ import trio
 from cli_home import BEGAN, MADE, RESULT, TRAINED, StillWorld, files
 
 from tink.domain.events import BodiesPruned, Subject
+from tink.home import Home
 from tink.journal import checks
-from tink.journal.home import Home
 from tink.journal.journal import Journal
 
 

@@ -14,8 +14,8 @@ import pytest
 from cli_home import BEGAN, StillWorld
 
 from tests.vllm.double import Adapter, Network, VllmDouble
-from tink.cli import doctor, probes
-from tink.doctor import machine
+from tink.cli import doctor
+from tink.doctor import machine, processes
 from tink.settings import Settings
 from tink.world import World
 
@@ -182,7 +182,7 @@ def test_a_port_that_is_taken_is_found(diagnosis, monkeypatch):
 def test_a_worker_that_runs_is_looked_at(diagnosis, home, monkeypatch):
     record = {"pid": 4242, "url": URL, "version": "0.1.0", "mode": "training on HuggingFace"}
     home.worker.write_text(json.dumps(record))
-    monkeypatch.setattr(probes, "alive", lambda pid, word: pid == 4242)
+    monkeypatch.setattr(processes, "alive", lambda pid, word: pid == 4242)
     code, found = diagnosis()
     assert code == 1
     assert "pid 4242 does not answer" in found["worker", "wrong"]

@@ -11,6 +11,7 @@ import pytest
 import tink as package
 from tink.cli.main import COMMANDS, parser
 from tink.trainer import engines, process
+from tink.trainer.options import Options
 
 
 def subcommands(of, prefix=()):
@@ -85,9 +86,7 @@ def test_the_trainer_hands_its_options_on(tink, monkeypatch, tmp_path):
     monkeypatch.setattr(process, "run", lambda options: ran.append(options) or 0)
     options = ["--home", tmp_path, "--port", 8500, "--model", "a b", "--dtype", "bfloat16", "--slots", 2]
     assert tink("trainer", "--engine", "hf", *options)[0] == 0
-    assert ran == [
-        process.Options(home=tmp_path, port=8500, model="a b", dtype="bfloat16", slots=2, threads=1)
-    ]
+    assert ran == [Options(home=tmp_path, port=8500, model="a b", dtype="bfloat16", slots=2, threads=1)]
 
 
 def test_the_trainer_without_its_libraries_says_what_to_install(tink, monkeypatch):

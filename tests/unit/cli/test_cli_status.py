@@ -22,9 +22,10 @@ from cli_home import (
     write,
 )  # fmt: skip
 
-from tink.cli import printing, probes
+from tink.cli import printing
+from tink.doctor import processes
 from tink.domain.events import Diverged
-from tink.journal.home import Home
+from tink.home import Home
 
 WORKER = {
     "pid": 4242,
@@ -46,7 +47,7 @@ def runs(home, monkeypatch):
     """Lets a worker and its trainer run on the home; what they answer can be changed."""
     home.worker.write_text(json.dumps(WORKER))
     home.trainer.write_text(json.dumps(TRAINER))
-    monkeypatch.setattr(probes, "alive", lambda pid, word: pid in (4242, 4243))
+    monkeypatch.setattr(processes, "alive", lambda pid, word: pid in (4242, 4243))
     answers = {"/healthz": httpx.Response(200, json={}), "/v1/health": httpx.Response(200, json=HEALTH)}
     monkeypatch.setattr(StillWorld, "answer", lambda request: answers[request.url.path])
     return answers
@@ -128,7 +129,7 @@ def test_a_worker_that_keeps_its_asker_waiting_is_left_after_a_while(home, runs,
         await trio.sleep_forever()
 
     monkeypatch.setattr(StillWorld, "answer", wait)
-    monkeypatch.setattr(probes, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "STATUS_SECONDS", 0.01)
     began = time.monotonic()
     code, document = tink_json("status", "--home", home.root)
     assert time.monotonic() - began < 3
@@ -145,7 +146,7 @@ def test_a_worker_without_a_good_trainer_exits_1(home, runs, tink_json, state):
 
 def test_a_worker_that_holds_the_lock_and_does_not_listen_yet_is_starting(home, monkeypatch, tink_json):
     (home.root / "worker.lock").write_text("4242")
-    monkeypatch.setattr(probes, "alive", lambda pid, word: pid == 4242)
+    monkeypatch.setattr(processes, "alive", lambda pid, word: pid == 4242)
     code, document = tink_json("status", "--home", home.root)
     assert (code, document["worker"]["state"], document["worker"]["pid"]) == (1, "starting", 4242)
 
@@ -225,5 +226,5 @@ def test_status_changes_nothing_and_shows_no_prompt(home, tink):
 
 def test_a_dead_process_and_one_of_another_program_are_not_alive(monkeypatch):
     monkeypatch.undo()
-    assert not probes.alive(2**22 + 1, "tink")
-    assert not probes.alive(1, "no program has such a command line")
+    assert not processes.alive(2**22 + 1, "tink")
+    assert not processes.alive(1, "no program has such a command line")

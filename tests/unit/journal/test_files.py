@@ -12,8 +12,8 @@ from trio.testing import MockClock
 
 from tests.unit.journal.journal_kit import new_home, opened, session, stops_with
 from tink.errors import StartupError
+from tink.home import Home
 from tink.journal import database
-from tink.journal.home import Home
 
 
 def delete(path: Path) -> None:

@@ -32,10 +32,10 @@ from tink.domain.events import (
 )
 from tink.domain.projection import Ledger
 from tink.errors import JournalUnavailable, StartupError, tink_error
+from tink.home import Home
 from tink.journal import database, queries, store
 from tink.journal.bodies import Stored
 from tink.journal.database import reader_engine, writer_engine
-from tink.journal.home import Home
 from tink.journal.journal import prepare
 
 

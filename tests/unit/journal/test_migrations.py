@@ -16,9 +16,9 @@ from trio.testing import MockClock
 
 from tests.unit.journal.journal_kit import new_home, opened, session
 from tink.errors import StartupError
+from tink.home import Home
 from tink.journal import migrations, revisions, store
 from tink.journal.database import writer_engine
-from tink.journal.home import Home
 from tink.journal.journal import prepare
 from tink.journal.revisions import Database
 
@@ -81,7 +81,7 @@ def test_the_head_that_the_code_knows_is_the_newest_migration(tmp_path: Path, da
 def test_a_start_without_a_migration_does_not_wait_for_alembic(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; import tink.cli.main, tink.cli.serve\n"
-        "from tink.journal.home import Home; from tink.journal.journal import prepare\n"
+        "from tink.home import Home; from tink.journal.journal import prepare\n"
         "prepare(Home(Path(sys.argv[1])))\n"
         "sys.exit('alembic' in sys.modules)"
     )

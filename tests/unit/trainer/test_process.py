@@ -22,8 +22,8 @@ from trainer_kit import body, logprobs, sampled, supervised
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tink.errors import StartupError
-from tink.trainer import process
-from tink.trainer.process import Options
+from tink.trainer import engines, process
+from tink.trainer.options import Options, add_arguments, parsed
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -177,7 +177,7 @@ def test_a_model_that_cannot_be_divided_ends_all_of_them(tmp_path: Path, model_d
 def test_what_cannot_be_several_processes_says_so(
     tmp_path: Path, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process.engines, "find_spec", lambda name: name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: name)
     with pytest.raises(StartupError, match=says):
         process.run(Options(home=tmp_path, rank=0, ranks=2, **options))
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_several_processes_says_so(
 def test_an_engine_that_is_not_installed_names_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process.engines, "find_spec", lambda name: None if name == "megatron" else name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "megatron" else name)
     with pytest.raises(StartupError, match=r"needs megatron, not installed here: .*tink\[megatron\]"):
         process.run(Options(home=tmp_path, engine="megatron"))
 
@@ -248,9 +248,9 @@ def test_an_orphan_exits_by_itself(tmp_path: Path, model_dir: Path) -> None:
 
 def test_options() -> None:
     parser = argparse.ArgumentParser()
-    process.add_arguments(parser)
+    add_arguments(parser)
     given = ["--home", "/h", "--port", "7", "--slots", "2", "--orphan-seconds", "3"]
-    assert process.options(parser.parse_args(given)) == Options(
+    assert parsed(parser.parse_args(given)) == Options(
         home=Path("/h"), port=7, slots=2, orphan_seconds=3.0, token=None
     )
 
@@ -264,8 +264,8 @@ def test_a_crash_point_is_for_the_first_processes_that_torchrun_starts(
     if restarts is not None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     parser = argparse.ArgumentParser()
-    process.add_arguments(parser)
-    assert process.options(parser.parse_args([])).crash_at == ("trainer.loading" if armed else "")
+    add_arguments(parser)
+    assert parsed(parser.parse_args([])).crash_at == ("trainer.loading" if armed else "")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com"])

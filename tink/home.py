@@ -8,11 +8,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from tink import files
-from tink.errors import StartupError
+from tink.errors import UNREADABLE, StartupError
+from tink.wire.ready import Ready
+
+T = TypeVar("T")
 
 SECRET_BYTES = 32
 
@@ -26,17 +30,10 @@ class WorkerRecord(msgspec.Struct):
     mode: str
 
 
-class TrainerRecord(msgspec.Struct):
-    """trainer.json, as the embedded trainer wrote it."""
-
-    pid: int
-    port: int
-    incarnation: str
-
-
 @dataclass(frozen=True)
 class Home:
-    """Paths under TINK_HOME. Only the worker that holds `lock()` writes here."""
+    """Paths under TINK_HOME, and what its files say. Only the worker that holds `lock()` writes here, and
+    the trainer that it started."""
 
     root: Path
 
@@ -55,7 +52,7 @@ class Home:
 
     @property
     def trainer(self) -> Path:
-        """Where the embedded trainer says how to reach it."""
+        """Where the embedded trainer says how to reach it: its ready file."""
         return self.root / "trainer.json"
 
     @property
@@ -68,8 +65,39 @@ class Home:
         return self.root / "secret"
 
     @property
+    def artifacts(self) -> Path:
+        """Unless TINK_ARTIFACTS is set."""
+        return self.root / "artifacts"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def trainer_log(self) -> Path:
+        return self.logs / "trainer.log"
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / "worker.lock"
+
+    def worker_record(self) -> WorkerRecord | None:
+        """None if no worker has said so, or it cannot be read. The one that did may have been killed."""
+        return _read(self.worker, WorkerRecord)
+
+    def trainer_record(self) -> Ready | None:
+        """None if no trainer has said so, or it cannot be read. The one that did may have been killed."""
+        return _read(self.trainer, Ready)
+
+    def lock_owner(self) -> int | None:
+        """The process that took the lock last, which may have ended since."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(self._lock.read_text())
+        return None
 
     def make(self) -> None:
         """Creates the folders, readable by their owner only. Raises StartupError if it cannot."""
@@ -77,9 +105,9 @@ class Home:
             for folder in (self.root, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             files.sync_names(self.logs)
-        self.probe()
+        self.check_writable()
 
-    def probe(self) -> None:
+    def check_writable(self) -> None:
         """Raises StartupError if no file can be made here."""
         with self.writing():
             probe = self.root / ".writable"
@@ -101,12 +129,12 @@ class Home:
     def lock(self) -> Iterator[None]:
         """Held for the worker's life; the kernel drops it when the process dies, however it dies."""
         with self.writing():
-            handle = os.open(self.root / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+                owner = self.lock_owner() or "unknown"
                 raise StartupError(
                     f"another worker (pid {owner}) is using {self.root}: stop it, or pass another --home"
                 ) from None
@@ -139,3 +167,9 @@ class Home:
         """The worker stops, and a home that cannot be written must not hold it up."""
         with contextlib.suppress(OSError):
             self.worker.unlink(missing_ok=True)
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    with contextlib.suppress(OSError, *UNREADABLE):
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    return None

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tink.errors import StartupError
-from tink.journal.home import Home
+from tink.home import Home, WorkerRecord
+from tink.wire.ready import Ready
 
 HOLD = """
 import sys
 from pathlib import Path
-from tink.journal.home import Home
+from tink.home import Home
 with Home(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()
@@ -36,6 +38,24 @@ def test_a_home_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartupError, match=r"cannot be used.*TINK_HOME"):
         Home(tmp_path / "file" / "home").make()
+
+
+def test_what_its_files_say_is_nothing_while_they_are_not_there_or_damaged(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+
+    def said() -> tuple[object, ...]:
+        return home.worker_record(), home.trainer_record(), home.lock_owner()
+
+    assert said() == (None, None, None)
+    for file in (home.worker, home.trainer, home.root / "worker.lock"):
+        file.write_bytes(b'{"pid": 1')
+    assert said() == (None, None, None)
+    worker = WorkerRecord(1, "http://127.0.0.1:8400", "0.1.0", "training on HuggingFace")
+    home.announce(worker)
+    trainer = Ready(2, 8401, "1ncarnat10n")
+    home.trainer.write_bytes(msgspec.json.encode(trainer))
+    with home.lock():
+        assert said() == (worker, trainer, os.getpid())
 
 
 def test_two_workers_cannot_share_a_home_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import httpx
 import msgspec
@@ -13,12 +13,11 @@ import trio
 
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
-from tink.journal.home import Home, TrainerRecord, WorkerRecord
-from tink.limits import PROBE_SECONDS
+from tink.errors import UNREADABLE
+from tink.home import Home
+from tink.limits import STATUS_SECONDS
 from tink.wire import tink_train
 from tink.world import World
-
-T = TypeVar("T")
 
 
 class WorkerStatus(msgspec.Struct, kw_only=True):
@@ -55,8 +54,8 @@ class _Health(msgspec.Struct):
     servers: dict[str, str] = {}
 
 
-def probe(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
-    """Takes PROBE_SECONDS at most."""
+def look(home: Home, last: rows.Incarnation | None, world: World) -> tuple[WorkerStatus, TrainerStatus]:
+    """Takes STATUS_SECONDS at most."""
 
     async def both() -> None:
         async with trio.open_nursery() as nursery:
@@ -82,7 +81,7 @@ def _worker(home: Home, last: rows.Incarnation | None, world: World) -> WorkerSt
             started_at=last.started_at,
             stopped_at=last.stopped_at,
         )
-    record = _read(home.worker, WorkerRecord)
+    record = home.worker_record()
     if record is not None and alive(record.pid, "tink"):
         status.state = "silent"
         status.pid, status.url, status.version, status.mode = (
@@ -93,13 +92,13 @@ def _worker(home: Home, last: rows.Incarnation | None, world: World) -> WorkerSt
         )
         if last is not None:
             status.uptime_seconds = world.now() - last.started_at
-    elif (owner := _lock_owner(home)) is not None and alive(owner, "tink"):
+    elif (owner := home.lock_owner()) is not None and alive(owner, "tink"):
         status.state, status.pid = "starting", owner
     return status
 
 
 def _trainer(home: Home) -> TrainerStatus:
-    record = _read(home.trainer, TrainerRecord)
+    record = home.trainer_record()
     if record is None or not alive(record.pid, "tink"):
         return TrainerStatus(state="stopped")
     return TrainerStatus(state="silent", pid=record.pid, url=f"http://127.0.0.1:{record.port}")
@@ -108,24 +107,24 @@ def _trainer(home: Home) -> TrainerStatus:
 async def _ask_worker(status: WorkerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(PROBE_SECONDS), contextlib.suppress(httpx.HTTPError):
+    with trio.move_on_after(STATUS_SECONDS), contextlib.suppress(httpx.HTTPError):
         async with httpx.AsyncClient(
             base_url=status.url,
             transport=world.http_transport(status.url, 1),
-            timeout=PROBE_SECONDS,
+            timeout=STATUS_SECONDS,
             trust_env=False,
         ) as client:
             answer = await client.get("/healthz")
             if answer.status_code == 200:
                 status.state = "running"
-                with contextlib.suppress(msgspec.DecodeError):
+                with contextlib.suppress(*UNREADABLE):
                     status.servers = msgspec.json.decode(answer.content, type=_Health).servers
 
 
 async def _ask_trainer(status: TrainerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(PROBE_SECONDS), contextlib.suppress(TrainerGone):
+    with trio.move_on_after(STATUS_SECONDS), contextlib.suppress(TrainerGone):
         async with TrainerClient.connect(status.url, world, slots=1) as client:
             health = await client.health()
         status.state, status.detail = health.state, health.detail
@@ -146,15 +145,3 @@ def alive(pid: int, word: str) -> bool:
         return word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return True  # a system without /proc
-
-
-def _lock_owner(home: Home) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int((home.root / "worker.lock").read_text())
-    return None
-
-
-def _read(path: Path, kind: type[T]) -> T | None:
-    with contextlib.suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    return None
