@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.vllm.double import CONTEXT, Network, VllmDouble
-from tink.backends.replica import AdapterMissing, Refused, ReplicaGone, Sampled, Silent, Unsent
+from tink.backends.replica import AdapterMissing, ReplicaGone, ReplicaRefused, Sampled, Silent, Unsent
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.limits import COMPLETION_SECONDS
@@ -158,7 +158,7 @@ async def test_one_that_refuses_loads_says_why(
 ) -> None:
     path = str(adapter(tmp_path, "a"))
     double.refuses_loads = "CUDA out of memory"
-    with pytest.raises(Refused, match="'a': CUDA out of memory"):
+    with pytest.raises(ReplicaRefused, match="'a': CUDA out of memory"):
         await client.load_adapter("a", path)
     double.refuses_loads = ""
     await client.load_adapter("a", path)

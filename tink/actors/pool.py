@@ -17,7 +17,15 @@ from tink.actors.replica_adapters import LoadFailures
 from tink.actors.supervisor import supervise
 from tink.actors.vllm import EXPOSURES, Exposure, VLLMActor
 from tink.backends import base_model
-from tink.backends.replica import Aborted, AdapterMissing, Probe, Refused, ReplicaGone, Served, Unsent
+from tink.backends.replica import (
+    Aborted,
+    AdapterMissing,
+    Probe,
+    ReplicaGone,
+    ReplicaRefused,
+    Served,
+    Unsent,
+)
 from tink.domain import adapters, rows
 from tink.domain.events import JobStarted, TrainerStarted
 from tink.domain.routing import NO_VLLM
@@ -274,9 +282,9 @@ class VLLMPool:
         return best
 
     def _ready(self, adapter: rows.Adapter | None) -> list[VLLMActor]:
-        """Those that take requests for it. Raises Refused if none takes adapters."""
+        """Those that take requests for it. Raises ReplicaRefused if none takes adapters."""
         if adapter is not None and all(replica.there and replica.lacks for replica in self.replicas):
-            raise Refused(self.replicas[0].lacks)
+            raise ReplicaRefused(self.replicas[0].lacks)
         return [replica for replica in self.replicas if replica.up and not (adapter and replica.lacks)]
 
     def _is_there(self, adapter: rows.Adapter | None) -> bool:

@@ -8,7 +8,7 @@ import httpx
 import msgspec
 
 from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import Refused, ReplicaGone
+from tink.backends.replica import ReplicaGone, ReplicaRefused
 from tink.domain.routing import NO_VLLM
 from tink.limits import HEALTH_SECONDS
 from tink.world import World
@@ -18,7 +18,8 @@ Flavour = Literal["vllm", "trl"]
 
 async def flavour(url: str, world: World, token: str = "") -> Flavour:
     """`trl` is a `trl vllm-serve` before 1.11 (see TrlClient); later ones start a `vllm serve`. Raises
-    ReplicaGone if nothing answers, or not yet, and Refused if it is neither. `token`: its `--api-key`."""
+    ReplicaGone if nothing answers, or not yet, and ReplicaRefused if it is neither. `token`: its
+    `--api-key`."""
     transport = world.http_transport(url, 1)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with httpx.AsyncClient(
@@ -40,7 +41,7 @@ async def flavour(url: str, world: World, token: str = "") -> Flavour:
         size = await get("/get_world_size/")
         if size.status == 200 and _has(size.content, "world_size"):
             return "trl"
-    raise Refused(f"what answers at {url} is neither `vllm serve` nor `trl vllm-serve`")
+    raise ReplicaRefused(f"what answers at {url} is neither `vllm serve` nor `trl vllm-serve`")
 
 
 def _has(content: bytes, key: str) -> bool:

@@ -29,7 +29,7 @@ class AdapterMissing(BackendError):
     """The server has no adapter of this name (any more): load it, then ask again."""
 
 
-class Refused(BackendError):
+class ReplicaRefused(BackendError):
     """The server answered that it will not do this, and would again: an adapter it cannot load, a feature
     that it was started without. The text has its reason and the remedy."""
 

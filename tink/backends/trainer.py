@@ -27,7 +27,7 @@ class TrainerGone(BackendError):
     known. Ask again by op_no."""
 
 
-class Refused(BackendError):
+class TrainerRefused(BackendError):
     """The trainer answered (with HTTP status `answered`) with a refusal, which says why. Those of the
     protocol's table have done nothing; of others (a 500) that is not known."""
 
@@ -143,7 +143,8 @@ class TrainerClient:
         return await self._call("POST", "/v1/snapshots", tink_train.SnapshotReply, body, STATE_SECONDS)
 
     async def restore(self, request: tink_train.RestoreRequest) -> tink_train.RestoreReply:
-        """Refused, with nothing changed, if the snapshot is damaged or the model is not behind it."""
+        """TrainerRefused, with nothing changed, if the snapshot is damaged or the model is not behind
+        it."""
         body = tink_train.encode(request)
         return await self._call("POST", "/v1/restores", tink_train.RestoreReply, body, STATE_SECONDS)
 
@@ -174,7 +175,7 @@ class TrainerClient:
         if answer.status in (200, 202):
             return answer.content
         with self._decoding():
-            raise Refused(answer.status, msgspec.msgpack.decode(answer.content, type=Refusal))
+            raise TrainerRefused(answer.status, msgspec.msgpack.decode(answer.content, type=Refusal))
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ import trio
 
 from tink.backends import completions
 from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import Refused, ReplicaGone, Sampled, Silent, Unsent
+from tink.backends.replica import ReplicaGone, ReplicaRefused, Sampled, Silent, Unsent
 from tink.errors import UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
 from tink.wire import tinker_pb2 as pb
@@ -83,7 +83,7 @@ class TrlClient:
         try:
             return decode(answer.content, request, max_context)
         except (msgspec.DecodeError, RecursionError, LookupError, ValueError, struct.error) as error:
-            raise Refused(
+            raise ReplicaRefused(
                 f"the TRL server at {self.url} does not answer as TRL 1.0 to 1.10 do: use `vllm serve`"
             ) from error
 
