@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import httpx
 import msgspec
 
-from tink.backends.exchange import Answer, NoAnswer, exchange
+from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
 from tink.backends.replica import ReplicaGone, ReplicaRefused
 from tink.domain.routing import NO_VLLM
 from tink.limits import HEALTH_SECONDS
@@ -20,13 +19,9 @@ async def flavour(url: str, world: World, token: str = "") -> Flavour:
     """`trl` is a `trl vllm-serve` before 1.11 (see TrlClient); later ones start a `vllm serve`. Raises
     ReplicaGone if nothing answers, or not yet, and ReplicaRefused if it is neither. `token`: its
     `--api-key`."""
-    transport = world.http_transport(url, 1)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    async with httpx.AsyncClient(
-        base_url=url, transport=transport, headers=headers, trust_env=False
-    ) as client:
+    async with http_client(url, world, slots=1, token=token) as client:
 
-        async def get(path: str) -> Answer:
+        async def get(path: str) -> HttpAnswer:
             try:
                 answer = await exchange(client, "GET", path, seconds=HEALTH_SECONDS)
             except NoAnswer as error:

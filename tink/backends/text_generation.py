@@ -23,9 +23,8 @@ import httpx
 import msgspec
 
 from tink import pretrained
-from tink.backends import exchange
 from tink.backends.completions import EMPTY
-from tink.backends.exchange import NoAnswer
+from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import sampling
 from tink.errors import BackendError, StartupError, UserError
@@ -51,7 +50,7 @@ _LACKS = "a plain Megatron-LM text generation server cannot serve: start `tink t
 
 async def recognised(url: str, world: World) -> bool:
     """Whether a plain one answers there. False also if nothing does, or not yet."""
-    async with _client(url, world, slots=1) as client:
+    async with http_client(url, world, slots=1) as client:
         try:
             health = await _exchange(client, "GET", "/v1/health", None, HEALTH_SECONDS)
             if health.status == 200 and "protocol" in _fields(health.content):
@@ -74,7 +73,7 @@ async def connect(
     url: str, world: World, *, slots: int, text: Text, name: str
 ) -> AsyncIterator[TextGenerationClient]:
     """`text`: the text side of the model that is there, `name` the one that clients use for it."""
-    async with _client(url, world, slots) as client:
+    async with http_client(url, world, slots=slots) as client:
         yield TextGenerationClient(client, url, world, text, name)
 
 
@@ -294,17 +293,10 @@ def _texts(answer: Answer) -> list[tuple[str, list[str]]]:
     return list(zip(answer.text, segments, strict=False))
 
 
-@asynccontextmanager
-async def _client(url: str, world: World, slots: int) -> AsyncIterator[httpx.AsyncClient]:
-    transport = world.http_transport(url, slots)
-    async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
-        yield client
-
-
 async def _exchange(
     client: httpx.AsyncClient, method: str, path: str, content: bytes | None, seconds: float
-) -> exchange.Answer:
-    return await exchange.exchange(client, method, path, seconds=seconds, content=content, again=True)
+) -> HttpAnswer:
+    return await exchange(client, method, path, seconds=seconds, content=content, again=True)
 
 
 async def _complains(client: httpx.AsyncClient) -> bool:

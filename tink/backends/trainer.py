@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import trio
 
-from tink.backends.exchange import NoAnswer, exchange
+from tink.backends.exchange import NoAnswer, exchange, http_client
 from tink.errors import BackendError
 from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, HOLD_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.wire import tink_train
@@ -62,12 +62,7 @@ class TrainerClient:
     async def connect(
         cls, url: str, world: World, *, slots: int, token: str = ""
     ) -> AsyncIterator[TrainerClient]:
-        async with httpx.AsyncClient(
-            base_url=url,
-            transport=world.http_transport(url, slots),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=False,
-        ) as client:
+        async with http_client(url, world, slots=slots, token=token) as client:
             yield cls(client, url)
 
     async def health(self) -> tink_train.Health:

@@ -17,8 +17,8 @@ import msgspec
 import trio
 
 from tink.backends import completions
-from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import ReplicaGone, ReplicaRefused, Sampled, Silent, Unsent
+from tink.backends.exchange import HttpAnswer, http_client
+from tink.backends.replica import ReplicaGone, ReplicaRefused, Sampled, Silent, ask
 from tink.errors import UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
 from tink.wire import tinker_pb2 as pb
@@ -51,8 +51,8 @@ class TrlClient:
     @classmethod
     @asynccontextmanager
     async def connect(cls, url: str, world: World) -> AsyncIterator[TrlClient]:
-        transport = world.http_transport(url, 2)  # a look beside the call
-        async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
+        # Two: a look beside the call.
+        async with http_client(url, world, slots=2) as client:
             yield cls(client, url)
 
     async def health(self) -> bool:
@@ -89,12 +89,9 @@ class TrlClient:
 
     async def _exchange(
         self, method: str, path: str, seconds: float, content: bytes | None = None
-    ) -> Answer:
-        try:
-            return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
-        except NoAnswer as error:
-            kind = Silent if error.late else ReplicaGone if error.sent else Unsent
-            raise kind(f"the TRL server at {self.url} does not answer: {error}") from error
+    ) -> HttpAnswer:
+        server = f"the TRL server at {self.url}"
+        return await ask(self._client, server, method, path, seconds=seconds, content=content)
 
 
 def encode(request: SampleRequest, max_context: int) -> bytes:

@@ -16,7 +16,7 @@ import msgspec
 
 from tink.backends import completions
 from tink.backends.completions import Call
-from tink.backends.exchange import Answer, NoAnswer, exchange
+from tink.backends.exchange import HttpAnswer, http_client
 from tink.backends.replica import (
     AdapterMissing,
     Load,
@@ -27,6 +27,7 @@ from tink.backends.replica import (
     Served,
     Silent,
     Unsent,
+    ask,
 )
 from tink.errors import UserError
 from tink.limits import (
@@ -71,14 +72,8 @@ class VllmClient:
     async def connect(
         cls, url: str, world: World, *, slots: int, token: str = ""
     ) -> AsyncIterator[VllmClient]:
-        """`slots`: connections, so calls at once; more wait, their deadlines running. `token`: the server's
-        `--api-key`."""
-        async with httpx.AsyncClient(
-            base_url=url,
-            transport=world.http_transport(url, slots),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=False,
-        ) as client:
+        """`slots`: calls at once (see http_client). `token`: the server's `--api-key`."""
+        async with http_client(url, world, slots=slots, token=token) as client:
             yield cls(client, url, world)
 
     # -- the server ---------------------------------------------------------------------------------
@@ -183,7 +178,7 @@ class VllmClient:
         self._check_adapter_answer(answer, reason)
         raise ReplicaRefused(f"the vLLM server at {self.url} cannot unload the adapter {name!r}: {reason}")
 
-    def _check_adapter_answer(self, answer: Answer, reason: str) -> None:
+    def _check_adapter_answer(self, answer: HttpAnswer, reason: str) -> None:
         """Returns if the answer is a refusal of this adapter."""
         if answer.status == 404 and reason == "Not Found":
             raise ReplicaRefused(
@@ -233,7 +228,7 @@ class VllmClient:
             )
         return answer.content
 
-    def _check_answered(self, answer: Answer, reason: str) -> None:
+    def _check_answered(self, answer: HttpAnswer, reason: str) -> None:
         """Returns if the answer is a refusal of the call itself."""
         if answer.status in (401, 403):
             raise ReplicaRefused(f"the vLLM server at {self.url} wants its API key: {reason}")
@@ -244,13 +239,9 @@ class VllmClient:
 
     async def _exchange(
         self, method: str, path: str, seconds: float, content: bytes | None = None
-    ) -> Answer:
-        try:
-            # Anything here may be done twice, and an idle connection is closed by vLLM after 5 s.
-            return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
-        except NoAnswer as error:
-            kind = Silent if error.late else ReplicaGone if error.sent else Unsent
-            raise kind(f"the vLLM server at {self.url} does not answer: {error}") from error
+    ) -> HttpAnswer:
+        server = f"the vLLM server at {self.url}"
+        return await ask(self._client, server, method, path, seconds=seconds, content=content)
 
     def _decoded(self, content: bytes, kind: Any) -> Any:
         try:
@@ -259,7 +250,7 @@ class VllmClient:
             raise ReplicaGone(f"what answers at {self.url} is no vLLM server: {error}") from error
 
 
-def _reason(answer: Answer) -> str:
+def _reason(answer: HttpAnswer) -> str:
     """What an answer that is not 200 says, in one line."""
     text = answer.content[: 16 * MAX_REASON].decode(errors="replace")
     try:
