@@ -13,10 +13,11 @@ import trio
 from trio.testing import MockClock
 
 from tests.vllm.double import CONTEXT, Network, VllmDouble
-from tink.backends.replica import AdapterMissing, ReplicaGone, ReplicaRefused, Sampled, Silent, Unsent
+from tink.backends.replica import AdapterMissing, ReplicaGone, ReplicaRefused, Silent, Unsent
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.limits import COMPLETION_SECONDS
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 
 URL = "http://vllm.sim"

@@ -29,7 +29,6 @@ from tink.backends.replica import (
     Probe,
     ReplicaGone,
     ReplicaRefused,
-    Sampled,
     Served,
     Silent,
     Unsent,
@@ -50,6 +49,7 @@ from tink.limits import (
     REPLICA_STALL_SECONDS,
     SUSPECTS_TOGETHER,
 )
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 from tink.world import World
 

@@ -66,14 +66,6 @@ class Probe(NamedTuple):
     scores: Mapping[int, float]
 
 
-class Sampled(NamedTuple):
-    """`body`: a SampleResponse protobuf."""
-
-    body: bytes
-    tokens_in: int
-    tokens_out: int
-
-
 async def ask(
     client: httpx.AsyncClient,
     server: str,

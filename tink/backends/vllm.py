@@ -23,7 +23,6 @@ from tink.backends.replica import (
     Probe,
     ReplicaGone,
     ReplicaRefused,
-    Sampled,
     Served,
     Silent,
     Unsent,
@@ -41,6 +40,7 @@ from tink.limits import (
     NOT_FINITE_TRIES,
 )
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
