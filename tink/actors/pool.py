@@ -16,7 +16,7 @@ from tink.actors.placements import Placements
 from tink.actors.replica_adapters import LoadFailures
 from tink.actors.supervisor import supervise
 from tink.actors.vllm import EXPOSURES, Exposure, VLLMActor
-from tink.backends import base_model
+from tink.backends import same_model
 from tink.backends.replica import (
     Aborted,
     AdapterMissing,
@@ -128,7 +128,7 @@ class VLLMPool:
         for replica in self.replicas:
             if replica is newcomer or not replica.there or replica.served is None:
                 continue
-            base_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
+            same_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
 
     # -- adapters -------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
 from tink.actors.placements import Placements
 from tink.actors.replica_adapters import LoadFailures, ReplicaAdapters
-from tink.backends import base_model
+from tink.backends import same_model
 from tink.backends.flavour import flavour
 from tink.backends.replica import (
     Aborted,
@@ -335,7 +335,7 @@ class VLLMActor:
         """Raises ReplicaRefused if it is not the one that is trained."""
         trainer = self._peers.trained()
         if trainer is not None and trainer is not life.compared_with:
-            await base_model.check(trainer, life.served, self.url, self._world)
+            await same_model.check_trained(trainer, life.served, self.url, self._world)
             life.compared_with = trainer
 
     async def _probe(self, client: VllmClient, served: Served, patience: float | None = None) -> Probe:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from tink.backends import base_model
+from tink.backends import same_model
 from tink.backends.endpoint import ExternalEndpoint
 from tink.backends.flavour import flavour
 from tink.backends.replica import Probe, ReplicaGone, ReplicaRefused, Served
@@ -151,9 +151,9 @@ class Servers:
         for url, (served, probe) in self._replicas.items():
             try:
                 if first is not None and url != first:
-                    base_model.check_alike(served, probe, *self._replicas[first], first)
+                    same_model.check_alike(served, probe, *self._replicas[first], first)
                 if self._trained is not None:
-                    await base_model.check(self._trained, served, url, self._world)
+                    await same_model.check_trained(self._trained, served, url, self._world)
             except ReplicaRefused as error:
                 found.append(wrong("vllm", f"{url}: {error}"))
         return found

@@ -40,7 +40,7 @@ from tink.limits import ORPHAN_LOOKS, TRAINER_GRACE, TRAINER_KEEP_ALIVE_SECONDS,
 from tink.logs import configure_logs, write_line
 from tink.trainer import engines
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines.base import Engine
+from tink.trainer.engines.interface import Engine
 from tink.trainer.preload import Preloaded
 from tink.trainer.server import Trainer, application
 from tink.world import World
@@ -246,7 +246,7 @@ def _load(options: Options, incarnation: str) -> Engine:
     else:
         directory, name = pretrained.find(options.model, MODEL_FILES), options.model
     artifacts = Artifacts(options.artifacts or options.home / "artifacts", incarnation)
-    base = engines.load(
+    base = engines.load_base(
         options.engine,
         directory,
         options.model_name or name,

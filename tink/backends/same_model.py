@@ -30,7 +30,7 @@ SHAPE = (
 )
 
 
-async def check(trained: TrainerStarted, served: Served, url: str, world: World) -> None:
+async def check_trained(trained: TrainerStarted, served: Served, url: str, world: World) -> None:
     """Raises ReplicaRefused if the server's model is not the one that is trained; warns if that cannot be
     told."""
     mine, theirs = await world.run_sync(lambda: (_shape(trained.base_path), _shape(served.root)))
