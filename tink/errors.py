@@ -14,7 +14,7 @@ once; `category` is what the SDK is told when the error is the durable result of
     │   └── SessionFinished      a heartbeat for a session that its client has closed
     ├── Overloaded           a bounded queue is full; try again
     ├── BackendError         the trainer or a sampling server failed; tink/backends has those that its
-    │                        callers tell apart (TrainerGone, ReplicaGone, Refused, ...)
+    │                        callers tell apart (TrainerGone, ReplicaGone, ReplicaRefused, ...)
     ├── JournalUnavailable   the journal could not commit; the process stops
     └── StartupError         the configuration or the home cannot be used
 """

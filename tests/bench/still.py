@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tink.trainer import build, process, server
-from tink.trainer.engines.base import Facts
+from tink.trainer.engines.interface import Facts
 from tink.trainer.options import Options
 from tink.wire.tink_train import CreateModel, ForwardBackward, ModelInfo, OpResult
 

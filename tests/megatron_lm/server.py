@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from tink.trainer.engines import megatron, weights
+from tink.trainer.engines import megatron, megatron_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -130,8 +130,8 @@ def build(directory: Path) -> Any:
         position_embedding_type="rope",
         rotary_base=int(config.rope_parameters["rope_theta"]),
     )
-    with weights.opened(directory, config.tie_word_embeddings) as files:
-        weights.fill(_Named(model), files, config, mesh)
+    with megatron_weights.opened(directory, config.tie_word_embeddings) as files:
+        megatron_weights.fill(_Named(model), files, config, mesh)
     return model.eval()
 
 

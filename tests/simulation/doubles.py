@@ -26,10 +26,11 @@ from tink.errors import BackendError, UserError
 from tink.trainer import lanes
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.books import Book
-from tink.trainer.engines.base import Facts, Sampled
+from tink.trainer.engines.interface import Facts
 from tink.trainer.server import Trainer, application
 from tink.wire import tink_train
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import Sampled
 from tink.world import World
 
 T = TypeVar("T")

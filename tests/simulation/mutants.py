@@ -18,7 +18,7 @@ from tink.actors.replica_adapters import ReplicaAdapters
 from tink.actors.router import Router
 from tink.actors.snapshots import Snapshots
 from tink.backends import completions
-from tink.backends.replica import AdapterMissing, Sampled
+from tink.backends.replica import AdapterMissing
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, ids, messages, plans, rows, sampling
 from tink.domain.events import Entry, SnapshotTaken, Subject
@@ -31,6 +31,7 @@ from tink.trainer import artifacts, lanes
 from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 from tink.wire import tink_train
+from tink.wire.samples import Sampled
 
 Patch = pytest.MonkeyPatch
 ALL: dict[str, Callable[[Patch], None]] = {}

@@ -21,7 +21,7 @@ from tests.vllm.adapters import Adapters
 from tests.vllm.double import CONTEXT, Network, VllmDouble
 from tests.vllm.server import VllmReplica
 from tink.backends.flavour import flavour
-from tink.backends.replica import Aborted, AdapterMissing, Refused
+from tink.backends.replica import Aborted, AdapterMissing, ReplicaRefused
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.wire import tinker_pb2 as pb
@@ -195,7 +195,7 @@ async def test_loading_again_is_harmless_and_another_path_is_refused(
     path = str(adapters.root / "a1")
     await client.load_adapter("a", path)
     await client.load_adapter("a", path)
-    with pytest.raises(Refused, match=f"another one by this name, from {path}"):
+    with pytest.raises(ReplicaRefused, match=f"another one by this name, from {path}"):
         await client.load_adapter("a", str(adapters.root / "a2"))
 
 
@@ -247,7 +247,7 @@ async def until_running(client: VllmClient) -> None:
 async def test_a_rank_that_is_too_high_is_refused_with_its_reason(
     clock: Clock | None, client: VllmClient, adapters: Adapters
 ) -> None:
-    with pytest.raises(Refused, match="'a': LoRA rank 128 is greater than max_lora_rank 64"):
+    with pytest.raises(ReplicaRefused, match="'a': LoRA rank 128 is greater than max_lora_rank 64"):
         await client.load_adapter("a", str(adapters.root / "large"))
     assert await client.health()
     assert (await client.served()).adapters == {}
@@ -260,7 +260,7 @@ async def test_an_adapter_without_weights_tells_which_rank_would_be_taken(
     for rank, says in ((64, "doesn't contain tensors"), (65, "rank 65 is greater than max_lora_rank 64")):
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        with pytest.raises(Refused, match=says):
+        with pytest.raises(ReplicaRefused, match=says):
             await client.load_adapter("a", str(tmp_path))
     assert await client.health()
     assert (await client.served()).adapters == {}
@@ -269,13 +269,13 @@ async def test_an_adapter_without_weights_tells_which_rank_would_be_taken(
 async def test_files_that_are_missing_or_broken_are_refused(
     clock: Clock | None, client: VllmClient, adapters: Adapters, tmp_path: Path
 ) -> None:
-    with pytest.raises(Refused, match=f"finds none in {tmp_path}/none"):
+    with pytest.raises(ReplicaRefused, match=f"finds none in {tmp_path}/none"):
         await client.load_adapter("a", f"{tmp_path}/none")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
-    with pytest.raises(Refused, match="double quotes"):
+    with pytest.raises(ReplicaRefused, match="double quotes"):
         await client.load_adapter("a", f"{tmp_path}/broken")
-    with pytest.raises(Refused, match="conflicts with a served base model"):
+    with pytest.raises(ReplicaRefused, match="conflicts with a served base model"):
         await client.load_adapter("base", str(adapters.root / "a1"))
     assert await client.health()
     assert (await client.served()).adapters == {}
@@ -515,9 +515,9 @@ async def test_what_a_server_was_started_without_is_noticed(
     subject = as_trl_starts_it
     async with VllmClient.connect(subject.url, subject.world, slots=1) as client:
         assert (await client.probe("base")).mode == "processed"
-        with pytest.raises(Refused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        with pytest.raises(ReplicaRefused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
             await client.check_takes_adapters()
-        with pytest.raises(Refused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        with pytest.raises(ReplicaRefused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
             await client.load_adapter("a", str(adapters.root / "a1"))
         assert await flavour(subject.url, subject.world) == "vllm"
         response = await ask(client, topk_sample_logprobs=64)

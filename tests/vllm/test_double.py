@@ -13,10 +13,11 @@ import trio
 from trio.testing import MockClock
 
 from tests.vllm.double import CONTEXT, Network, VllmDouble
-from tink.backends.replica import AdapterMissing, Refused, ReplicaGone, Sampled, Silent, Unsent
+from tink.backends.replica import AdapterMissing, ReplicaGone, ReplicaRefused, Silent, Unsent
 from tink.backends.vllm import VllmClient
 from tink.errors import UserError
 from tink.limits import COMPLETION_SECONDS
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 
 URL = "http://vllm.sim"
@@ -158,7 +159,7 @@ async def test_one_that_refuses_loads_says_why(
 ) -> None:
     path = str(adapter(tmp_path, "a"))
     double.refuses_loads = "CUDA out of memory"
-    with pytest.raises(Refused, match="'a': CUDA out of memory"):
+    with pytest.raises(ReplicaRefused, match="'a': CUDA out of memory"):
         await client.load_adapter("a", path)
     double.refuses_loads = ""
     await client.load_adapter("a", path)

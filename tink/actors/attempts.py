@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from tink import crash
 from tink.actors.backoff import Backoff
 from tink.actors.trainer_link import Life, TrainerLink
-from tink.backends.trainer import Refused, TrainerGone
+from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import rows
 from tink.errors import BackendError
 from tink.limits import WRONG_ANSWERS
@@ -62,13 +62,13 @@ class Attempts:
     def _counting(self, life: Life) -> Iterator[None]:
         try:
             yield
-        except (TrainerGone, Refused) as error:
+        except (TrainerGone, TrainerRefused) as error:
             place = life.incarnation, life.applied.get(str(self._job.model_id))
             if place != self._wrong_in:
                 self._wrong_in, self._wrong = place, 0
                 self._backoff.reset()
             # A server that is busy says so, and is right.
-            self._wrong += not (isinstance(error, Refused) and error.refusal.error == "busy")
+            self._wrong += not (isinstance(error, TrainerRefused) and error.refusal.error == "busy")
             if self._wrong >= WRONG_ANSWERS:
                 self._link.replace(life, f"{self._wrong} answers in a row were wrong, the last: {error}")
             raise

@@ -23,7 +23,7 @@ import trio
 import tink
 from tink import crash
 from tink.backends.endpoint import Endpoint
-from tink.backends.trainer import Refused, TrainerClient, TrainerGone
+from tink.backends.trainer import TrainerClient, TrainerGone, TrainerRefused
 from tink.errors import StartupError
 from tink.home import Home
 from tink.limits import HEALTH_SECONDS, PROCESS_LOOK_SECONDS, SILENT_LOOKS, START_SECONDS, STOP_SECONDS
@@ -119,8 +119,8 @@ class EmbeddedTrainer:
                 endpoint.url, self._world, slots=1, token=endpoint.token
             ) as client:
                 health = await client.health()
-        except (TrainerGone, Refused):
-            return None  # Refused: another one's server, on the port that ours had
+        except (TrainerGone, TrainerRefused):
+            return None  # TrainerRefused: another one's server, on the port that ours had
         return health if health.incarnation == record.incarnation else None
 
     def _alive(self, pid: int) -> bool:

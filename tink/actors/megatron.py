@@ -29,7 +29,7 @@ from tink.actors.jobs import Jobs, Release, Settle
 from tink.actors.redo import Redo
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
-from tink.backends.trainer import Refused, TrainerGone
+from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import plans, rows
 from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
@@ -234,7 +234,7 @@ class MegatronActor:
             except TrainerGone as error:
                 log.warning("training call lost", job=job.job_id, reason=str(error))
                 self._link.lost(life)
-            except Refused as error:
+            except TrainerRefused as error:
                 log.warning("training call refused", job=job.job_id, reason=str(error))
                 if error.invalid:
                     raise
@@ -255,7 +255,7 @@ class MegatronActor:
             named = msgspec.structs.replace(request.op, body=b"", body_sha256=shipped.digest)
             try:
                 return await life.client.op(msgspec.structs.replace(request, op=named))
-            except Refused as error:
+            except TrainerRefused as error:
                 if not error.lacks_body:
                     raise
         return await life.client.op(request)

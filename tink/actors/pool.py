@@ -16,8 +16,16 @@ from tink.actors.placements import Placements
 from tink.actors.replica_adapters import LoadFailures
 from tink.actors.supervisor import supervise
 from tink.actors.vllm import EXPOSURES, Exposure, VLLMActor
-from tink.backends import base_model
-from tink.backends.replica import Aborted, AdapterMissing, Probe, Refused, ReplicaGone, Served, Unsent
+from tink.backends import same_model
+from tink.backends.replica import (
+    Aborted,
+    AdapterMissing,
+    Probe,
+    ReplicaGone,
+    ReplicaRefused,
+    Served,
+    Unsent,
+)
 from tink.domain import adapters, rows
 from tink.domain.events import JobStarted, TrainerStarted
 from tink.domain.routing import NO_VLLM
@@ -120,7 +128,7 @@ class VLLMPool:
         for replica in self.replicas:
             if replica is newcomer or not replica.there or replica.served is None:
                 continue
-            base_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
+            same_model.check_alike(served, probe, replica.served, replica.probe, replica.url)
 
     # -- adapters -------------------------------------------------------------------------------------
 
@@ -274,9 +282,9 @@ class VLLMPool:
         return best
 
     def _ready(self, adapter: rows.Adapter | None) -> list[VLLMActor]:
-        """Those that take requests for it. Raises Refused if none takes adapters."""
+        """Those that take requests for it. Raises ReplicaRefused if none takes adapters."""
         if adapter is not None and all(replica.there and replica.lacks for replica in self.replicas):
-            raise Refused(self.replicas[0].lacks)
+            raise ReplicaRefused(self.replicas[0].lacks)
         return [replica for replica in self.replicas if replica.up and not (adapter and replica.lacks)]
 
     def _is_there(self, adapter: rows.Adapter | None) -> bool:

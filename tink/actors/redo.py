@@ -10,7 +10,7 @@ import structlog
 from tink import crash
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life
-from tink.backends.trainer import Refused
+from tink.backends.trainer import TrainerRefused
 from tink.domain import plans, rows
 from tink.domain.events import Diverged
 from tink.domain.requests import MUTATING
@@ -27,8 +27,8 @@ class Redo:
 
     async def bring_up(self, life: Life, model_id: str, upto: int) -> None:
         """Applies again what the server lacks of the model's operations up to `upto`. Raises BackendError
-        if that cannot be done, TrainerGone or Refused if the server does not go on. Cancelled, what was
-        applied stays applied."""
+        if that cannot be done, TrainerGone or TrainerRefused if the server does not go on. Cancelled, what
+        was applied stays applied."""
         applied = life.applied.get(model_id, 0)
         if applied >= upto:
             return
@@ -51,7 +51,7 @@ class Redo:
         op = plans.again(job, body, self._journal.ledger)
         try:
             reply = await life.client.op(life.request(job, op_no, op))
-        except Refused as error:
+        except TrainerRefused as error:
             if error.refusal.error != "result_gone":
                 raise
             # It was applied while this life's view of the server was being taken.

@@ -18,7 +18,7 @@ import trio
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.placements import Placements
-from tink.backends.replica import Refused, ReplicaGone, Unsent
+from tink.backends.replica import ReplicaGone, ReplicaRefused, Unsent
 from tink.backends.vllm import VllmClient
 from tink.domain import adapters, rows
 from tink.domain.events import Entry
@@ -54,10 +54,10 @@ class LoadFailures:
         self._recent(name)
 
     def check(self, name: str) -> None:
-        """Raises Refused if it was tried often enough."""
+        """Raises ReplicaRefused if it was tried often enough."""
         count = len(self._recent(name))
         if count >= self._most:
-            raise Refused(
+            raise ReplicaRefused(
                 f"vLLM servers failed {count} times while they loaded the adapter {name!r}; given up after "
                 f"TINK_MAX_ATTEMPTS={self._most}, for {LOAD_FAILURES_SECONDS / 60:.0f} minutes: their logs "
                 "say why"

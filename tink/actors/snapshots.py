@@ -16,7 +16,7 @@ import trio
 from tink import crash
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.trainer_link import Life
-from tink.backends.trainer import Refused, TrainerGone
+from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import ids, rows
 from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
 from tink.errors import BackendError
@@ -67,7 +67,7 @@ class Snapshots:
             request = RestoreRequest(life.incarnation, life.lease, model_id, snapshot.directory)
             try:
                 restored = (await life.client.restore(request)).applied
-            except Refused as error:
+            except TrainerRefused as error:
                 if error.refusal.error == "not_behind":  # restored by a call whose answer was lost
                     life.applied[model_id] = applied = error.refusal.applied or applied
                     break

@@ -15,7 +15,7 @@ import trio
 
 from tink.actors.backoff import Backoff
 from tink.backends.endpoint import Endpoint
-from tink.backends.trainer import Refused, TrainerClient, TrainerGone
+from tink.backends.trainer import TrainerClient, TrainerGone, TrainerRefused
 from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
 from tink.errors import BackendError, StartupError
@@ -173,7 +173,7 @@ class TrainerLink:
                 endpoint = await self._find(self._unfit)
                 async with endpoint.connect(self._world, self._slots) as client:
                     await self._keep(client)
-            except (TrainerGone, Refused, StartupError) as error:
+            except (TrainerGone, TrainerRefused, StartupError) as error:
                 if isinstance(error, StartupError) and not self._arrived_once:
                     raise
                 self._tell(str(error))
@@ -240,7 +240,7 @@ class TrainerLink:
         try:
             info, state = await client.info(), await client.state()
             self._check_state(client, incarnation, info, state)
-        except (TrainerGone, Refused) as error:
+        except (TrainerGone, TrainerRefused) as error:
             self._failures += 1
             if self._failures >= WRONG_ANSWERS:
                 self._failures = 0

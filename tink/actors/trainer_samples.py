@@ -6,7 +6,7 @@ import structlog
 
 from tink.actors.attempts import Attempts
 from tink.actors.trainer_link import TrainerLink
-from tink.backends.trainer import Refused, TrainerGone
+from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import rows
 from tink.domain.events import JobStarted
 from tink.journal.journal import Journal
@@ -45,7 +45,7 @@ class TrainerSamples:
             except TrainerGone as error:
                 log.warning("sampling call lost", job=job.job_id, reason=str(error))
                 self._link.lost(life)
-            except Refused as error:
+            except TrainerRefused as error:
                 if error.invalid:
                     raise
                 log.warning("sampling call refused", job=job.job_id, reason=str(error))

@@ -20,16 +20,15 @@ from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backoff import Backoff
 from tink.actors.placements import Placements
 from tink.actors.replica_adapters import LoadFailures, ReplicaAdapters
-from tink.backends import base_model
+from tink.backends import same_model
 from tink.backends.flavour import flavour
 from tink.backends.replica import (
     Aborted,
     AdapterMissing,
     Load,
     Probe,
-    Refused,
     ReplicaGone,
-    Sampled,
+    ReplicaRefused,
     Served,
     Silent,
     Unsent,
@@ -50,6 +49,7 @@ from tink.limits import (
     REPLICA_STALL_SECONDS,
     SUSPECTS_TOGETHER,
 )
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
@@ -120,7 +120,7 @@ class Peers(Protocol):
         """One begins or ceases to take requests."""
 
     def compare(self, newcomer: VLLMActor, served: Served, probe: Probe | None) -> None:
-        """Raises Refused if it may not serve beside the others."""
+        """Raises ReplicaRefused if it may not serve beside the others."""
 
     def trained(self) -> TrainerStarted | None:
         """What the trainer serves, if one is used and known."""
@@ -238,7 +238,7 @@ class VLLMActor:
         self.lacks = ""
         try:
             await client.check_takes_adapters()
-        except Refused as error:
+        except ReplicaRefused as error:
             self.lacks = str(error)
             log.warning("vllm server serves the base model alone", url=self.url, reason=self.lacks)
         else:
@@ -332,10 +332,10 @@ class VLLMActor:
             self._peers.changed()
 
     async def _check_base_model(self, life: _Life) -> None:
-        """Raises Refused if it is not the one that is trained."""
+        """Raises ReplicaRefused if it is not the one that is trained."""
         trainer = self._peers.trained()
         if trainer is not None and trainer is not life.compared_with:
-            await base_model.check(trainer, life.served, self.url, self._world)
+            await same_model.check_trained(trainer, life.served, self.url, self._world)
             life.compared_with = trainer
 
     async def _probe(self, client: VllmClient, served: Served, patience: float | None = None) -> Probe:
@@ -371,7 +371,7 @@ class VLLMActor:
 
     async def place(self, adapter: rows.Adapter) -> bool:
         """Registers a version that is not journaled yet: its placement is the caller's to journal. False if
-        the server is not there, or fails; raises Refused if it will not have it."""
+        the server is not there, or fails; raises ReplicaRefused if it will not have it."""
         life = self._life
         if life is None:
             return False
@@ -401,7 +401,7 @@ class VLLMActor:
 
     def _adapters(self, life: _Life) -> ReplicaAdapters:
         if life.adapters is None:
-            raise Refused(self.lacks)
+            raise ReplicaRefused(self.lacks)
         return life.adapters
 
     # -- samples --------------------------------------------------------------------------------------
@@ -422,8 +422,8 @@ class VLLMActor:
             self.outstanding -= request.num_samples
 
     async def sample(self, request: SampleRequest, adapter: rows.Adapter | None) -> Sampled:
-        """Raises ReplicaGone or AdapterMissing if it should be sent elsewhere, Refused or UserError if it
-        will not be served. Cancelled, the server gives it up."""
+        """Raises ReplicaGone or AdapterMissing if it should be sent elsewhere, ReplicaRefused or UserError
+        if it will not be served. Cancelled, the server gives it up."""
         life = self._life
         if life is None or life.doubt is not None:
             raise Unsent(self.reason)
@@ -442,7 +442,7 @@ class VLLMActor:
         server, served = life.server, life.served
         if isinstance(server, TrlClient):
             if adapter is not None:
-                raise Refused(self.lacks)
+                raise ReplicaRefused(self.lacks)
             # It does not say how large its context is, and hangs on a prompt that is longer.
             trained = self._peers.trained()
             context = served.max_context if trained is None else trained.max_context

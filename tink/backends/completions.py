@@ -14,28 +14,25 @@ some. Seeds are taken modulo SEEDS, which keeps all of them in vLLM's range (64 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from tink.backends.replica import Aborted, ReplicaGone, Sampled
+from tink.backends.replica import Aborted, ReplicaGone
 from tink.domain import sampling
 from tink.errors import UserError
 from tink.limits import (
     MAX_NUM_SAMPLES,
 )
+from tink.wire import samples
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import EMPTY, NO_LOGPROB, NO_TOKEN, Sampled
 from tink.wire.tink_train import SampleRequest
 
 T = TypeVar("T")
 
 SEEDS = 2**63 - MAX_NUM_SAMPLES
-# What an empty cell of a TopkLogprobs has.
-NO_TOKEN, NO_LOGPROB = 0, -99999.0
-# The sample of no tokens.
-EMPTY = pb.SampledSequence(stop_reason=pb.STOP_REASON_LENGTH, tokens=b"", logprobs=b"")
 # How vLLM writes minus infinity, which JSON has not.
 NEVER = -9999.0
 
@@ -51,14 +48,13 @@ def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
     """The call that serves `request` by `model` (the base model's name or an adapter's) on a server with so
     large a context. Raises UserError for what vLLM cannot do."""
     check(request, max_context)
-    # One greedy sample is all that vLLM takes: `decode` makes up for it.
-    most = tokens(request, max_context)
     greedy = request.temperature == 0
     body: dict[str, Any] = {
         "model": model,
         "prompt": request.prompt,
-        "n": choices(request),
-        "max_tokens": most,
+        # Of greedy samples vLLM takes no more than one: `decode` makes up for it.
+        "n": sampling.distinct(request),
+        "max_tokens": sampling.most(request, max_context),
         "min_tokens": 0,
         "temperature": request.temperature,
         "top_p": 1.0 if greedy else request.top_p,
@@ -77,7 +73,7 @@ def encode(request: SampleRequest, *, model: str, max_context: int) -> Call:
         "skip_special_tokens": False,
         "spaces_between_special_tokens": True,
         "logprobs": request.topk_sample_logprobs,
-        "prompt_logprobs": request.topk_prompt_logprobs if _scores_prompt(request) else None,
+        "prompt_logprobs": request.topk_prompt_logprobs if request.scores_prompt else None,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "echo": False,
@@ -143,26 +139,20 @@ def decode(answer: bytes, request: SampleRequest, *, model: str) -> Sampled:
         completion = _read_completion(answer)
         response = pb.SampleResponse()
         _check_complete(completion, request, model)
-        if _scores_prompt(request):
+        if request.scores_prompt:
             _fill_prompt(response, request, _read_prompt(completion.choices[0].prompt_logprobs))
         ordered = sorted(completion.choices, key=lambda choice: choice.index)
         sequences = [_sequence(choice, request) for choice in ordered]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, ValueError) as error:
         raise ReplicaGone(f"the sampling server's answer is not vLLM's: {_line(error)}") from error
-    # Greedy samples are all the same one, and so are empty ones.
-    sequences *= request.num_samples // len(sequences)
-    response.sequences.extend(sequences)
-    return Sampled(
-        body=response.SerializeToString(deterministic=True),
-        tokens_in=len(request.prompt),
-        tokens_out=sum(len(sequence.tokens) // 4 for sequence in sequences),
-    )
+    response.sequences.extend(sequences * (request.num_samples // len(sequences)))
+    return Sampled.of(response, request.prompt)
 
 
 def _check_complete(completion: _Completion, request: SampleRequest, model: str) -> None:
     if completion.model != model:
         raise ReplicaGone(f"the sampling server answered by {completion.model!r}: {model!r} was asked")
-    wanted = choices(request)
+    wanted = sampling.distinct(request)
     if sorted(choice.index for choice in completion.choices) != list(range(wanted)):
         raise ReplicaGone(f"the sampling server gave {len(completion.choices)} samples of {wanted}")
     for choice in completion.choices:
@@ -175,11 +165,8 @@ def _check_complete(completion: _Completion, request: SampleRequest, model: str)
 def _sequence(choice: _Choice, request: SampleRequest) -> pb.SampledSequence:
     if request.max_tokens == 0:
         return EMPTY
-    message = pb.SampledSequence(
-        stop_reason=pb.STOP_REASON_STOP if choice.finish_reason == "stop" else pb.STOP_REASON_LENGTH,
-        tokens=_ints(choice.token_ids),
-        logprobs=_floats(map(_logprob, choice.logprobs.token_logprobs), len(choice.token_ids)),
-    )
+    logprobs = [_logprob(value) for value in choice.logprobs.token_logprobs]
+    message = samples.sequence(choice.token_ids, logprobs, stopped=choice.finish_reason == "stop")
     if k := request.topk_sample_logprobs:
         steps = _read_top(choice.logprobs.top_logprobs)
         if len(steps) != len(choice.token_ids):
@@ -203,11 +190,11 @@ def _fill_prompt(
         for place, entries in enumerate(found)
     ]
     if request.prompt_logprobs:
-        own = (
+        own = [
             math.nan if values is None else _logprob(values[token])
             for token, values in zip(request.prompt, scored, strict=True)
-        )
-        response.prompt_logprobs = _floats(own, length)
+        ]
+        response.prompt_logprobs = samples.floats(own)
     if k := request.topk_prompt_logprobs:
         rows = [[] if values is None else _likeliest(values, k, int) for values in scored]
         response.topk_prompt_logprobs.CopyFrom(_topk(rows, k))
@@ -227,8 +214,8 @@ def _token_id(text: str) -> int:
 def _topk(rows: list[list[tuple[int, float]]], k: int) -> pb.TopkLogprobs:
     cells = [cell for row in rows for cell in row + [(NO_TOKEN, NO_LOGPROB)] * (k - len(row))]
     return pb.TopkLogprobs(
-        token_ids=_ints([token for token, _ in cells]),
-        logprobs=_floats((value for _, value in cells), len(cells)),
+        token_ids=samples.ints([token for token, _ in cells]),
+        logprobs=samples.floats([value for _, value in cells]),
         k=k,
         length=len(rows),
     )
@@ -238,36 +225,5 @@ def _logprob(value: float) -> float:
     return -math.inf if value <= NEVER else value
 
 
-def _ints(values: Sequence[int]) -> bytes:
-    try:
-        return struct.pack(f"<{len(values)}i", *values)
-    except struct.error as error:
-        raise ValueError(error) from error
-
-
-def _floats(values: Iterable[float], count: int) -> bytes:
-    try:
-        return struct.pack(f"<{count}f", *values)
-    except (struct.error, OverflowError) as error:
-        raise ValueError(error) from error
-
-
 def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-# -- what is asked ----------------------------------------------------------------------------------
-
-
-def _scores_prompt(request: SampleRequest) -> bool:
-    return bool(request.prompt_logprobs or request.topk_prompt_logprobs)
-
-
-def choices(request: SampleRequest) -> int:
-    """How many choices vLLM is asked for: where all are the same, one."""
-    return 1 if request.temperature == 0 or request.max_tokens == 0 else request.num_samples
-
-
-def tokens(request: SampleRequest, max_context: int) -> int:
-    """How many tokens vLLM is asked for at most: one more than none, which it cannot give."""
-    return max(sampling.room(request, max_context), 1)

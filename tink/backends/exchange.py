@@ -1,4 +1,5 @@
-"""One HTTP exchange with one deadline, read whole. The one place where httpx's errors are translated."""
+"""One HTTP exchange with one deadline, read whole, and the client that makes it. The one place where
+httpx's errors are translated."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import httpx
 import trio
 
 from tink.limits import CONNECT_SECONDS, MAX_ANSWER
+from tink.world import World
 
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout)
 # What a call on a kept-alive connection meets that the server has just closed.
@@ -23,9 +25,21 @@ class NoAnswer(Exception):
         self.sent, self.late = sent, late
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     status: int
     content: bytes
+
+
+def http_client(url: str, world: World, *, slots: int, token: str = "") -> httpx.AsyncClient:
+    """For the exchanges with one server. `slots`: connections, so calls at once; more wait, their deadlines
+    running. `token`: what the server wants as bearer. Nothing is read from the environment: a proxy that is
+    set there is not for these calls."""
+    return httpx.AsyncClient(
+        base_url=url,
+        transport=world.http_transport(url, slots),
+        headers={"Authorization": f"Bearer {token}"} if token else {},
+        trust_env=False,
+    )
 
 
 async def exchange(
@@ -37,7 +51,7 @@ async def exchange(
     content: bytes | None = None,
     media_type: str = "application/json",
     again: bool = False,
-) -> Answer:
+) -> HttpAnswer:
     """Raises NoAnswer, after `seconds` at the latest. `again`: a call whose connection was closed on it is
     made once more, on another one; only for what may be served twice. Cancelled, it closes its own."""
     if client.is_closed:
@@ -59,7 +73,7 @@ async def exchange(
                             received += part
                             if len(received) > MAX_ANSWER:
                                 scope.cancel()  # not a break: httpx's generators end by exceptions alone
-                    return Answer(answer.status_code, bytes(received))
+                    return HttpAnswer(answer.status_code, bytes(received))
                 except _STALE:
                     if not again or client.is_closed:
                         raise

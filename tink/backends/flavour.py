@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import httpx
 import msgspec
 
-from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import Refused, ReplicaGone
+from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
+from tink.backends.replica import ReplicaGone, ReplicaRefused
 from tink.domain.routing import NO_VLLM
 from tink.limits import HEALTH_SECONDS
 from tink.world import World
@@ -18,14 +17,11 @@ Flavour = Literal["vllm", "trl"]
 
 async def flavour(url: str, world: World, token: str = "") -> Flavour:
     """`trl` is a `trl vllm-serve` before 1.11 (see TrlClient); later ones start a `vllm serve`. Raises
-    ReplicaGone if nothing answers, or not yet, and Refused if it is neither. `token`: its `--api-key`."""
-    transport = world.http_transport(url, 1)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    async with httpx.AsyncClient(
-        base_url=url, transport=transport, headers=headers, trust_env=False
-    ) as client:
+    ReplicaGone if nothing answers, or not yet, and ReplicaRefused if it is neither. `token`: its
+    `--api-key`."""
+    async with http_client(url, world, slots=1, token=token) as client:
 
-        async def get(path: str) -> Answer:
+        async def get(path: str) -> HttpAnswer:
             try:
                 answer = await exchange(client, "GET", path, seconds=HEALTH_SECONDS)
             except NoAnswer as error:
@@ -40,7 +36,7 @@ async def flavour(url: str, world: World, token: str = "") -> Flavour:
         size = await get("/get_world_size/")
         if size.status == 200 and _has(size.content, "world_size"):
             return "trl"
-    raise Refused(f"what answers at {url} is neither `vllm serve` nor `trl vllm-serve`")
+    raise ReplicaRefused(f"what answers at {url} is neither `vllm serve` nor `trl vllm-serve`")
 
 
 def _has(content: bytes, key: str) -> bool:

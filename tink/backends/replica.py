@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+import httpx
+
+from tink.backends.exchange import HttpAnswer, NoAnswer, exchange
 from tink.errors import BackendError
 
 
@@ -29,7 +32,7 @@ class AdapterMissing(BackendError):
     """The server has no adapter of this name (any more): load it, then ask again."""
 
 
-class Refused(BackendError):
+class ReplicaRefused(BackendError):
     """The server answered that it will not do this, and would again: an adapter it cannot load, a feature
     that it was started without. The text has its reason and the remedy."""
 
@@ -63,9 +66,19 @@ class Probe(NamedTuple):
     scores: Mapping[int, float]
 
 
-class Sampled(NamedTuple):
-    """`body`: a SampleResponse protobuf."""
-
-    body: bytes
-    tokens_in: int
-    tokens_out: int
+async def ask(
+    client: httpx.AsyncClient,
+    server: str,
+    method: str,
+    path: str,
+    *,
+    seconds: float,
+    content: bytes | None = None,
+) -> HttpAnswer:
+    """Raises ReplicaGone, Unsent or Silent, which call it `server`, if there is no answer."""
+    try:
+        # Anything here may be done twice, and an idle connection is closed by vLLM after 5 s.
+        return await exchange(client, method, path, seconds=seconds, content=content, again=True)
+    except NoAnswer as error:
+        kind = Silent if error.late else ReplicaGone if error.sent else Unsent
+        raise kind(f"{server} does not answer: {error}") from error

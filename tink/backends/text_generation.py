@@ -12,7 +12,6 @@ request that names one is refused.
 from __future__ import annotations
 
 import math
-import struct
 from bisect import bisect_left
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,9 +22,7 @@ import httpx
 import msgspec
 
 from tink import pretrained
-from tink.backends import exchange
-from tink.backends.completions import EMPTY
-from tink.backends.exchange import NoAnswer
+from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import sampling
 from tink.errors import BackendError, StartupError, UserError
@@ -37,8 +34,9 @@ from tink.limits import (
     TOKEN_SECONDS,
 )
 from tink.pretrained import Text
-from tink.wire import tink_train
+from tink.wire import samples, tink_train
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import EMPTY, Sampled
 from tink.wire.text_generation import MAX_PROMPTS, MAX_TEMPERATURE, MAX_TOP_K, NO_PROMPTS, PATH, Answer
 from tink.wire.tink_train import SampleReply, SampleRequest
 from tink.world import World
@@ -51,7 +49,7 @@ _LACKS = "a plain Megatron-LM text generation server cannot serve: start `tink t
 
 async def recognised(url: str, world: World) -> bool:
     """Whether a plain one answers there. False also if nothing does, or not yet."""
-    async with _client(url, world, slots=1) as client:
+    async with http_client(url, world, slots=1) as client:
         try:
             health = await _exchange(client, "GET", "/v1/health", None, HEALTH_SECONDS)
             if health.status == 200 and "protocol" in _fields(health.content):
@@ -74,7 +72,7 @@ async def connect(
     url: str, world: World, *, slots: int, text: Text, name: str
 ) -> AsyncIterator[TextGenerationClient]:
     """`text`: the text side of the model that is there, `name` the one that clients use for it."""
-    async with _client(url, world, slots) as client:
+    async with http_client(url, world, slots=slots) as client:
         yield TextGenerationClient(client, url, world, text, name)
 
 
@@ -123,9 +121,7 @@ class TextGenerationClient(TrainerClient):
         began = self._world.monotonic()
         check(request, self._text.context)
         prompt = await self._world.run_sync(self._text.spell, request.prompt)
-        most = max(sampling.room(request, self._text.context), 1)
-        # Greedy samples are all the same one, and so are empty ones.
-        count = 1 if request.temperature == 0 or request.max_tokens == 0 else request.num_samples
+        most, count = sampling.most(request, self._text.context), sampling.distinct(request)
         rows: list[tuple[list[int], list[float]]] = []
         while len(rows) < count:
             number = min(count - len(rows), MAX_PROMPTS)
@@ -213,15 +209,10 @@ class TextGenerationClient(TrainerClient):
             first = 1 if last is None else begin - last
             scored = [math.nan, *rows[0][1][: begin - 1]]
             own = [value if place >= first else math.nan for place, value in enumerate(scored)]
-            response.prompt_logprobs = struct.pack(f"<{begin}f", *own)
-        return SampleReply(
-            "done",
-            request.sample_id,
-            response.SerializeToString(deterministic=True),
-            begin,
-            sum(len(sequence.tokens) // 4 for sequence in sequences),
-            run_ms=(self._world.monotonic() - began) * 1000,
-        )
+            response.prompt_logprobs = samples.floats(own)
+        run_ms = (self._world.monotonic() - began) * 1000
+        sampled = Sampled.of(response, request.prompt)
+        return SampleReply("done", request.sample_id, *sampled, run_ms=run_ms)
 
     def _sequence(
         self, request: SampleRequest, tokens: list[int], logprobs: list[float], most: int
@@ -231,12 +222,7 @@ class TextGenerationClient(TrainerClient):
         tokens, logprobs = tokens[:most], logprobs[:most]
         end = self._end(request, tokens)
         stopped = end is not None or len(tokens) < most or tokens[-1] in self._text.eos
-        tokens, logprobs = tokens[:end], logprobs[:end]
-        return pb.SampledSequence(
-            stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,
-            tokens=struct.pack(f"<{len(tokens)}i", *tokens),
-            logprobs=struct.pack(f"<{len(logprobs)}f", *logprobs),
-        )
+        return samples.sequence(tokens[:end], logprobs[:end], stopped=stopped)
 
     def _end(self, request: SampleRequest, tokens: list[int]) -> int | None:
         """How many tokens there are with the first stop, which stays part of the sample."""
@@ -294,17 +280,10 @@ def _texts(answer: Answer) -> list[tuple[str, list[str]]]:
     return list(zip(answer.text, segments, strict=False))
 
 
-@asynccontextmanager
-async def _client(url: str, world: World, slots: int) -> AsyncIterator[httpx.AsyncClient]:
-    transport = world.http_transport(url, slots)
-    async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
-        yield client
-
-
 async def _exchange(
     client: httpx.AsyncClient, method: str, path: str, content: bytes | None, seconds: float
-) -> exchange.Answer:
-    return await exchange.exchange(client, method, path, seconds=seconds, content=content, again=True)
+) -> HttpAnswer:
+    return await exchange(client, method, path, seconds=seconds, content=content, again=True)
 
 
 async def _complains(client: httpx.AsyncClient) -> bool:

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import trio
 
-from tink.backends.exchange import NoAnswer, exchange
+from tink.backends.exchange import NoAnswer, exchange, http_client
 from tink.errors import BackendError
 from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, HOLD_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.wire import tink_train
@@ -27,7 +27,7 @@ class TrainerGone(BackendError):
     known. Ask again by op_no."""
 
 
-class Refused(BackendError):
+class TrainerRefused(BackendError):
     """The trainer answered (with HTTP status `answered`) with a refusal, which says why. Those of the
     protocol's table have done nothing; of others (a 500) that is not known."""
 
@@ -62,12 +62,7 @@ class TrainerClient:
     async def connect(
         cls, url: str, world: World, *, slots: int, token: str = ""
     ) -> AsyncIterator[TrainerClient]:
-        async with httpx.AsyncClient(
-            base_url=url,
-            transport=world.http_transport(url, slots),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=False,
-        ) as client:
+        async with http_client(url, world, slots=slots, token=token) as client:
             yield cls(client, url)
 
     async def health(self) -> tink_train.Health:
@@ -143,7 +138,8 @@ class TrainerClient:
         return await self._call("POST", "/v1/snapshots", tink_train.SnapshotReply, body, STATE_SECONDS)
 
     async def restore(self, request: tink_train.RestoreRequest) -> tink_train.RestoreReply:
-        """Refused, with nothing changed, if the snapshot is damaged or the model is not behind it."""
+        """TrainerRefused, with nothing changed, if the snapshot is damaged or the model is not behind
+        it."""
         body = tink_train.encode(request)
         return await self._call("POST", "/v1/restores", tink_train.RestoreReply, body, STATE_SECONDS)
 
@@ -174,7 +170,7 @@ class TrainerClient:
         if answer.status in (200, 202):
             return answer.content
         with self._decoding():
-            raise Refused(answer.status, msgspec.msgpack.decode(answer.content, type=Refusal))
+            raise TrainerRefused(answer.status, msgspec.msgpack.decode(answer.content, type=Refusal))
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ included, so the calls of a client queue here.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,11 +16,14 @@ import msgspec
 import trio
 
 from tink.backends import completions
-from tink.backends.exchange import Answer, NoAnswer, exchange
-from tink.backends.replica import Refused, ReplicaGone, Sampled, Silent, Unsent
+from tink.backends.exchange import HttpAnswer, http_client
+from tink.backends.replica import ReplicaGone, ReplicaRefused, Silent, ask
+from tink.domain import sampling
 from tink.errors import UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
+from tink.wire import samples
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import EMPTY, Sampled
 from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
@@ -51,8 +53,8 @@ class TrlClient:
     @classmethod
     @asynccontextmanager
     async def connect(cls, url: str, world: World) -> AsyncIterator[TrlClient]:
-        transport = world.http_transport(url, 2)  # a look beside the call
-        async with httpx.AsyncClient(base_url=url, transport=transport, trust_env=False) as client:
+        # Two: a look beside the call.
+        async with http_client(url, world, slots=2) as client:
             yield cls(client, url)
 
     async def health(self) -> bool:
@@ -82,19 +84,16 @@ class TrlClient:
             raise ReplicaGone(f"the TRL server at {self.url} failed: {answer.status} {reason}")
         try:
             return decode(answer.content, request, max_context)
-        except (msgspec.DecodeError, RecursionError, LookupError, ValueError, struct.error) as error:
-            raise Refused(
+        except (msgspec.DecodeError, RecursionError, LookupError, ValueError) as error:
+            raise ReplicaRefused(
                 f"the TRL server at {self.url} does not answer as TRL 1.0 to 1.10 do: use `vllm serve`"
             ) from error
 
     async def _exchange(
         self, method: str, path: str, seconds: float, content: bytes | None = None
-    ) -> Answer:
-        try:
-            return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
-        except NoAnswer as error:
-            kind = Silent if error.late else ReplicaGone if error.sent else Unsent
-            raise kind(f"the TRL server at {self.url} does not answer: {error}") from error
+    ) -> HttpAnswer:
+        server = f"the TRL server at {self.url}"
+        return await ask(self._client, server, method, path, seconds=seconds, content=content)
 
 
 def encode(request: SampleRequest, max_context: int) -> bytes:
@@ -109,7 +108,7 @@ def encode(request: SampleRequest, max_context: int) -> bytes:
             raise UserError(f"{field}: {_LACKS}")
     body: dict[str, Any] = {
         "prompts": [request.prompt],
-        "n": completions.choices(request),
+        "n": sampling.distinct(request),
         "temperature": request.temperature,
         "top_p": request.top_p,
         "top_k": request.top_k or -1,
@@ -136,22 +135,20 @@ def decode(answer: bytes, request: SampleRequest, max_context: int) -> Sampled:
     """What stops a sample is not told: one that is shorter than it may be, or ends on one of the request's
     stop tokens, has been stopped."""
     found = msgspec.json.decode(answer, type=_Generated)
-    if len(found.completion_ids) != completions.choices(request):
+    if len(found.completion_ids) != sampling.distinct(request):
         raise ReplicaGone(f"the TRL server gave {len(found.completion_ids)} samples")
     each = zip(found.completion_ids, found.logprobs, found.logprob_token_ids, strict=True)
     longest = _longest(request, max_context)
     sequences = [_sequence(request, longest, *parts) for parts in each]
     sequences *= request.num_samples // len(sequences)
-    response = pb.SampleResponse(sequences=sequences)
-    count = sum(len(sequence.tokens) // 4 for sequence in sequences)
-    return Sampled(response.SerializeToString(deterministic=True), len(request.prompt), count)
+    return Sampled.of(pb.SampleResponse(sequences=sequences), request.prompt)
 
 
 def _longest(request: SampleRequest, max_context: int) -> int | None:
     """How many tokens a sample may have; None where only the server knows it."""
     if request.max_tokens is None and max_context == UNKNOWN_CONTEXT:
         return None
-    return completions.tokens(request, max_context)
+    return sampling.most(request, max_context)
 
 
 def _sequence(
@@ -162,13 +159,9 @@ def _sequence(
     ids: list[list[int]],
 ) -> pb.SampledSequence:
     if request.max_tokens == 0:
-        return completions.EMPTY
+        return EMPTY
     if not tokens or [step[0] for step in ids] != tokens:
         raise ValueError("the logprobs are not those of the tokens")
     stopped = tokens[-1] in request.stop_tokens or longest is None or len(tokens) < longest
     own = [-float("inf") if step[0] is None else step[0] for step in logprobs]
-    return pb.SampledSequence(
-        stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,
-        tokens=struct.pack(f"<{len(tokens)}i", *tokens),
-        logprobs=struct.pack(f"<{len(tokens)}f", *own),
-    )
+    return samples.sequence(tokens, own, stopped=stopped)

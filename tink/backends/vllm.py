@@ -16,17 +16,17 @@ import msgspec
 
 from tink.backends import completions
 from tink.backends.completions import Call
-from tink.backends.exchange import Answer, NoAnswer, exchange
+from tink.backends.exchange import HttpAnswer, http_client
 from tink.backends.replica import (
     AdapterMissing,
     Load,
     Probe,
-    Refused,
     ReplicaGone,
-    Sampled,
+    ReplicaRefused,
     Served,
     Silent,
     Unsent,
+    ask,
 )
 from tink.errors import UserError
 from tink.limits import (
@@ -40,6 +40,7 @@ from tink.limits import (
     NOT_FINITE_TRIES,
 )
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 from tink.world import World
 
@@ -59,9 +60,9 @@ class _Models(msgspec.Struct):
 
 
 class VllmClient:
-    """Calls of one server. Whatever goes wrong is a ReplicaGone, an AdapterMissing, a Refused or (the
-    request's fault) a UserError. Cancelling `complete` closes its connection, which makes the server give
-    the request up; a load or unload that is cancelled may have been done: it can be repeated."""
+    """Calls of one server. Whatever goes wrong is a ReplicaGone, an AdapterMissing, a ReplicaRefused or
+    (the request's fault) a UserError. Cancelling `complete` closes its connection, which makes the server
+    give the request up; a load or unload that is cancelled may have been done: it can be repeated."""
 
     def __init__(self, client: httpx.AsyncClient, url: str, world: World) -> None:
         self._client, self.url, self._world = client, url, world
@@ -71,14 +72,8 @@ class VllmClient:
     async def connect(
         cls, url: str, world: World, *, slots: int, token: str = ""
     ) -> AsyncIterator[VllmClient]:
-        """`slots`: connections, so calls at once; more wait, their deadlines running. `token`: the server's
-        `--api-key`."""
-        async with httpx.AsyncClient(
-            base_url=url,
-            transport=world.http_transport(url, slots),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=False,
-        ) as client:
+        """`slots`: calls at once (see http_client). `token`: the server's `--api-key`."""
+        async with http_client(url, world, slots=slots, token=token) as client:
             yield cls(client, url, world)
 
     # -- the server ---------------------------------------------------------------------------------
@@ -104,7 +99,7 @@ class VllmClient:
     async def load(self) -> Load:
         sums = _sums(await self._get("/metrics"))
         if "vllm:num_requests_running" not in sums:
-            raise Refused(
+            raise ReplicaRefused(
                 f"the vLLM server at {self.url} has no metrics: start it without --disable-log-stats"
             )
         return Load(
@@ -115,8 +110,8 @@ class VllmClient:
 
     async def probe(self, model: str) -> Probe:
         """Samples one token, from which top_k leaves no choice: if the server's logprobs are of the
-        distribution that it drew from, it has all the probability. Refused if they are no log-probabilities
-        at all."""
+        distribution that it drew from, it has all the probability. ReplicaRefused if they are no
+        log-probabilities at all."""
         # Not those of the prompt: they may kill a server that is busy (docs/vllm.md).
         request = SampleRequest(
             sample_id="probe",
@@ -129,14 +124,14 @@ class VllmClient:
         try:
             sampled = await self.sample(request, model=model, max_context=len(PROBE) + 1)
         except UserError as error:
-            raise Refused(f"the vLLM server at {self.url} samples nothing: {error}") from error
+            raise ReplicaRefused(f"the vLLM server at {self.url} samples nothing: {error}") from error
         (sequence,) = pb.SampleResponse.FromString(sampled.body).sequences
         (value,) = struct.unpack("<f", sequence.logprobs)
         top = sequence.topk_sampled_logprobs
         tokens = struct.unpack(f"<{PROBE_TOP}i", top.token_ids)
         scores = struct.unpack(f"<{PROBE_TOP}f", top.logprobs)
         if value > 1e-6:
-            raise Refused(
+            raise ReplicaRefused(
                 f"the vLLM server at {self.url} gives logits for logprobs: start it with --logprobs-mode "
                 "raw_logprobs"
             )
@@ -145,12 +140,12 @@ class VllmClient:
     # -- adapters -----------------------------------------------------------------------------------
 
     async def check_takes_adapters(self) -> None:
-        """Raises Refused, with the remedy, if the server takes none while it runs."""
+        """Raises ReplicaRefused, with the remedy, if the server takes none while it runs."""
         await self.unload_adapter("tink/nobody")  # which is not there
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Returns once requests may name it. Loaded already, from the same path, is success. The path is
-        the server's. Raises Refused if it cannot, or serves something else by this name."""
+        the server's. Raises ReplicaRefused if it cannot, or serves something else by this name."""
         content = msgspec.json.encode({"lora_name": name, "lora_path": path, "load_inplace": False})
         answer = await self._exchange("POST", "/v1/load_lora_adapter", ADAPTER_SECONDS, content)
         if answer.status == 200:
@@ -171,7 +166,7 @@ class VllmClient:
             reason = found[1] if found else reason
         else:
             self._check_adapter_answer(answer, reason)
-        raise Refused(f"the vLLM server at {self.url} cannot load the adapter {name!r}: {reason}")
+        raise ReplicaRefused(f"the vLLM server at {self.url} cannot load the adapter {name!r}: {reason}")
 
     async def unload_adapter(self, name: str) -> None:
         """Returns once no new request may name it; those under way end undisturbed. Absent is success."""
@@ -181,12 +176,12 @@ class VllmClient:
         if answer.status == 200 or (answer.status == 404 and "cannot be found" in reason):
             return
         self._check_adapter_answer(answer, reason)
-        raise Refused(f"the vLLM server at {self.url} cannot unload the adapter {name!r}: {reason}")
+        raise ReplicaRefused(f"the vLLM server at {self.url} cannot unload the adapter {name!r}: {reason}")
 
-    def _check_adapter_answer(self, answer: Answer, reason: str) -> None:
+    def _check_adapter_answer(self, answer: HttpAnswer, reason: str) -> None:
         """Returns if the answer is a refusal of this adapter."""
         if answer.status == 404 and reason == "Not Found":
-            raise Refused(
+            raise ReplicaRefused(
                 f"the vLLM server at {self.url} takes no adapters while it runs: start it with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
             )
@@ -219,7 +214,7 @@ class VllmClient:
         if answer.status in (400, 422):
             raise UserError(_fault(reason))
         self._check_answered(answer, reason)
-        raise Refused(f"the vLLM server at {self.url} does not complete: {answer.status} {reason}")
+        raise ReplicaRefused(f"the vLLM server at {self.url} does not complete: {answer.status} {reason}")
 
     # -- one exchange -------------------------------------------------------------------------------
 
@@ -228,15 +223,15 @@ class VllmClient:
         if answer.status != 200:
             reason = _reason(answer)
             self._check_answered(answer, reason)
-            raise Refused(
+            raise ReplicaRefused(
                 f"what answers at {self.url} is no vLLM server: {path} gives {answer.status} {reason}"
             )
         return answer.content
 
-    def _check_answered(self, answer: Answer, reason: str) -> None:
+    def _check_answered(self, answer: HttpAnswer, reason: str) -> None:
         """Returns if the answer is a refusal of the call itself."""
         if answer.status in (401, 403):
-            raise Refused(f"the vLLM server at {self.url} wants its API key: {reason}")
+            raise ReplicaRefused(f"the vLLM server at {self.url} wants its API key: {reason}")
         if answer.status in (408, 429, 503):
             raise Unsent(f"the vLLM server at {self.url} takes no request now: {answer.status} {reason}")
         if answer.status not in range(400, 500):
@@ -244,13 +239,9 @@ class VllmClient:
 
     async def _exchange(
         self, method: str, path: str, seconds: float, content: bytes | None = None
-    ) -> Answer:
-        try:
-            # Anything here may be done twice, and an idle connection is closed by vLLM after 5 s.
-            return await exchange(self._client, method, path, seconds=seconds, content=content, again=True)
-        except NoAnswer as error:
-            kind = Silent if error.late else ReplicaGone if error.sent else Unsent
-            raise kind(f"the vLLM server at {self.url} does not answer: {error}") from error
+    ) -> HttpAnswer:
+        server = f"the vLLM server at {self.url}"
+        return await ask(self._client, server, method, path, seconds=seconds, content=content)
 
     def _decoded(self, content: bytes, kind: Any) -> Any:
         try:
@@ -259,7 +250,7 @@ class VllmClient:
             raise ReplicaGone(f"what answers at {self.url} is no vLLM server: {error}") from error
 
 
-def _reason(answer: Answer) -> str:
+def _reason(answer: HttpAnswer) -> str:
     """What an answer that is not 200 says, in one line."""
     text = answer.content[: 16 * MAX_REASON].decode(errors="replace")
     try:

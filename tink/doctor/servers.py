@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 import trio
 
-from tink.backends import base_model
+from tink.backends import same_model
 from tink.backends.endpoint import ExternalEndpoint
 from tink.backends.flavour import flavour
-from tink.backends.replica import Probe, Refused, ReplicaGone, Served
+from tink.backends.replica import Probe, ReplicaGone, ReplicaRefused, Served
 from tink.backends.vllm import VllmClient
 from tink.doctor.findings import Finding, ok, warning, wrong
 from tink.domain.events import TrainerStarted
@@ -97,13 +97,13 @@ class Servers:
                 if not await client.health():
                     return [wrong("vllm", f"{url}: its engine is dead", "start it again")]
                 return [await self._serving(client), await self._adapters(client)]
-        except Refused as error:  # which has the remedy
+        except ReplicaRefused as error:  # which has the remedy
             return [wrong("vllm", str(error))]
         except ReplicaGone as error:
             return [wrong("vllm", str(error), start)]
 
     async def _serving(self, client: VllmClient) -> Finding:
-        """Raises Refused and ReplicaGone."""
+        """Raises ReplicaRefused and ReplicaGone."""
         served = await client.served()
         await client.load()  # one that says nothing of its load is not used
         probe = await client.probe(served.base_model)
@@ -119,7 +119,7 @@ class Servers:
         url, rank, root = client.url, self._settings.vllm_max_lora_rank, self._settings.artifact_root
         try:
             await client.check_takes_adapters()
-        except Refused as error:
+        except ReplicaRefused as error:
             return wrong("lora", str(error), "tink vllm MODEL")
         with _adapter_without_weights(root, rank) as folder:
             if folder is None:
@@ -128,7 +128,7 @@ class Servers:
             try:
                 await client.load_adapter(name, str(folder))
                 await client.unload_adapter(name)  # one that looks at weights only when it needs them
-            except Refused as error:
+            except ReplicaRefused as error:
                 reason = str(error)
         if found := _LOWER.search(reason):
             return wrong(
@@ -151,10 +151,10 @@ class Servers:
         for url, (served, probe) in self._replicas.items():
             try:
                 if first is not None and url != first:
-                    base_model.check_alike(served, probe, *self._replicas[first], first)
+                    same_model.check_alike(served, probe, *self._replicas[first], first)
                 if self._trained is not None:
-                    await base_model.check(self._trained, served, url, self._world)
-            except Refused as error:
+                    await same_model.check_trained(self._trained, served, url, self._world)
+            except ReplicaRefused as error:
                 found.append(wrong("vllm", f"{url}: {error}"))
         return found
 

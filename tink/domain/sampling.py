@@ -119,6 +119,17 @@ def room(request: SampleRequest, context: int) -> int:
     return left if request.max_tokens is None else min(request.max_tokens, left)
 
 
+def most(request: SampleRequest, context: int) -> int:
+    """How many tokens a server is asked for at most that cannot give none: then one, which is dropped."""
+    return max(room(request, context), 1)
+
+
+def distinct(request: SampleRequest) -> int:
+    """How many of its samples can differ. Greedy ones are all the same one, and so are empty ones: where a
+    server draws one, it stands for all."""
+    return 1 if request.temperature == 0 or request.max_tokens == 0 else request.num_samples
+
+
 def check(request: SampleRequest, context: int, vocabulary: int | None = None) -> None:
     """Raises UserError, which names the field, for what no server of such a model can do. The prompt, which
     may be of 1 to `context` tokens, is looked at before."""

@@ -11,7 +11,7 @@ from tink import crash, pretrained
 from tink.home import Home
 from tink.trainer import engines
 from tink.trainer.artifacts import Artifacts
-from tink.trainer.engines.base import Engine
+from tink.trainer.engines.interface import Engine
 from tink.trainer.options import Options
 from tink.world import World
 
@@ -64,7 +64,7 @@ def load(options: Options, incarnation: str) -> Engine:
     else:
         directory, name = pretrained.find(options.model, MODEL_FILES), options.model
     artifacts = Artifacts(options.artifacts or Home(options.home).artifacts, incarnation)
-    base = engines.load(
+    base = engines.load_base(
         options.engine,
         directory,
         options.model_name or name,

@@ -21,7 +21,7 @@ from tink.errors import TinkError
 from tink.limits import MAX_OP_WAIT
 from tink.trainer.bodies import Bodies
 from tink.trainer.books import CANCELLED, Book, Books, Outcome, failure_of
-from tink.trainer.engines.base import Engine
+from tink.trainer.engines.interface import Engine
 from tink.trainer.progress import Idleness, Work, working
 from tink.wire.tink_train import (
     CreateModel,

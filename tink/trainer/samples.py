@@ -23,7 +23,7 @@ from tink.limits import (
     TRAINER_QUEUE,
 )
 from tink.trainer.books import Refused, failure_of
-from tink.trainer.engines.base import Engine
+from tink.trainer.engines.interface import Engine
 from tink.trainer.progress import Work, working
 from tink.wire.tink_train import Running, SampleReply, SampleRequest
 from tink.world import World

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from tink.errors import UNREADABLE, MalformedRequest, TinkError, TooLarge, Unauthorized
 from tink.limits import MAX_TRAINER_BODY
 from tink.trainer.books import Books, Refused
-from tink.trainer.engines.base import Engine, Facts
+from tink.trainer.engines.interface import Engine, Facts
 from tink.trainer.lanes import Lanes
 from tink.trainer.samples import Samples
 from tink.trainer.text_generation import TextGeneration

@@ -17,7 +17,7 @@ from tink.errors import UNREADABLE, BackendError, MalformedRequest, TinkError, U
 from tink.limits import MAX_OP_WAIT
 from tink.pretrained import Text
 from tink.trainer.books import Refused
-from tink.trainer.engines.base import Facts
+from tink.trainer.engines.interface import Facts
 from tink.trainer.samples import Samples
 from tink.wire import tinker_pb2 as pb
 from tink.wire.text_generation import MAX_PROMPTS, MAX_TEMPERATURE, MAX_TOP_K, NO_PROMPTS, Answer

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tink.backends.completions import NO_LOGPROB, SEEDS, decode, encode
+from tink.backends.completions import SEEDS, decode, encode
 from tink.backends.replica import ReplicaGone
 from tink.errors import UserError
 from tink.limits import MAX_NUM_SAMPLES
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import NO_LOGPROB
 from tink.wire.tink_train import SampleRequest
 
 CONTEXT = 32

@@ -1,4 +1,4 @@
-"""Whatever a training server does, its client raises TrainerGone or Refused, and nothing else."""
+"""Whatever a training server does, its client raises TrainerGone or TrainerRefused, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from tink.backends import exchange
-from tink.backends.trainer import Refused, TrainerClient, TrainerGone
+from tink.backends.trainer import TrainerClient, TrainerGone, TrainerRefused
 from tink.limits import GRACE_SECONDS
 from tink.wire import tink_train
 from tink.wire.tink_train import OpReply, OpRequest, OpResult, Refusal, SampleReply, SampleRequest
@@ -107,7 +107,7 @@ async def test_a_refusal_is_told_with_its_reason(status: int) -> None:
     refusal = Refusal("gap", "there is a gap", applied=2, incarnation="i1")
     async with talking_to(lambda request: packed(refusal, status)) as client:
         for error in await every_call(client):
-            assert isinstance(error, Refused)
+            assert isinstance(error, TrainerRefused)
             assert (error.answered, error.refusal, str(error)) == (status, refusal, "there is a gap")
 
 
@@ -162,7 +162,7 @@ def test_no_bytes_make_another_error(status: int, content: bytes) -> None:
     async def main() -> None:
         async with talking_to(lambda request: httpx.Response(status, content=content)) as client:
             for error in await every_call(client):
-                assert error is None or type(error) in (TrainerGone, Refused)
+                assert error is None or type(error) in (TrainerGone, TrainerRefused)
 
     trio.run(main)
 

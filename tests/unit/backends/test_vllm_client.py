@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from tink.backends.flavour import flavour
-from tink.backends.replica import Aborted, AdapterMissing, Load, Refused, ReplicaGone, Silent, Unsent
+from tink.backends.replica import Aborted, AdapterMissing, Load, ReplicaGone, ReplicaRefused, Silent, Unsent
 from tink.backends.trl import TrlClient
 from tink.backends.vllm import VllmClient
 from tink.errors import TinkError, UserError
@@ -127,7 +127,7 @@ async def test_its_load_is_that_of_all_its_engines() -> None:
 
 async def test_a_server_without_metrics_says_how_to_start_it() -> None:
     async with talking_to(httpx.Response(200, text="python_info 1.0\n")) as client:
-        with pytest.raises(Refused, match="--disable-log-stats"):
+        with pytest.raises(ReplicaRefused, match="--disable-log-stats"):
             await client.load()
 
 
@@ -159,7 +159,7 @@ async def test_processed_logprobs_are_noticed(value: float, mode: str) -> None:
 
 async def test_logits_for_logprobs_are_refused() -> None:
     async with talking_to(probed(11.5)) as client:
-        with pytest.raises(Refused, match="--logprobs-mode"):
+        with pytest.raises(ReplicaRefused, match="--logprobs-mode"):
             await client.probe("base")
 
 
@@ -201,7 +201,7 @@ async def test_loaded_already_is_success_if_it_is_the_same(path: str) -> None:
         if path == "/artifacts/a":
             await client.load_adapter("a", path)
         else:
-            with pytest.raises(Refused, match="from /artifacts/a"):
+            with pytest.raises(ReplicaRefused, match="from /artifacts/a"):
                 await client.load_adapter("a", path)
 
 
@@ -221,7 +221,7 @@ async def test_loaded_already_is_success_if_it_is_the_same(path: str) -> None:
 )
 async def test_a_load_that_is_refused_says_why_in_one_line(answered: httpx.Response, said: str) -> None:
     async with talking_to(answered) as client:
-        with pytest.raises(Refused, match=said) as caught:
+        with pytest.raises(ReplicaRefused, match=said) as caught:
             await client.load_adapter("a", "/a")
     assert URL in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -231,7 +231,7 @@ async def test_unloading_what_is_not_there_is_success() -> None:
     async with talking_to(error(404, "The lora adapter 'a' cannot be found.")) as client:
         await client.unload_adapter("a")
     async with talking_to(NOT_FOUND) as client:
-        with pytest.raises(Refused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        with pytest.raises(ReplicaRefused, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             await client.unload_adapter("a")
 
 
@@ -462,7 +462,7 @@ async def test_the_kind_of_server_is_recognised(answer: Answer, found: str) -> N
 
 @pytest.mark.parametrize("other", [NOT_FOUND, httpx.Response(200, text="<html>"), httpx.Response(307)])
 async def test_another_server_is_refused(other: httpx.Response) -> None:
-    with pytest.raises(Refused, match=re.escape(URL)):
+    with pytest.raises(ReplicaRefused, match=re.escape(URL)):
         await flavour(URL, OneServer(routes(get_world_size=other)))
 
 
@@ -545,11 +545,12 @@ async def test_what_an_old_trl_cannot_do_is_the_callers_error(fields: dict[str, 
         (httpx.Response(500, text="Internal Server Error"), ReplicaGone),
         (generated([8, 9]), ReplicaGone),
         (generated([8, 9], [8]), None),
-        (generated([8, 9], []), Refused),
-        (generated([8, 9], [1, 2], logprobs=None), Refused),
-        (generated([8, 9], [1, 2], logprobs=[[[]], [[]]]), Refused),
-        (generated([8, 9], [1, 2], logprob_token_ids=[[[8], [9]], [[2], [1]]]), Refused),
-        (httpx.Response(200, text="<html>"), Refused),
+        (generated([8, 9], []), ReplicaRefused),
+        (generated([8, 9], [1, 2], logprobs=None), ReplicaRefused),
+        (generated([8, 9], [1, 2], logprobs=[[[]], [[]]]), ReplicaRefused),
+        (generated([8, 9], [1, 2], logprobs=[[[-1e39]] * 2] * 2), ReplicaRefused),
+        (generated([8, 9], [1, 2], logprob_token_ids=[[[8], [9]], [[2], [1]]]), ReplicaRefused),
+        (httpx.Response(200, text="<html>"), ReplicaRefused),
     ],
 )
 async def test_a_wrong_answer_of_an_old_trl_is_no_sample(

@@ -24,8 +24,8 @@ from trainer_kit import SHAPE, body, datum, floats, ints, logprobs, sampled, sta
 from tink.errors import StartupError, UserError
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import huggingface
-from tink.trainer.engines.base import Engine
 from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.interface import Engine
 from tink.trainer.engines.lora_engine import LoraEngine
 from tink.trainer.engines.pipeline import Pipeline
 from tink.wire.tink_train import (

@@ -20,7 +20,7 @@ from trainer_kit import CREATE, floats, ints, sampled, train
 from tink.limits import SAMPLE_SLOTS
 from tink.pretrained import Text
 from tink.trainer import process
-from tink.trainer.engines.base import Engine
+from tink.trainer.engines.interface import Engine
 from tink.trainer.engines.lora_engine import LoraEngine
 from tink.trainer.server import Trainer, application
 from tink.wire.tink_train import ExportAdapter, SampleRequest

@@ -51,11 +51,11 @@ def check(engine: str, ranks: int = 1, stages: int = 1) -> None:
 
 
 def preload(engine: str) -> None:
-    """Imports what `load` would, but for the classes of the model itself."""
+    """Imports what `load_base` would, but for the classes of the model itself."""
     _module(engine).preload()
 
 
-def load(
+def load_base(
     engine: str, directory: Path, name: str, dtype: str | None, ranks: int = 1, stages: int = 1
 ) -> BaseModel:
     """The base model in a directory, or this process's part of it. StartupError if it cannot be loaded."""

@@ -25,8 +25,9 @@ import torch.distributed as dist
 
 from tink.errors import TinkError
 from tink.limits import DIGEST_BYTES, RANK_IDLE_SECONDS, TURN_BEAT_SECONDS
-from tink.trainer.engines.base import Engine, Facts, Sampled
+from tink.trainer.engines.interface import Engine, Facts
 from tink.trainer.progress import beat
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,

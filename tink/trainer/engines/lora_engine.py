@@ -24,11 +24,12 @@ from tink.trainer import losses
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.engines import adamw, budget, lora, recompute, sampler
 from tink.trainer.engines.adamw import Moments
-from tink.trainer.engines.base import Facts, Sampled
 from tink.trainer.engines.base_model import BaseModel
+from tink.trainer.engines.interface import Facts
 from tink.trainer.engines.lora import Adapter
 from tink.trainer.engines.states import States, Trained
 from tink.trainer.progress import beat
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tink.errors import StartupError
 from tink.limits import COLLECTIVE_SECONDS
 from tink.pretrained import Config
-from tink.trainer.engines import base_model, lora, recompute, sharded_lora, weights
+from tink.trainer.engines import base_model, lora, megatron_lora, megatron_weights, recompute
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.head import NAME as HEAD
 from tink.trainer.engines.head import Head
@@ -225,16 +225,19 @@ def load(directory: Path, name: str, dtype: str | None = None, ranks: int = 1, s
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         _check(config, ranks, stages)
     mesh = join(ranks, stages)
-    with base_model.reading(directory), weights.opened(directory, config.tie_word_embeddings) as files:
+    with (
+        base_model.reading(directory),
+        megatron_weights.opened(directory, config.tie_word_embeddings) as files,
+    ):
         model = _build(config, base_model.dtype(dtype), files, mesh)
-        weights.fill(model, files, config, mesh)
+        megatron_weights.fill(model, files, config, mesh)
         count = files.count
     device = base_model.device()
     model.to(device).eval().requires_grad_(False)
     for layer in model.decoder.layers:
         layer.forward = recompute.layer(layer.forward)
     head = model.embedding.weight if config.tie_word_embeddings else model.head
-    shapes, joints = sharded_lora.install(model, config, _head_size(config), mesh)
+    shapes, joints = megatron_lora.install(model, config, _head_size(config), mesh)
     return Megatron(
         model=model,
         frequencies=_frequencies(config).to(device),
@@ -283,7 +286,7 @@ def _check(config: Any, ranks: int, stages: int) -> None:
             )
 
 
-def _build(config: Any, dtype: Any, files: weights.Weights, mesh: Mesh) -> _Model:
+def _build(config: Any, dtype: Any, files: megatron_weights.Weights, mesh: Mesh) -> _Model:
     """A model without weights; which biases and norms it has, the files say."""
     attention = "model.layers.0.self_attn."
     normed = f"{attention}q_norm.weight" in files

@@ -12,18 +12,18 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tink.domain import sampling
 from tink.errors import UserError
 from tink.limits import SAMPLE_ROWS
 from tink.trainer.engines import drawing, lora, scores
-from tink.trainer.engines.base import Sampled
 from tink.trainer.engines.base_model import BaseModel
 from tink.trainer.engines.stops import Stops
 from tink.trainer.progress import beat
+from tink.wire import samples
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import SampleRequest
 
 Tensor = Any
@@ -45,7 +45,7 @@ def sample(base: BaseModel, adapter: lora.Adapter | None, request: SampleRequest
         with lora.using(adapter):
             hidden = base.hidden(torch.tensor([request.prompt], device=base.device), cache)[0]
         response = pb.SampleResponse()
-        if scores.wanted(request):
+        if request.scores_prompt:
             scores.fill(response, request, base, adapter, hidden)
         sequences: list[Continuation] = []
         for first in range(0, request.num_samples, SAMPLE_ROWS):
@@ -54,11 +54,7 @@ def sample(base: BaseModel, adapter: lora.Adapter | None, request: SampleRequest
             own = cache if last else copy.deepcopy(cache)
             sequences += _generate(base, adapter, request, rows, hidden[-1:], own)
     response.sequences.extend(_message(sequence, request) for sequence in sequences)
-    return Sampled(
-        body=response.SerializeToString(deterministic=True),
-        tokens_in=len(request.prompt),
-        tokens_out=sum(len(sequence.tokens) for sequence in sequences),
-    )
+    return Sampled.of(response, request.prompt)
 
 
 def _generate(
@@ -118,11 +114,7 @@ def _generate(
 
 
 def _message(sequence: Continuation, request: SampleRequest) -> pb.SampledSequence:
-    message = pb.SampledSequence(
-        stop_reason=pb.STOP_REASON_STOP if sequence.stopped else pb.STOP_REASON_LENGTH,
-        tokens=np.array(sequence.tokens, "<i4").tobytes(),
-        logprobs=np.array(sequence.logprobs, "<f4").tobytes(),
-    )
+    message = samples.sequence(sequence.tokens, sequence.logprobs, stopped=sequence.stopped)
     if request.topk_sample_logprobs and sequence.top:
         ids, values = (torch.stack(part) for part in zip(*sequence.top, strict=True))
         message.topk_sampled_logprobs.CopyFrom(scores.topk_message(ids, values))

@@ -13,21 +13,10 @@ import torch
 from tink.trainer.engines import drawing, lora
 from tink.trainer.engines.base_model import BaseModel
 from tink.wire import tinker_pb2 as pb
+from tink.wire.samples import NO_LOGPROB, NO_TOKEN
 from tink.wire.tink_train import SampleRequest
 
 Tensor = Any
-
-# What an empty cell of a TopkLogprobs has.
-NO_TOKEN, NO_LOGPROB = 0, -99999.0
-
-
-def wanted(request: SampleRequest) -> bool:
-    return bool(
-        request.prompt_logprobs
-        or request.topk_prompt_logprobs
-        or request.prompt_alt_tokens_k
-        or request.targets is not None
-    )
 
 
 def fill(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from tink.wire.samples import Sampled
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -43,15 +44,6 @@ class Facts:
     max_rank: int
     losses: list[str]
     capabilities: list[str]
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """`body`: a SampleResponse protobuf."""
-
-    body: bytes
-    tokens_in: int
-    tokens_out: int
 
 
 class Engine(Protocol):

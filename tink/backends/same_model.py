@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from tink.backends.replica import Probe, Refused, Served
+from tink.backends.replica import Probe, ReplicaRefused, Served
 from tink.domain.events import TrainerStarted
 from tink.limits import BASE_MODEL_NATS
 from tink.world import World
@@ -30,8 +30,9 @@ SHAPE = (
 )
 
 
-async def check(trained: TrainerStarted, served: Served, url: str, world: World) -> None:
-    """Raises Refused if the server's model is not the one that is trained; warns if that cannot be told."""
+async def check_trained(trained: TrainerStarted, served: Served, url: str, world: World) -> None:
+    """Raises ReplicaRefused if the server's model is not the one that is trained; warns if that cannot be
+    told."""
     mine, theirs = await world.run_sync(lambda: (_shape(trained.base_path), _shape(served.root)))
     if mine is None or theirs is None:
         if not {served.root, served.base_model} & {trained.base_path, trained.base_model}:
@@ -44,7 +45,7 @@ async def check(trained: TrainerStarted, served: Served, url: str, world: World)
         return
     for name in SHAPE:
         if mine.get(name) != theirs.get(name):
-            raise Refused(
+            raise ReplicaRefused(
                 f"the vLLM server at {url} serves another model than is trained: {name} is "
                 f"{theirs.get(name)} in {served.root}, and {mine.get(name)} in {trained.base_path}; start "
                 "it with the model that is trained"
@@ -52,22 +53,22 @@ async def check(trained: TrainerStarted, served: Served, url: str, world: World)
 
 
 def check_alike(served: Served, probe: Probe | None, other: Served, others: Probe | None, url: str) -> None:
-    """Raises Refused if a server's samples would not be those of another one, at `url`, that serves. An old
-    TRL has no probe."""
+    """Raises ReplicaRefused if a server's samples would not be those of another one, at `url`, that serves.
+    An old TRL has no probe."""
     remedy = f"is not like the one at {url}: start all of VLLM_BASE_URL with the same model and options"
     if probe is None or others is None:
         if probe is not others:
-            raise Refused(
+            raise ReplicaRefused(
                 f"one of them is a trl vllm-serve before 1.11, which samples otherwise; it {remedy}"
             )
         return
     if served.max_context != other.max_context:
-        raise Refused(
+        raise ReplicaRefused(
             f"its context (--max-model-len) is {served.max_context}, the other's {other.max_context}; it "
             f"{remedy}"
         )
     if probe.mode != others.mode:
-        raise Refused(
+        raise ReplicaRefused(
             f"it gives {probe.mode} logprobs (--logprobs-mode), the other {others.mode}; it {remedy}"
         )
     if probe.mode == "processed":
@@ -77,7 +78,7 @@ def check_alike(served: Served, probe: Probe | None, other: Served, others: Prob
         (abs(probe.scores[token] - others.scores[token]) for token in common), default=math.inf
     )
     if not difference <= BASE_MODEL_NATS:
-        raise Refused(f"it finds other tokens likely, by {difference:.2g} nats; it {remedy}")
+        raise ReplicaRefused(f"it finds other tokens likely, by {difference:.2g} nats; it {remedy}")
 
 
 def _shape(directory: str | None) -> dict[str, Any] | None:
