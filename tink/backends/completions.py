@@ -21,7 +21,7 @@ import msgspec
 
 from tink.backends.replica import Aborted, ReplicaGone
 from tink.domain import sampling
-from tink.errors import UserError
+from tink.errors import UNREADABLE, UserError
 from tink.limits import (
     MAX_NUM_SAMPLES,
 )
@@ -143,7 +143,7 @@ def decode(answer: bytes, request: SampleRequest, *, model: str) -> Sampled:
             _fill_prompt(response, request, _read_prompt(completion.choices[0].prompt_logprobs))
         ordered = sorted(completion.choices, key=lambda choice: choice.index)
         sequences = [_sequence(choice, request) for choice in ordered]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, ValueError) as error:
+    except (*UNREADABLE, LookupError, ValueError) as error:
         raise ReplicaGone(f"the sampling server's answer is not vLLM's: {_line(error)}") from error
     response.sequences.extend(sequences * (request.num_samples // len(sequences)))
     return Sampled.of(response, request.prompt)

@@ -9,6 +9,7 @@ import msgspec
 from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
 from tink.backends.replica import ReplicaGone, ReplicaRefused
 from tink.domain.routing import NO_VLLM
+from tink.errors import UNREADABLE
 from tink.limits import HEALTH_SECONDS
 from tink.world import World
 
@@ -42,5 +43,5 @@ async def flavour(url: str, world: World, token: str = "") -> Flavour:
 def _has(content: bytes, key: str) -> bool:
     try:
         return key in msgspec.json.decode(content, type=dict[str, object])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return False

@@ -13,6 +13,7 @@ import structlog
 
 from tink.backends.replica import Probe, ReplicaRefused, Served
 from tink.domain.events import TrainerStarted
+from tink.errors import UNREADABLE
 from tink.limits import BASE_MODEL_NATS
 from tink.world import World
 
@@ -87,5 +88,5 @@ def _shape(directory: str | None) -> dict[str, Any] | None:
         return None
     try:
         return msgspec.json.decode((Path(directory) / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (OSError, *UNREADABLE):
         return None

@@ -25,7 +25,7 @@ from tink import pretrained
 from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import sampling
-from tink.errors import BackendError, StartupError, UserError
+from tink.errors import UNREADABLE, BackendError, StartupError, UserError
 from tink.limits import (
     ANSWER_SECONDS,
     HEALTH_SECONDS,
@@ -150,7 +150,7 @@ class TextGenerationClient(TrainerClient):
             )
         try:
             return msgspec.json.decode(answer.content, type=Answer)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise self._odd(f"not an answer with text and numbers: {error}") from error
 
     def _lost(self, error: NoAnswer) -> TrainerGone:
@@ -295,12 +295,12 @@ async def _complains(client: httpx.AsyncClient) -> bool:
 def _complaint(content: bytes) -> str | None:
     try:
         return msgspec.json.decode(content, type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return None
 
 
 def _fields(content: bytes) -> dict[str, object]:
     try:
         return msgspec.json.decode(content, type=dict[str, object])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return {}

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from tink.backends.exchange import NoAnswer, exchange, http_client
-from tink.errors import BackendError
+from tink.errors import UNREADABLE, BackendError
 from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, HOLD_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.wire import tink_train
 from tink.wire.tink_train import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
@@ -176,7 +176,7 @@ class TrainerClient:
     def _decoding(self) -> Iterator[None]:
         try:
             yield
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise TrainerGone(
                 f"the trainer at {self.url} does not speak {tink_train.PROTOCOL}: {error}"
             ) from error

@@ -19,7 +19,7 @@ from tink.backends import completions
 from tink.backends.exchange import HttpAnswer, http_client
 from tink.backends.replica import ReplicaGone, ReplicaRefused, Silent, ask
 from tink.domain import sampling
-from tink.errors import UserError
+from tink.errors import UNREADABLE, UserError
 from tink.limits import ANSWER_SECONDS, HEALTH_SECONDS, MAX_REASON, TOKEN_SECONDS
 from tink.wire import samples
 from tink.wire import tinker_pb2 as pb
@@ -84,7 +84,7 @@ class TrlClient:
             raise ReplicaGone(f"the TRL server at {self.url} failed: {answer.status} {reason}")
         try:
             return decode(answer.content, request, max_context)
-        except (msgspec.DecodeError, RecursionError, LookupError, ValueError) as error:
+        except (*UNREADABLE, LookupError, ValueError) as error:
             raise ReplicaRefused(
                 f"the TRL server at {self.url} does not answer as TRL 1.0 to 1.10 do: use `vllm serve`"
             ) from error

@@ -28,7 +28,7 @@ from tink.backends.replica import (
     Unsent,
     ask,
 )
-from tink.errors import UserError
+from tink.errors import UNREADABLE, UserError
 from tink.limits import (
     ADAPTER_SECONDS,
     COMPLETION_SECONDS,
@@ -246,7 +246,7 @@ class VllmClient:
     def _decoded(self, content: bytes, kind: Any) -> Any:
         try:
             return msgspec.json.decode(content, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ReplicaGone(f"what answers at {self.url} is no vLLM server: {error}") from error
 
 
@@ -255,7 +255,7 @@ def _reason(answer: HttpAnswer) -> str:
     text = answer.content[: 16 * MAX_REASON].decode(errors="replace")
     try:
         found = msgspec.json.decode(answer.content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         found = None
     if isinstance(found, dict):
         error = found.get("error", found.get("detail", text))
