@@ -53,8 +53,7 @@ class Head:
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden (T, H), targets (T, K) -> log p(target), float32 (T, K). K targets of one position share
         its row of logits."""
-        adapter = lora.in_use()
-        if targets.shape[1] == 1 and (adapter is None or adapter.pair(NAME) is None):
+        if targets.shape[1] == 1 and lora.pair_in_use(NAME) is None:
             return _Frozen.apply(hidden, targets, self)
         pieces = zip(hidden.split(self.rows), targets.split(self.rows), strict=True)
         if not torch.is_grad_enabled():
@@ -69,11 +68,10 @@ class Head:
         # Each rank's part of the gradient, of the head's and of the adapter's A, is summed over the ranks.
         hidden = self.ranks.shared(hidden)
         out = functional.linear(hidden, self.weight, self.bias)
-        adapter = lora.in_use()
-        pair = adapter.pair(NAME) if adapter is not None else None
-        if adapter is not None and pair is not None:
-            a, b = pair
-            out = lora.add_(out, hidden @ a.T, b[self.ranks.slice(len(b))], adapter.scale)
+        pair = lora.pair_in_use(NAME)
+        if pair is not None:
+            a, b, scale = pair
+            out = lora.add_(out, hidden @ a.T, b[self.ranks.slice(len(b))], scale)
         return out.float()
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -101,12 +101,11 @@ def _install(model: Any) -> lora.Sites:
 
 
 def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    adapter = lora.in_use()
-    pair = adapter.pair(name) if adapter is not None else None
-    if adapter is None or pair is None:
+    pair = lora.pair_in_use(name)
+    if pair is None:
         return None
-    a, b = pair
-    return lora.add_(output, args[0] @ a.T, b, adapter.scale)
+    a, b, scale = pair
+    return lora.add_(output, args[0] @ a.T, b, scale)
 
 
 def _check_head(model: Any, head: Head) -> None:

@@ -164,8 +164,12 @@ def using(adapter: Adapter | None) -> Iterator[None]:
         _in_use.reset(token)
 
 
-def in_use() -> Adapter | None:
-    return _in_use.get()
+def pair_in_use(joint: str) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and their scale beside the joint of that name; None if no adapter is in use, or one that has
+    nothing there."""
+    adapter = _in_use.get()
+    pair = adapter.pair(joint) if adapter is not None else None
+    return None if adapter is None or pair is None else (*pair, adapter.scale)
 
 
 def add(output: Tensor, inner: Tensor, b: Tensor, scale: float) -> Tensor:

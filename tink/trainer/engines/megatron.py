@@ -100,9 +100,8 @@ class Megatron(BaseModel):
 
     def _trained(self) -> Tensor | None:
         """Any part of the adapter in use that these layers use. It has the same ones in all layers."""
-        adapter = lora.in_use()
         layers = (joint.name for joint in self.sites.joints if joint.name != HEAD)
-        pairs = (adapter.pair(name) for name in layers) if adapter is not None else ()
+        pairs = map(lora.pair_in_use, layers)
         return next((pair[0] for pair in pairs if pair is not None), None)
 
     def _angles(self, start: int, length: int) -> tuple[Tensor, Tensor]:

@@ -27,15 +27,14 @@ class _Columns:
     ranks: Ranks
 
     def __call__(self, module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
-        adapter = lora.in_use()
-        pair = adapter.pair(self.joint) if adapter is not None else None
-        if adapter is None or pair is None:
+        pair = lora.pair_in_use(self.joint)
+        if pair is None:
             return None
-        a, b = pair
+        a, b, scale = pair
         # The gradient that every rank has a part of is summed here, where it is no wider than the rank.
         inner = self.ranks.shared(args[0] @ self.ranks.once(a).T)
         whole, bias = output
-        return lora.add_(whole, inner, b, adapter.scale), bias
+        return lora.add_(whole, inner, b, scale), bias
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,13 @@ class _Rows:
     ranks: Ranks
 
     def __call__(self, module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
-        adapter = lora.in_use()
-        pair = adapter.pair(self.joint) if adapter is not None else None
-        if adapter is None or pair is None:
+        pair = lora.pair_in_use(self.joint)
+        if pair is None:
             return None
-        a, b = pair
+        a, b, scale = pair
         inner = self.ranks.summed(args[0] @ a.T)
         whole, bias = output
-        return lora.add(whole, inner, self.ranks.once(b), adapter.scale), bias
+        return lora.add(whole, inner, self.ranks.once(b), scale), bias
 
 
 def install(
