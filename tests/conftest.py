@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from tests.live import LiveServer
-from tests.vllm.fixtures import ROOT, tiny_model, vllm_python, vllm_replica
+from tests.vllm.fixtures import tiny_model, vllm_python, vllm_replica
 
 __all__ = ["tiny_model", "vllm_python", "vllm_replica"]
 
@@ -33,33 +33,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-WITH_THE_SDK = {"acceptance", "crash"}
-WITH_PROCESSES = WITH_THE_SDK | {"vllm"}
-
-# Whether the SDK was in this process: it leaves threads and, when its server dies under it, sockets behind,
-# which would be taken for those of whatever test comes next.
-_the_sdk_was_here = False
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests with the SDK last. Where files are run side by side, the tests that start servers are one
-    after another all the same: each of them may use the whole machine, and some measure time."""
-    items.sort(key=lambda item: _is_of(item, WITH_THE_SDK))
-    for item in items:
-        group = "processes" if _is_of(item, WITH_PROCESSES) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """The tests with the SDK in this process last: it leaves threads and, when its server dies under it,
+    sockets behind, which would be taken for those of whatever test comes next."""
+    ignore = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+    def has_the_sdk(item: pytest.Item) -> bool:
+        return not {"acceptance", "crash"}.isdisjoint(item.path.parts)
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    global _the_sdk_was_here
-    _the_sdk_was_here |= _is_of(item, WITH_THE_SDK)
-    if _the_sdk_was_here:
-        item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
-
-
-def _is_of(item: pytest.Item, folders: set[str]) -> bool:
-    return not folders.isdisjoint(item.path.relative_to(ROOT).parts)
+    items.sort(key=has_the_sdk)
+    for item in filter(has_the_sdk, items):
+        item.add_marker(ignore)
 
 
 @pytest.hookimpl(tryfirst=True)
