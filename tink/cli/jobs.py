@@ -12,6 +12,7 @@ import msgspec
 
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.cli.options import positive
 from tink.domain import rows
 from tink.domain.events import Record
 from tink.domain.requests import OpName
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only jobs submitted since: 30s, 15m, 6h, 2d, 1w ago, or 2026-01-31 or 2026-01-31T12:00",
     )
     parser.add_argument(
-        "--limit", metavar="N", type=_positive, default=20, help="at most so many (default: %(default)s)"
+        "--limit", metavar="N", type=positive, default=20, help="at most so many (default: %(default)s)"
     )
     parser.set_defaults(run=run_list)
     actions = parser.add_subparsers(metavar="show ID", title="one job", help="instead of a list")
@@ -133,12 +134,6 @@ def since(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time: 30s, 15m, 6h, 2d, 1w, 2026-01-31 or 2026-01-31T12:00 are"
         ) from None
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**9):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of jobs")
-    return int(text)
 
 
 def run_list(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from rich.measure import Measurement
 
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.cli.options import positive
 from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal.reader import open_journal
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-rows",
-        type=_positive,
+        type=positive,
         default=1000,
         metavar="N",
         help="at most so many (default: %(default)s)",
@@ -74,13 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--watch", type=_seconds, metavar="S", help="ask again every so many seconds")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 def _seconds(text: str) -> float:
@@ -159,7 +152,7 @@ def _table(answer: Answer) -> bytes:
     console = printing.console(Measurement.get(console, endless, made).maximum)
     with console.capture() as captured:
         console.print(made)
-    return "".join(f"{line.rstrip()}{os.linesep}" for line in captured.get().splitlines()).encode()
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()).encode()
 
 
 def _short(value: Any) -> Any:
