@@ -6,11 +6,13 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import trio
+import zstandard
 from sqlalchemy import Connection, bindparam, delete, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 
@@ -18,7 +20,14 @@ from tink.errors import JournalUnavailable
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
 from tink.journal.database import OpenFiles, database_errors, is_damage, reader_engine, writer_engine
-from tink.limits import BODY_BATCH_BYTES, BODY_CACHE_BYTES, PRUNE_BYTES, PRUNE_ROWS, READ_CONNECTIONS
+from tink.limits import (
+    BODY_BATCH_BYTES,
+    BODY_CACHE_BYTES,
+    MAX_ZSTD_WINDOW,
+    PRUNE_BYTES,
+    PRUNE_ROWS,
+    READ_CONNECTIONS,
+)
 from tink.world import World
 
 T = TypeVar("T")
@@ -41,6 +50,24 @@ class _Put(NamedTuple):
 
 class _Drop(NamedTuple):
     sha256: str
+
+
+def read_body(connection: Connection, digest: str) -> bytes:
+    """The content of that name. LookupError if it is not stored any more, or is not what was put."""
+    query = select(schema.bodies.c.content).where(schema.bodies.c.sha256 == digest)
+    content: bytes | None = connection.execute(query).scalar()
+    if content is None:
+        raise LookupError(f"the body {digest} is not stored any more")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise LookupError(f"the body {digest} is damaged on disk")
+    return content
+
+
+def decompressed(body: bytes, codec: str) -> bytes:
+    """As its client made it. What it decompresses to was counted before it was accepted."""
+    if codec == "identity":
+        return body
+    return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).decompressobj().decompress(body)
 
 
 class BodyStore:
@@ -83,27 +110,17 @@ class BodyStore:
     async def get(self, digest: str) -> bytes:
         """The content of that name. LookupError if it is not stored any more, or if what is
         on disk is not what was put."""
-
         if digest in self._recent:
             self._recent.move_to_end(digest)
             await trio.lowlevel.checkpoint()
             return self._recent[digest]
 
-        def read(connection: Connection) -> bytes | None:
-            query = select(schema.bodies.c.content).where(schema.bodies.c.sha256 == digest)
-            return connection.execute(query).scalar()
-
         try:
-            content = await self._read(read)
+            return await self._read(partial(read_body, digest=digest))
         except JournalUnavailable as error:
             if not is_damage(error):
                 raise
             raise LookupError(f"the body {digest} is damaged on disk") from error
-        if content is None:
-            raise LookupError(f"the body {digest} is not stored any more")
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise LookupError(f"the body {digest} is damaged on disk")
-        return content
 
     # -- retention ----------------------------------------------------------------------------------
 

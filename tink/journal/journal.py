@@ -19,7 +19,6 @@ from typing import TypeVar
 import msgspec
 import structlog
 import trio
-import zstandard
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -41,7 +40,7 @@ from tink.domain.projection import Key, Ledger, Update, project
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.home import Home
 from tink.journal import queries, revisions, store
-from tink.journal.bodies import BodyStore
+from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
 from tink.journal.database import (
     OpenFiles,
@@ -51,7 +50,7 @@ from tink.journal.database import (
     writer_engine,
 )
 from tink.journal.revisions import Database
-from tink.limits import BATCH_BYTES, MAX_ZSTD_WINDOW, READ_CONNECTIONS, RECENT_JOBS
+from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
 
 log = structlog.get_logger()
@@ -180,10 +179,7 @@ class Journal:
             body = await self.bodies.get(accepted.body_sha256)
         except LookupError as error:
             raise BackendError(f"the request of {job.job_id} is lost: {error}") from error
-        if accepted.codec == "identity":
-            return body
-        # What it decompresses to was counted before it was accepted.
-        return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).decompressobj().decompress(body)
+        return decompressed(body, accepted.codec)
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """What `query`, which runs in a thread, finds: everything that is committed now."""

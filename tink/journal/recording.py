@@ -1,0 +1,51 @@
+"""What a worker has left behind, at one moment: its events, and the bodies that they name. Whoever audits
+or replays reads this; a worker that runs meanwhile is not disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection
+
+from tink.domain import rows
+from tink.domain.events import JobAccepted, Record
+from tink.home import Home
+from tink.journal import store
+from tink.journal.bodies import decompressed, read_body
+from tink.journal.reader import open_journal, open_snapshot
+
+
+class Recording:
+    """Made by `open_recording`. `journal` is a connection for queries.py; it blocks, as do the methods."""
+
+    def __init__(self, journal: Connection, bodies: Connection) -> None:
+        self.journal, self._bodies = journal, bodies
+
+    def records(self, after: int = 0) -> Iterator[Record]:
+        """Every event behind `after`, in order. LookupError for one that is damaged or missing."""
+        return store.gapless(store.read_events(self.journal, after), after)
+
+    def request(self, job: rows.Job) -> bytes:
+        """The request of a job as its client made it, decompressed. LookupError if it is not there any
+        more, or never was a valid one."""
+        accepted = store.event_of(self.journal, job.accepted_seq).event
+        if not isinstance(accepted, JobAccepted):
+            raise LookupError(f"event {job.accepted_seq} does not accept {job.job_id}")
+        if accepted.invalid is not None:
+            raise LookupError(f"the request of {job.job_id} was not a valid one: {accepted.invalid}")
+        if accepted.request is not None:
+            return accepted.request.encode()
+        return decompressed(self.body(str(accepted.body_sha256)), accepted.codec)
+
+    def body(self, digest: str) -> bytes:
+        """A request as it was received, or a result as it was sent. LookupError if it was pruned."""
+        return read_body(self._bodies, digest)
+
+
+@contextmanager
+def open_recording(home: Home) -> Iterator[Recording]:
+    """StartupError, in one line, for what cannot be read."""
+    # A body is stored before the event that names it: the journal's moment comes first.
+    with open_journal(home) as journal, open_snapshot(home.bodies) as bodies:
+        yield Recording(journal, bodies)
