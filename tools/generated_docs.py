@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sqlite3
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -13,9 +14,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.schema import CreateTable
+
+from tink.audit.questions import QUESTIONS
 from tink.cli.vllm import command, environment
 from tink.domain.routing import HOW_TO_SAMPLE, HOW_TO_TRAIN, NO_SAMPLING, NO_TRAINING, NO_VLLM
 from tink.errors import BackendError, NotServed
+from tink.journal.schema import metadata
+from tink.journal.views import VIEWS, definitions
 from tink.settings import Settings, Switch
 
 ROOT = Path(__file__).parent.parent
@@ -164,12 +171,39 @@ def _pairs(settings: Settings) -> list[str]:
     return [*variables, *options]
 
 
+def views() -> str:
+    """Each with its columns, as SQLite names them."""
+    database = sqlite3.connect(":memory:")
+    for statement in definitions("sqlite").values():
+        database.execute(statement)
+    for table in metadata.sorted_tables:
+        database.execute(str(CreateTable(table).compile(dialect=sqlite.dialect())))
+    rows = [("view", "one row for each", "columns")]
+    for name, help_ in VIEWS.items():
+        columns = database.execute(f"SELECT * FROM {name}").description
+        rows.append((f"`{name}`", help_, ", ".join(f"`{column[0]}`" for column in columns)))
+    database.close()
+    return _table(*rows)
+
+
+def questions() -> str:
+    rows = [("command", "what it answers")]
+    for name, question in QUESTIONS.items():
+        words = [
+            f"[--{p.name} N]" if p.default is not None else p.name.upper() for p in question.parameters
+        ]
+        rows.append((f"`{' '.join(['tink audit', name, *words])}`", question.help))
+    return _table(*rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "routing": routing,
     "refusals": refusals,
     "settings": settings,
     "few_settings": few_settings,
     "vllm_start": vllm_start,
+    "views": views,
+    "questions": questions,
 }
 
 

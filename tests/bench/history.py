@@ -20,7 +20,7 @@ from tink.domain import events, ids
 from tink.domain.events import AnyEvent, Record, Subject
 from tink.domain.requests import DATA_OPS, OpName
 from tink.home import Home
-from tink.journal import schema, store
+from tink.journal import chain, schema, store
 from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
 
@@ -28,7 +28,7 @@ Entry = tuple[Subject, AnyEvent]
 # Keeps a body and returns its sha256.
 Put = Callable[[bytes], str]
 
-TENANT, BASE = "default", "tink/qwen3-tiny"
+TENANTS, BASE = ("default", "lab", "eval"), "tink/qwen3-tiny"
 # A million events are six days: younger than what retention takes away.
 EVENT_SECONDS = 0.5
 # Events of one transaction.
@@ -37,6 +37,8 @@ BATCH = 5_000
 SIDE_BY_SIDE, STEPS, SUPERVISED_PER_REINFORCED, SAMPLES_PER_STEP = 8, 50, 4, 8
 STEPS_PER_SNAPSHOT, STEPS_PER_CHECKPOINT, SNAPSHOTS_KEPT = 5, 10, 2
 REQUEST_BYTES, RESULT_BYTES = 800, 400
+# One training job in so many is started twice, one sample in so many fails.
+JOBS_PER_RETRY, SAMPLES_PER_FAILURE = 500, 300
 # Open jobs of one client: half are its model's, half are samples. Some models have one at the trainer.
 OPEN_PER_CLIENT, RUNNING = 250, 4
 
@@ -59,12 +61,12 @@ def write(home: Home, *, wanted: int, open_jobs: int, until: float, seed: int = 
         with engines[0].connect() as journal, engines[1].connect() as bodies:
             began = until - wanted * EVENT_SECONDS
             numbered = _records(_history(rng, put, wanted, open_jobs), began)
-            written = 0
+            written, last = 0, chain.START
             while batch := list(itertools.islice(numbered, BATCH)):
                 with bodies.begin():  # first, as the worker does
                     _write_bodies(bodies, new, batch[0].at)
                 with journal.begin():
-                    store.write(journal, batch)
+                    last = store.write(journal, batch, last)
                 written = batch[-1].seq
             return written
     finally:
@@ -120,7 +122,7 @@ def _ended(clients: Iterator[_Client]) -> Iterator[list[Entry]]:
 
 def _together(parts: Iterable[list[Entry]]) -> list[Entry]:
     """The first entry of each, then the second of each, and so on."""
-    return [entry for entries in zip(*parts, strict=True) for entry in entries]
+    return [entry for entries in itertools.zip_longest(*parts) for entry in entries if entry is not None]
 
 
 def _boot(number: int) -> list[Entry]:
@@ -150,6 +152,8 @@ class _Client:
     def __init__(self, rng: random.Random, put: Put) -> None:
         self._rng, self._put = rng, put
         self._session = f"{rng.getrandbits(128):032x}"
+        self._tenant = TENANTS[int(self._session, 16) % len(TENANTS)]
+        self._steps = 0
         self._model = ids.model_id(self._session, 0)
         self._seq = self._op_no = self._versions = self._samplers = self._samples = 0
         self._snapshots: list[str] = []
@@ -169,8 +173,14 @@ class _Client:
         return [(self._who(model=False), created), *job, (self._who(), made)]
 
     def supervised_step(self) -> list[Entry]:
-        return self._training("forward_backward") + self._training(
-            "optim_step", {"adam_params": {"learning_rate": 1e-4}}, result={"metrics": {}}
+        self._steps += 1
+        grad_norm = self._rng.random()
+        return self._training("forward_backward", step=self._steps) + self._training(
+            "optim_step",
+            {"adam_params": {"learning_rate": 1e-4}},
+            result={"metrics": {"grad_norm": grad_norm}},
+            step=self._steps,
+            grad_norm=grad_norm,
         )
 
     def reinforced_step(self) -> list[Entry]:
@@ -188,6 +198,7 @@ class _Client:
             name=name,
             directory=ids.directory(self._model, op_no, "save_weights"),
             size_bytes=1_000_000,
+            step=self._steps,
         )
         return [*job, (job[-1][0], saved)]
 
@@ -222,8 +233,10 @@ class _Client:
         *,
         result: dict[str, Any] | None = None,
         model_seq_id: int | None = None,
+        step: int | None = None,
+        grad_norm: float | None = None,
     ) -> list[Entry]:
-        """Accepted, started, done."""
+        """Accepted, started (at times after a redo once more), done."""
         who = self._who(job=ids.job_id(self._model, self._seq))
         accepted = events.JobAccepted(
             op=op,
@@ -236,6 +249,10 @@ class _Client:
         self._op_no += 1
         started = events.JobStarted(attempt=1, backend="trainer", op_no=self._op_no, seq_id=self._seq)
         self._seq += 1
+        begun: list[Entry] = [(who, started)]
+        if self._rng.randrange(JOBS_PER_RETRY) == 0:
+            redone = events.Redone(first=1, last=self._op_no - 1, run_ms=1234.5)
+            begun += [(who, redone), (who, msgspec.structs.replace(started, attempt=2))]
         data = op in DATA_OPS
         done = events.JobDone(
             result=result,
@@ -244,8 +261,11 @@ class _Client:
             tokens_in=1000 if data else 0,
             loss_sum=self._rng.random() if data else None,
             run_ms=50.0,
+            step=step,
+            learning_rate=None if grad_norm is None else 1e-4,
+            metrics={} if grad_norm is None else {"grad_norm": grad_norm},
         )
-        return [(who, accepted), (who, started), (who, done)]
+        return [(who, accepted), *begun, (who, done)]
 
     def _sample(self, sampler: str, number: int) -> list[Entry]:
         self._samples += 1
@@ -260,8 +280,15 @@ class _Client:
             num_samples=1,
         )
         started = events.JobStarted(attempt=1, backend="trainer")
+        if self._rng.randrange(SAMPLES_PER_FAILURE) == 0:
+            failed = events.JobFailed(category="server", error="the server has gone")
+            return [(who, accepted), (who, started), (who, failed)]
         done = events.JobDone(
-            result_sha256=self._body(RESULT_BYTES), result_bytes=RESULT_BYTES, tokens_in=100, tokens_out=100
+            result_sha256=self._body(RESULT_BYTES),
+            result_bytes=RESULT_BYTES,
+            tokens_in=100,
+            tokens_out=100,
+            run_ms=200.0,
         )
         return [(who, accepted), (who, started), (who, done)]
 
@@ -275,6 +302,7 @@ class _Client:
             version=self._versions,
             directory=ids.directory(self._model, op_no, "save_weights_for_sampler"),
             size_bytes=500_000,
+            step=self._steps,
             files={
                 name: f"{self._rng.getrandbits(256):064x}"
                 for name in ("adapter_config.json", "adapter_model.safetensors")
@@ -293,7 +321,7 @@ class _Client:
 
     def _who(self, *, job: str | None = None, model: bool = True, adapter: str | None = None) -> Subject:
         return Subject(
-            tenant=TENANT,
+            tenant=self._tenant,
             session_id=self._session,
             model_id=self._model if model else None,
             job_id=job,

@@ -4,6 +4,7 @@ job's life, and folded; the rows that it changed are then compared with those in
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ class Mirror:
 
     def _forget(self) -> None:
         self.records: list[Record] = []
+        self._hash = bytes(32)
         self.ledger = Ledger()
         self.made: dict[tuple[str, Key], int] = {}
         self.ended: dict[str, int] = {}
@@ -46,7 +48,7 @@ class Mirror:
 
     def follow(self, reader: sqlite3.Connection) -> tuple[list[Record], list[tuple[str, Key]]]:
         """Takes in what was committed since the last time: the events, and the rows that they changed."""
-        new = _read(reader, after=len(self.records))
+        new = self._chained(_read(reader, after=len(self.records)))
         touched = list(dict.fromkeys(place for record in new for place in self._take(record)))
         for table, key in touched:
             stored, folded = _stored(reader, table, key), self.ledger.tables[table].get(key)
@@ -55,16 +57,24 @@ class Mirror:
 
     def begin_again(self, reader: sqlite3.Connection, least: int) -> None:
         """A worker opens what the one before left: the first `least` events, and maybe more."""
-        before, found = self.records, _read(reader, after=0)
+        before, found = self.records, [record for record, _, _ in _read(reader, after=0)]
         require(len(found) >= least, f"J1: {least} events were durable, {len(found)} are left")
         kept = min(len(before), len(found))
         require(found[:kept] == before[:kept], "J4: an event has changed")
         self._forget()
-        for record in found:
+        for record in self._chained(_read(reader, after=0)):
             self._take(record)
         for name in rows.TABLES:
             stored, folded = _table(reader, name), self.ledger.tables[name]
             require(stored == folded, f"J6: {name} is not the fold of the events")
+
+    def _chained(self, found: Iterable[tuple[Record, bytes, bytes]]) -> list[Record]:
+        records = []
+        for record, content, kept in found:
+            self._hash = hashlib.sha256(self._hash + content).digest()
+            require(kept == self._hash, f"J13: event {record.seq} has not the hash of what came so far")
+            records.append(record)
+        return records
 
     def _take(self, record: Record) -> list[tuple[str, Key]]:
         self._check(record.event, record.subject)
@@ -103,6 +113,10 @@ class Mirror:
             case events.JobDone():
                 require(is_open, f"J3: {who.job_id} ends a second time")
                 require(job is not None and job.attempts > 0, f"J3: {who.job_id} is done and never began")
+                assert job is not None
+                steps = job.op in ("forward_backward", "optim_step")
+                step = self.ledger.models[(job.model_id,)].steps + 1 if steps else None
+                require(event.step == step, f"X9: {who.job_id} is of step {event.step}, not {step}")
             case events.JobFailed() | events.JobCancelled():
                 require(is_open, f"J3: {who.job_id} ends a second time")
                 assert job is not None
@@ -147,16 +161,21 @@ class Mirror:
 # -- reading, without the code that wrote it --------------------------------------------------------
 
 
-def _read(reader: sqlite3.Connection, after: int) -> list[Record]:
+def _read(reader: sqlite3.Connection, after: int) -> list[tuple[Record, bytes, bytes]]:
+    """Each event, what is hashed of it, and its hash."""
     cursor = reader.execute("SELECT * FROM events WHERE seq > ? ORDER BY seq", (after,))
     names = [column[0] for column in cursor.description]
     return [_record(dict(zip(names, values, strict=True))) for values in cursor]
 
 
-def _record(columns: dict[str, Any]) -> Record:
-    data = {**msgspec.json.decode(columns.pop("data")), "kind": columns.pop("kind")}
+def _record(columns: dict[str, Any]) -> tuple[Record, bytes, bytes]:
+    kept, data = columns.pop("hash"), msgspec.json.decode(columns.pop("data"))
     head = {name: columns.pop(name) for name in ("seq", "at", "incarnation")}
-    return Record(subject=Subject(**columns), event=msgspec.convert(data, AnyEvent), **head)
+    kind = columns.pop("kind")
+    content = [*head.values(), kind, *columns.values(), data]
+    event: AnyEvent = msgspec.convert({**data, "kind": kind}, AnyEvent)  # type: ignore[arg-type]
+    record = Record(subject=Subject(**columns), event=event, **head)
+    return record, msgspec.json.encode(content, order="sorted"), kept
 
 
 def _stored(reader: sqlite3.Connection, name: str, key: Key) -> rows.Row | None:

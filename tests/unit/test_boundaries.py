@@ -44,9 +44,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "trainer": BASE | {"domain", "home", "pretrained", "world"},
     "doctor": BASE
     | {"domain", "home", "pretrained", "world", "settings", "journal", "backends", "trainer"},
+    "audit": frozenset({"errors"}),
     "cli": BASE
     | {"domain", "home", "pretrained", "world", "settings", "journal", "backends", "actors", "api"}
-    | {"doctor", "trainer"},
+    | {"audit", "doctor", "trainer"},
 }
 # (module, what it imports against the rule): why.
 EXCEPTIONS = {
@@ -191,7 +192,7 @@ NO_LIMITS = {
     "MAX_INT", "MAX_PROTO_SEQ", "SEEDS", "NO_TOKEN", "NO_LOGPROB", "NEVER", "UNKNOWN_CONTEXT",
     "MAX_TEMPERATURE", "PROBE", "PROBE_TOP", "PROBED", "SECRET_BYTES", "PIPE_COLUMNS", "LIST_COLUMNS",
     "_UNITS", "SHOWN", "BUCKET", "BLOCK", "PRETRAIN_STEPS", "SEQUENCE", "SEQUENCES", "LEARNING_RATE",
-    "THREADS", "DYNAMIC_CONFIG", "MAX_PROMPTS", "MAX_TOP_K", "DEFAULT_TOKENS",
+    "THREADS", "DYNAMIC_CONFIG", "MAX_PROMPTS", "MAX_TOP_K", "DEFAULT_TOKENS", "START", "_DAYS",
 }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class MegatronActor:
         self.jobs, self._journal, self._link, self._world = jobs, journal, link, world
         self._settle, self._release = settle, release
         self._snapshots, self._folder = snapshots, folder
-        self._redo = Redo(journal, snapshots)
+        self._redo = Redo(journal, snapshots, world)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
         self._ahead = Ahead(journal, link, jobs, world)
 
@@ -163,6 +163,8 @@ class MegatronActor:
                 metrics=result.metrics,
                 run_ms=result.run_ms,
                 idle_ms=result.idle_ms,
+                step=plans.step(job, context.ledger),
+                learning_rate=plans.learning_rate(plan),
             )
             return [(rows.about(job), done), *placed, *more]
 

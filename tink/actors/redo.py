@@ -12,18 +12,19 @@ from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life
 from tink.backends.trainer import TrainerRefused
 from tink.domain import plans, rows
-from tink.domain.events import Diverged
+from tink.domain.events import Diverged, Redone, Subject
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError
 from tink.journal import queries
 from tink.journal.journal import Journal
+from tink.world import World
 
 log = structlog.get_logger()
 
 
 class Redo:
-    def __init__(self, journal: Journal, snapshots: Snapshots) -> None:
-        self._journal, self._snapshots = journal, snapshots
+    def __init__(self, journal: Journal, snapshots: Snapshots, world: World) -> None:
+        self._journal, self._snapshots, self._world = journal, snapshots, world
 
     async def bring_up(self, life: Life, model_id: str, upto: int) -> None:
         """Applies again what the server lacks of the model's operations up to `upto`. Raises BackendError
@@ -32,6 +33,7 @@ class Redo:
         applied = life.applied.get(model_id, 0)
         if applied >= upto:
             return
+        began = self._world.monotonic()
         applied, unusable = await self._snapshots.restore(life, model_id, applied)
         log.info("redo", model=model_id, first=applied + 1, last=upto)
         lacking = partial(queries.ops, model_id=model_id, after=applied, upto=upto)
@@ -40,6 +42,9 @@ class Redo:
             if job.op_no > life.applied.get(model_id, 0):
                 await self._apply(life, job, job.op_no)
         await self._snapshots.give_up(unusable)
+        run_ms = (self._world.monotonic() - began) * 1000
+        who = Subject(tenant=self._journal.ledger.models[(model_id,)].tenant, model_id=model_id)
+        await self._journal.append((who, Redone(first=applied + 1, last=upto, run_ms=run_ms)))
 
     async def _apply(self, life: Life, job: rows.Job, op_no: int) -> None:
         model_id = str(job.model_id)

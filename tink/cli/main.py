@@ -19,6 +19,7 @@ examples:
   tink jobs --failed     what failed, and why
   tink jobs show ID      one job, with its events
   tink sql "SELECT ..."  any question to the journal
+  tink audit usage       who used what; also lost time, lineage, steps
   tink db check          is the journal whole?
   tink doctor            what is wrong here, and what mends it
 
@@ -26,7 +27,19 @@ examples:
 Settings are environment variables; 'tink config' prints them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-COMMANDS = ("serve", "config", "doctor", "status", "jobs", "sql", "db", "trainer", "vllm")
+COMMANDS = (
+    "serve",
+    "config",
+    "doctor",
+    "status",
+    "jobs",
+    "sql",
+    "audit",
+    "journal",
+    "db",
+    "trainer",
+    "vllm",
+)
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

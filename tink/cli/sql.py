@@ -3,210 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import trio
-from rich.measure import Measurement
-
-from tink.cli import printing
-from tink.cli.homes import find_home
-from tink.cli.options import positive
-from tink.errors import StartupError, UserError
-from tink.home import Home
-from tink.journal.reader import open_journal
-from tink.journal.sql import Answer, ask
-from tink.limits import SQL_CELL
-from tink.logs import write_line
-from tink.world import World
+from tink.cli import answers
 
 HELP = "ask the journal in SQL, read-only"
 DESCRIPTION = """\
-Runs one SELECT over the journal (docs/journal.md has its tables) and prints
-the answer. Nothing can be changed by it, no other file can be reached, and it
-is stopped when it takes too long; the worker may run meanwhile, and is not
-disturbed."""
+Runs one SELECT over the journal (docs/journal.md has its tables and views) and
+prints the answer. Nothing can be changed by it, no other file can be reached,
+and it is stopped when it takes too long; the worker may run meanwhile, and is
+not disturbed."""
 EPILOG = """\
 examples:
   tink sql "SELECT op, state, count(*) FROM jobs GROUP BY op, state"
-  tink sql --format csv "SELECT seq_id, loss_sum FROM jobs WHERE model_id = 'ID'"
-  tink sql --output steps.parquet "SELECT * FROM jobs WHERE op = 'optim_step'"
+  tink sql --format csv "SELECT step, loss_sum, grad_norm FROM v_steps WHERE model_id = 'ID'"
+  tink sql --output steps.parquet "SELECT * FROM v_steps"
   tink sql --watch 2 "SELECT state, count(*) FROM jobs GROUP BY state"
   tink sql - < question.sql
 
 exit status: 0; 1 if the answer had more rows than were printed; 2 if there is
 no such journal, or it cannot be asked that"""
 
-FORMATS = ("table", "csv", "json", "parquet")
-CLEAR = "\x1b[H\x1b[2J"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", metavar="QUERY", help="one SELECT; '-' reads it from standard input")
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="how to print (default: by the name of --output, else table); in csv and json bytes are "
-        "hexadecimal; parquet needs pip install 'tink[parquet]'",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write there, instead of to standard output"
-    )
-    parser.add_argument(
-        "--max-rows",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="at most so many (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=30.0,
-        metavar="S",
-        help="stop after so long (default: %(default)g)",
-    )
-    parser.add_argument("--watch", type=_seconds, metavar="S", help="ask again every so many seconds")
+    answers.add_options(parser)
     parser.set_defaults(run=run)
 
 
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return number
-
-
 def run(arguments: argparse.Namespace) -> int:
-    home = find_home(arguments.home)
     query = sys.stdin.read() if arguments.query == "-" else arguments.query
-    chosen = arguments.format or _named(arguments.output)
-    if chosen == "parquet" and arguments.output is None and sys.stdout.isatty():
-        raise UserError("parquet is not for a terminal: pass --output FILE")
-    question = partial(_ask, home, query, arguments.max_rows, arguments.seconds, World())
-    tell = partial(_tell, chosen, arguments.output)
-    if arguments.watch is None:
-        return tell(question())
-    return trio.run(_watch, question, tell, arguments.watch)
-
-
-async def _watch(question: Callable[[], Answer], tell: Callable[[Answer], int], seconds: float) -> int:
-    """Until Ctrl-C."""
-    while True:
-        answer = question()
-        if sys.stdout.isatty():
-            print(CLEAR, end="")
-        tell(answer)
-        sys.stdout.flush()
-        await trio.sleep(seconds)
-
-
-def _ask(home: Home, query: str, rows: int, seconds: float, world: World) -> Answer:
-    with open_journal(home) as connection:
-        return ask(connection, query, rows=rows, seconds=seconds, clock=world.monotonic)
-
-
-def _tell(chosen: str, output: Path | None, answer: Answer) -> int:
-    content = _WRITERS[chosen](answer)
-    if output is not None:
-        try:
-            output.write_bytes(content)
-        except OSError as error:
-            raise StartupError(f"{output} cannot be written: {error.strerror}") from error
-    elif chosen == "parquet":
-        sys.stdout.buffer.write(content)
-    else:
-        sys.stdout.write(content.decode())
-    if answer.cut is None:
-        return 0
-    write_line(f"tink sql: {answer.cut}: ask for less, or for more with --max-rows")
-    return 1
-
-
-def _named(output: Path | None) -> str:
-    suffix = "" if output is None else output.suffix.lstrip(".")
-    return suffix if suffix in FORMATS else "table"
-
-
-# -- formats ----------------------------------------------------------------------------------------
-
-
-def _table(answer: Answer) -> bytes:
-    numbers = tuple(
-        name
-        for index, name in enumerate(answer.columns)
-        if all(isinstance(row[index], (int, float, type(None))) for row in answer.rows)
-    )
-    made = printing.table(*map(printing.text, answer.columns), right=tuple(map(printing.text, numbers)))
-    for row in answer.rows:
-        made.add_row(*(printing.text(_short(_plain(value))) for value in row))
-    # As wide as it is: a line that runs over can be read, a column that is cut off cannot.
-    console = printing.console()
-    endless = console.options.update(max_width=sum(SQL_CELL + 2 for _ in answer.columns))
-    console = printing.console(Measurement.get(console, endless, made).maximum)
-    with console.capture() as captured:
-        console.print(made)
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()).encode()
-
-
-def _short(value: Any) -> Any:
-    text = "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= SQL_CELL else f"{text[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _csv(answer: Answer) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(answer.columns)
-    writer.writerows([_plain(value) for value in row] for row in answer.rows)
-    return text.getvalue().encode()
-
-
-def _json(answer: Answer) -> bytes:
-    _check_names(answer)
-    found = [dict(zip(answer.columns, map(_plain, row), strict=True)) for row in answer.rows]
-    return printing.document(found).encode() + b"\n"
-
-
-def _parquet(answer: Answer) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise StartupError("parquet needs pyarrow: pip install 'tink[parquet]'") from error
-    _check_names(answer)
-    columns = {}
-    for index, name in enumerate(answer.columns):
-        try:
-            columns[name] = pyarrow.array([row[index] for row in answer.rows])
-        except (pyarrow.ArrowException, OverflowError) as error:
-            raise UserError(
-                f"column {name} has values of several types: CAST it to one ({error})"
-            ) from None
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
-    return bytes(sink.getvalue())
-
-
-def _check_names(answer: Answer) -> None:
-    twice = next((name for name in answer.columns if answer.columns.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"two columns are called {twice}: give one another name with AS")
-
-
-def _plain(value: Any) -> Any:
-    return value.hex() if isinstance(value, bytes) else value
-
-
-_WRITERS: dict[str, Callable[[Answer], bytes]] = {
-    "table": _table,
-    "csv": _csv,
-    "json": _json,
-    "parquet": _parquet,
-}
+    return answers.answer(arguments, query)

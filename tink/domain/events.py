@@ -121,7 +121,8 @@ class JobStarted(Event, frozen=True, kw_only=True, tag="job_started"):
 
 class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
     """Final. The answer is `result` (JSON) or the body `result_sha256` (protobuf). `idle_ms`: for how long
-    the trainer had nothing to do just before it; None if nobody said."""
+    the trainer had nothing to do just before it; None if nobody said. `step`: of the model, counted from 1,
+    the optimizer step that the job makes or adds a gradient to. `learning_rate`: of an optim_step."""
 
     result: dict[str, Any] | None = None
     result_sha256: str | None = None
@@ -132,6 +133,8 @@ class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
     metrics: dict[str, float] = {}
     run_ms: float = 0.0
     idle_ms: float | None = None
+    step: int | None = None
+    learning_rate: float | None = None
 
 
 class JobFailed(Event, frozen=True, kw_only=True, tag="job_failed"):
@@ -175,6 +178,15 @@ class ModelCreated(Event, frozen=True, kw_only=True, tag="model_created"):
     source: str | None = None
 
 
+class Redone(Event, frozen=True, kw_only=True, tag="redone"):
+    """A training server that had lost the model's state has it again: a snapshot was restored if there was
+    one, and the operations `first` to `last` behind it were applied once more. `run_ms`: all of that."""
+
+    first: int
+    last: int
+    run_ms: float
+
+
 class ModelRemoved(Event, frozen=True, kw_only=True, tag="model_removed"):
     """Its client has unloaded it: it is trained no more, and of its weights only what was saved by name
     stays."""
@@ -182,7 +194,8 @@ class ModelRemoved(Event, frozen=True, kw_only=True, tag="model_removed"):
 
 class CheckpointSaved(Event, frozen=True, kw_only=True, tag="checkpoint_saved"):
     """Published: `directory` is complete, its files are synced and named in its manifest. The
-    checkpoint's id is that of the job which saved it, for an address may be used again."""
+    checkpoint's id is that of the job which saved it, for an address may be used again. `step`: the last
+    optimizer step that is in it."""
 
     checkpoint_kind: str
     name: str
@@ -190,6 +203,7 @@ class CheckpointSaved(Event, frozen=True, kw_only=True, tag="checkpoint_saved"):
     size_bytes: int
     user_metadata: dict[str, str] = {}
     expires_at: float | None = None
+    step: int | None = None
 
 
 class CheckpointChanged(Event, frozen=True, kw_only=True, tag="checkpoint_changed"):
@@ -206,12 +220,14 @@ class CheckpointDeleted(Event, frozen=True, kw_only=True, tag="checkpoint_delete
 
 
 class AdapterExported(Event, frozen=True, kw_only=True, tag="adapter_exported"):
-    """A new immutable version of a model's adapter, complete on disk."""
+    """A new immutable version of a model's adapter, complete on disk. `step`: the last optimizer step that
+    is in it."""
 
     version: int
     directory: str
     size_bytes: int
     files: dict[str, str]
+    step: int | None = None
 
 
 class AdapterDeleted(Event, frozen=True, kw_only=True, tag="adapter_deleted"):
@@ -280,6 +296,7 @@ AnyEvent = (
     | JobCancelled
     | SeqSkipped
     | Diverged
+    | Redone
     | ModelCreated
     | ModelRemoved
     | CheckpointSaved

@@ -265,6 +265,18 @@ def _save_name(job: rows.Job, kind: ids.CheckpointKind, request: Save) -> str | 
 # -- the end of a training job ----------------------------------------------------------------------
 
 
+def step(job: rows.Job, ledger: Ledger) -> int | None:
+    """The optimizer step of its model that a job makes or adds a gradient to. A model's jobs run one after
+    the other, so it is the next one whenever this is asked."""
+    if job.op not in ("forward_backward", "optim_step"):
+        return None
+    return ledger.models[(_model_id(job),)].steps + 1
+
+
+def learning_rate(plan: Plan) -> float | None:
+    return plan.op.learning_rate if isinstance(plan.op, tink_train.OptimStep) else None
+
+
 def exported(
     job: rows.Job, plan: Plan, result: tink_train.OpResult, context: Context, now: float
 ) -> rows.Adapter | None:
@@ -283,6 +295,7 @@ def exported(
         directory=plan.export,
         size_bytes=sum(file.size for file in result.files),
         files={file.name: file.sha256 for file in result.files},
+        step=context.ledger.models[(model_id,)].steps,
         created_at=now,
     )
 
@@ -295,6 +308,7 @@ def exported_events(job: rows.Job, adapter: rows.Adapter, replicas: Iterable[str
         directory=adapter.directory,
         size_bytes=adapter.size_bytes,
         files=adapter.files,
+        step=adapter.step,
     )
     placed = [
         (msgspec.structs.replace(who, replica=replica), events.AdapterPlaced(state="loaded"))
@@ -417,6 +431,7 @@ def _saved(
         size_bytes=size,
         user_metadata=getattr(request, "user_metadata", None) or {},
         expires_at=None if request.ttl_seconds is None else now + request.ttl_seconds,
+        step=context.ledger.models[(model_id,)].steps,
     )
     answer["path"] = str(ids.Address(model_id, kind, name))
     if kind == "external_weights":

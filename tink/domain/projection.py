@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from functools import singledispatch
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ class Update(msgspec.Struct, frozen=True):
     table: str
     key: Key
     values: dict[str, Any]
+    # Whether the row must not have ended: of what happens once.
+    open: bool = False
 
 
 class Upsert(msgspec.Struct, frozen=True):
@@ -33,7 +36,15 @@ class Upsert(msgspec.Struct, frozen=True):
     row: rows.Row
 
 
-Change = Insert | Update | Upsert
+class Add(msgspec.Struct, frozen=True):
+    """To the row of that key, or to none: the sums of the table grow by the row's, and what else it says
+    takes the place of what was there."""
+
+    table: str
+    row: rows.Row
+
+
+Change = Insert | Update | Upsert | Add
 
 
 def project(record: Record) -> list[Change]:
@@ -166,8 +177,49 @@ def _(event: events.JobDone, record: Record) -> Iterator[Change]:
         "result": event.result,
         "result_sha256": event.result_sha256,
         "result_bytes": event.result_bytes,
+        "step": event.step,
     }
-    yield Update("jobs", (record.subject.job_id,), values)
+    who = record.subject
+    yield Update("jobs", (who.job_id,), values, open=True)
+    if who.model_id is not None:
+        yield _used(record, done=1, training_tokens=event.tokens_in, training_ms=event.run_ms)
+    else:
+        yield _used(
+            record,
+            done=1,
+            prompt_tokens=event.tokens_in,
+            sampled_tokens=event.tokens_out,
+            sampling_ms=event.run_ms,
+        )
+    if event.step is not None:
+        yield from _stepped(event, event.step, record)
+
+
+def _stepped(event: events.JobDone, step: int, record: Record) -> Iterator[Change]:
+    who = record.subject
+    row = rows.Step(
+        model_id=cast(str, who.model_id),
+        step=step,
+        tenant=cast(str, who.tenant),
+        jobs=1,
+        updates=0,
+        tokens_in=event.tokens_in,
+        loss_sum=event.loss_sum or 0.0,
+        run_ms=event.run_ms,
+    )
+    if event.learning_rate is not None:
+        row.updates = 1
+        row.job_id = who.job_id
+        row.learning_rate = event.learning_rate
+        row.grad_norm = event.metrics.get("grad_norm")
+        row.finished_at = record.at
+        yield Update("models", (who.model_id,), {"steps": step})
+    yield Add("steps", row)
+
+
+def _used(record: Record, **sums: Any) -> Change:
+    day = datetime.fromtimestamp(record.at, UTC).date().isoformat()
+    return Add("usage", rows.Usage(tenant=cast(str, record.subject.tenant), day=day, **sums))
 
 
 @_changes.register
@@ -178,7 +230,8 @@ def _(event: events.JobFailed, record: Record) -> Iterator[Change]:
         "error_category": event.category,
         "error": event.error,
     }
-    yield Update("jobs", (record.subject.job_id,), values)
+    yield Update("jobs", (record.subject.job_id,), values, open=True)
+    yield _used(record, failed=1)
     if record.subject.model_id is not None and event.seq_id is not None:
         changed: dict[str, Any] = {"next_seq": event.seq_id + 1}
         if event.seq_id == 0:  # the job that was to make the model
@@ -189,7 +242,8 @@ def _(event: events.JobFailed, record: Record) -> Iterator[Change]:
 @_changes.register
 def _(event: events.JobCancelled, record: Record) -> Iterator[Change]:
     values = {"state": "cancelled", "finished_at": record.at}
-    yield Update("jobs", (record.subject.job_id,), values)
+    yield Update("jobs", (record.subject.job_id,), values, open=True)
+    yield _used(record, cancelled=1)
 
 
 @_changes.register
@@ -221,6 +275,7 @@ def _(event: events.CheckpointSaved, record: Record) -> Iterator[Change]:
             directory=event.directory,
             size_bytes=event.size_bytes,
             adapter_id=record.subject.adapter_id,
+            step=event.step,
             user_metadata=event.user_metadata,
             created_at=record.at,
             expires_at=event.expires_at,
@@ -253,6 +308,7 @@ def _(event: events.AdapterExported, record: Record) -> Iterator[Change]:
             directory=event.directory,
             size_bytes=event.size_bytes,
             files=event.files,
+            step=event.step,
             created_at=record.at,
         ),
     )
@@ -330,6 +386,8 @@ class Ledger:
         self.adapter_placements: dict[Key, rows.AdapterPlacement] = {}
         self.checkpoints: dict[Key, rows.Checkpoint] = {}
         self.snapshots: dict[Key, rows.Snapshot] = {}
+        self.steps: dict[Key, rows.Step] = {}
+        self.usage: dict[Key, rows.Usage] = {}
         # The same, by the tables' names.
         self.tables: dict[str, dict[Key, Any]] = {name: getattr(self, name) for name in rows.TABLES}
         # (model, kind, name) -> the checkpoint that lives there, or lived there last.
@@ -378,12 +436,16 @@ class Ledger:
         for change in changes:
             if isinstance(change, Update):
                 row = self.tables[change.table].get(change.key)
-                if row is None:
-                    raise LookupError(f"{change.table} has no row {change.key}")
+                if row is None or (change.open and row.ended):
+                    raise LookupError(f"{change.table} has no {'open ' * change.open}row {change.key}")
                 for column, value in change.values.items():
                     setattr(row, column, value)
-            elif isinstance(change, Insert) and _key(change.table, change.row) in self.tables[change.table]:
-                raise LookupError(f"{change.table} has the row {_key(change.table, change.row)} already")
+            elif (
+                isinstance(change, Add) and (row := self.tables[change.table].get(_of(change))) is not None
+            ):
+                _add(row, change.row)
+            elif isinstance(change, Insert) and _of(change) in self.tables[change.table]:
+                raise LookupError(f"{change.table} has the row {_of(change)} already")
             else:
                 self.put(change.table, change.row)
 
@@ -410,14 +472,17 @@ Written = dict[tuple[str, Key], dict[str, Any]]
 
 def last_written(records: Iterable[Record]) -> Written:
     """What the last events of a journal must have left in its tables, whatever came before them: every
-    column that they wrote. LookupError if one of them makes a row that another has made."""
+    column that they wrote, and did not only add to. LookupError if one of them makes a row that another
+    has made."""
     written: Written = {}
     for record in records:
         for change in project(record):
             if isinstance(change, Update):
                 written.setdefault((change.table, change.key), {}).update(change.values)
                 continue
-            place = change.table, _key(change.table, change.row)
+            if isinstance(change, Add):
+                continue
+            place = change.table, _of(change)
             if isinstance(change, Insert) and place in written:
                 raise LookupError(f"event {record.seq} makes {change.table}{list(place[1])} anew")
             written[place] = msgspec.structs.asdict(change.row)
@@ -435,6 +500,19 @@ def missing(written: Written, stored: Ledger) -> Iterator[str]:
         if wrong:
             found = {column: getattr(row, column) for column in wrong}
             yield f"{table}{list(key)}: {wrong} is not {found}"
+
+
+def _add(row: rows.Row, more: rows.Row) -> None:
+    for column in row.__struct_fields__:
+        value = getattr(more, column)
+        if column in row.SUMS:
+            setattr(row, column, getattr(row, column) + value)
+        elif value is not None:
+            setattr(row, column, value)
+
+
+def _of(change: Insert | Upsert | Add) -> Key:
+    return _key(change.table, change.row)
 
 
 def _key(table: str, row: rows.Row) -> Key:

@@ -3,7 +3,7 @@ each is stored). They hold what the events say, and nothing that is not in an ev
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -15,6 +15,9 @@ OPEN: frozenset[JobState] = frozenset({"accepted", "running"})
 
 
 class Row(msgspec.Struct, kw_only=True):
+    # The columns that several events add to; what else they say stays.
+    SUMS: ClassVar[frozenset[str]] = frozenset()
+
     @property
     def ended(self) -> bool:
         """Nothing more will happen to it: a worker has no need to keep it in memory."""
@@ -67,6 +70,7 @@ class Model(Row, kw_only=True):
     op_no: int = 0
     next_seq: int = 0
     versions: int = 0
+    steps: int = 0
     created_at: float
     last_request_at: float
 
@@ -90,6 +94,7 @@ class Job(Row, kw_only=True):
     submitted_at: float
     started_at: float | None = None
     finished_at: float | None = None
+    step: int | None = None
     body_sha256: str | None
     body_bytes: int
     codec: str
@@ -139,6 +144,7 @@ class Adapter(Row, kw_only=True):
     directory: str
     size_bytes: int
     files: dict[str, str]
+    step: int | None = None
     created_at: float
     deleted_at: float | None = None
 
@@ -164,6 +170,7 @@ class Checkpoint(Row, kw_only=True):
     directory: str
     size_bytes: int
     adapter_id: str | None
+    step: int | None = None
     public: bool = False
     user_metadata: dict[str, str]
     created_at: float
@@ -195,6 +202,45 @@ class Snapshot(Row, kw_only=True):
         return self.state != "live"
 
 
+class Step(Row, kw_only=True):
+    """An optimizer step of a model: what the jobs that made it add up to."""
+
+    SUMS: ClassVar[frozenset[str]] = frozenset({"jobs", "updates", "tokens_in", "loss_sum", "run_ms"})
+
+    model_id: str
+    step: int
+    tenant: str
+    jobs: int
+    updates: int
+    tokens_in: int
+    loss_sum: float
+    run_ms: float
+    job_id: str | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    finished_at: float | None = None
+
+
+class Usage(Row, kw_only=True):
+    """What the jobs of a tenant that ended on a day (UTC) add up to."""
+
+    SUMS: ClassVar[frozenset[str]] = frozenset(
+        {"done", "failed", "cancelled", "training_tokens", "prompt_tokens", "sampled_tokens"}
+        | {"training_ms", "sampling_ms"}
+    )
+
+    tenant: str
+    day: str
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    training_tokens: int = 0
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    training_ms: float = 0.0
+    sampling_ms: float = 0.0
+
+
 # table -> (row type, primary key)
 TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "incarnations": (Incarnation, ("number",)),
@@ -206,6 +252,8 @@ TABLES: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "adapter_placements": (AdapterPlacement, ("adapter_id", "replica")),
     "checkpoints": (Checkpoint, ("checkpoint_id",)),
     "snapshots": (Snapshot, ("snapshot_id",)),
+    "steps": (Step, ("model_id", "step")),
+    "usage": (Usage, ("tenant", "day")),
 }
 
 

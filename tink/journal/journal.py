@@ -39,7 +39,7 @@ from tink.domain.events import (
 from tink.domain.projection import Key, Ledger, Update, project
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.home import Home
-from tink.journal import queries, revisions, store
+from tink.journal import chain, queries, revisions, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
 from tink.journal.database import (
@@ -69,7 +69,7 @@ class Journal:
         self._files = OpenFiles(home.journal)
         self._reader = reader_engine(home.journal)
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
-        self._seq = 0
+        self._seq, self._hash = 0, chain.START
         self._committed: list[Record] = []
         self._acceptances: dict[str, JobAccepted] = {}  # of open jobs
         self._recent: OrderedDict[str, rows.Job] = OrderedDict()
@@ -200,7 +200,7 @@ class Journal:
         ]
         try:
             with database_errors("the journal could not commit"), self._connection.begin():
-                store.write(self._connection, records)
+                last = store.write(self._connection, records, self._hash)
             self._files.check()
         except JournalUnavailable as error:
             if isinstance(error.__cause__, IntegrityError):
@@ -208,12 +208,12 @@ class Journal:
                     f"{error}: another process has written to {self._home.journal}, or this is a bug"
                 ) from error
             raise
-        self._seq += len(records)
+        self._seq, self._hash = self._seq + len(records), last
         self._committed = records
 
     def _load(self) -> Ledger:
         with database_errors("reading the journal"), self._connection.begin():
-            self._seq = store.last_seq(self._connection)
+            self._seq, self._hash = chain.head(self._connection)
             self.incarnation = 1 + store.last_incarnation(self._connection)
             present = Ledger()
             try:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, MetaData
 
 import tink
 from tink.errors import StartupError
-from tink.journal import revisions, schema, store
+from tink.journal import revisions, schema, store, views
 from tink.journal.revisions import HEADS, Database
 
 METADATA: dict[Database, MetaData] = {"journal": schema.metadata, "bodies": schema.bodies_metadata}
@@ -33,7 +33,11 @@ def upgrade(connection: Connection, database: Database, path: Path) -> None:
     if connection.dialect.name == "sqlite":
         # Its driver begins no transaction for DDL: a crash would leave half a schema behind.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if database == "journal":
+        views.drop(connection)
     command.upgrade(_config(connection, database), "head")
+    if database == "journal":
+        views.create(connection)
     if database == "journal" and before is not None:
         # It may have rewritten any row: the one start that looks at all of them.
         wrong = store.check(connection)

@@ -73,6 +73,8 @@ events = Table(
     Column("adapter_id", Text),
     Column("replica", Text),
     Column("data", Json, nullable=False),
+    # sha256 over the hash of the event before and this row (journal/chain.py).
+    Column("hash", LargeBinary),
     Index(None, "job_id"),
     Index(None, "model_id", "seq"),
     Index(None, "kind", "seq"),
@@ -128,6 +130,7 @@ models = Table(
     Column("op_no", BigInteger, nullable=False),
     Column("next_seq", BigInteger, nullable=False),
     Column("versions", BigInteger, nullable=False),
+    Column("steps", BigInteger, nullable=False, server_default=text("0")),
     Column("created_at", Double, nullable=False),
     Column("last_request_at", Double, nullable=False),
     Index(None, "session_id", "model_seq_id", unique=True),
@@ -169,6 +172,7 @@ jobs = Table(
     Column("submitted_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
+    Column("step", BigInteger),
     Column("body_sha256", Text),
     Column("body_bytes", BigInteger, nullable=False),
     Column("codec", Text, nullable=False),
@@ -199,6 +203,9 @@ jobs = Table(
     Index(None, "body_sha256", **_where(text("body_sha256 IS NOT NULL"))),
     Index(None, "result_sha256", **_where(text("result_sha256 IS NOT NULL"))),
     Index("ix_jobs_loads", "model_id", "op_no", **_where(LOADS)),
+    # What the views of journal/views.py ask.
+    Index(None, "model_id", "step", **_where(text("step IS NOT NULL"))),
+    Index("ix_jobs_retried", "started_at", **_where(text("attempts > 1"))),
 )
 
 adapters = Table(
@@ -213,6 +220,7 @@ adapters = Table(
     Column("directory", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("files", Json, nullable=False),
+    Column("step", BigInteger),
     Column("created_at", Double, nullable=False),
     Column("deleted_at", Double),
     Index(None, "model_id", "version", unique=True),
@@ -240,6 +248,7 @@ checkpoints = Table(
     Column("directory", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("adapter_id", Text),
+    Column("step", BigInteger),
     Column("public", Boolean, nullable=False),
     Column("user_metadata", Json, nullable=False),
     Column("created_at", Double, nullable=False),
@@ -254,6 +263,8 @@ checkpoints = Table(
         unique=True,
         **_where(LIVE),
     ),
+    # Where a model's weights came from: a load names the directory.
+    Index(None, "directory"),
 )
 
 snapshots = Table(
@@ -271,6 +282,36 @@ snapshots = Table(
     Index(None, "model_id", "op_no"),
     Index("ix_snapshots_live", "snapshot_id", **_where(LIVE)),
     Index("ix_snapshots_damaged", "dropped_at", **_where(DAMAGED)),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("model_id", Text, ForeignKey("models.model_id"), primary_key=True),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("tenant", Text, nullable=False),
+    Column("jobs", BigInteger, nullable=False),
+    Column("updates", BigInteger, nullable=False),
+    Column("tokens_in", BigInteger, nullable=False),
+    Column("loss_sum", Double, nullable=False),
+    Column("run_ms", Double, nullable=False),
+    Column("job_id", Text),
+    Column("learning_rate", Double),
+    Column("grad_norm", Double),
+    Column("finished_at", Double),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("day", Text, primary_key=True),
+    *(
+        Column(name, BigInteger, nullable=False)
+        for name in ("done", "failed", "cancelled", "training_tokens", "prompt_tokens", "sampled_tokens")
+    ),
+    Column("training_ms", Double, nullable=False),
+    Column("sampling_ms", Double, nullable=False),
 )
 
 # Bodies live beside the journal, with a writer lane of their own: eight of them would hold the events'

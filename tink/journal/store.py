@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Executable,
     Select,
@@ -28,6 +29,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Record, Subject, TrainerStarted
 from tink.domain.projection import (
+    Add,
     Change,
     Insert,
     Key,
@@ -40,7 +42,7 @@ from tink.domain.projection import (
     project,
 )
 from tink.errors import UNREADABLE, StartupError
-from tink.journal import schema
+from tink.journal import chain, schema
 from tink.limits import CHECKED_EVENTS, SQL_KEYS
 
 R = TypeVar("R", bound=rows.Row)
@@ -48,17 +50,23 @@ R = TypeVar("R", bound=rows.Row)
 _ORDER = {table.name: place for place, table in enumerate(schema.metadata.sorted_tables)}
 
 
-def write(connection: Connection, records: list[Record]) -> None:
-    """Inserts the records and their projections, in the connection's transaction."""
+def write(connection: Connection, records: list[Record], before: bytes) -> bytes:
+    """Inserts the records and their projections, in the connection's transaction. `before`: the hash of the
+    last event; returns that of the last one now."""
+    stored = []
     for record in records:
         _check_readable(record.event)
-    connection.execute(insert(schema.events), [event_row(record) for record in records])
+        row = event_row(record)
+        before = chain.link(before, row)
+        stored.append({**row, "hash": before})
+    connection.execute(insert(schema.events), stored)
     changes = [change for record in records for change in project(record)]
     # Runs of changes of one shape become one executemany. Their order is kept in each table; among the
     # tables it is that of the foreign keys.
     changes.sort(key=lambda change: _ORDER[change.table])
     for _, group in groupby(changes, key=_shape):
         _execute(connection, list(group))
+    return before
 
 
 def _check_readable(event: AnyEvent) -> None:
@@ -189,9 +197,10 @@ def _record(row: Sequence[Any]) -> Record:
     return Record(seq, at, incarnation, Subject(**dict(zip(_SUBJECT, subject, strict=True))), event)
 
 
-def _shape(change: Change) -> tuple[type[Change], str, tuple[str, ...]]:
-    columns = tuple(change.values) if isinstance(change, Update) else ()
-    return type(change), change.table, columns
+def _shape(change: Change) -> tuple[type[Change], str, tuple[str, ...], bool]:
+    if isinstance(change, Update):
+        return Update, change.table, tuple(change.values), change.open
+    return type(change), change.table, (), False
 
 
 def _execute(connection: Connection, changes: list[Change]) -> None:
@@ -210,19 +219,26 @@ def _execute(connection: Connection, changes: list[Change]) -> None:
 
 
 @functools.cache  # few shapes, and to make a statement costs more than to run it
-def _statement(kind: type[Change], name: str, columns: tuple[str, ...]) -> Executable:
+def _statement(kind: type[Change], name: str, columns: tuple[str, ...], is_open: bool) -> Executable:
     table = schema.metadata.tables[name]
     keys = rows.TABLES[name][1]
     if kind is Update:
         chosen = update(table).where(*(table.c[key] == bindparam(f"key_{key}") for key in keys))
+        if is_open:
+            chosen = chosen.where(schema.OPEN_JOBS)
         return chosen.values({column: bindparam(f"new_{column}") for column in columns})
     if kind is Insert:
         return insert(table)
-    replacing = upsert(table)
-    return replacing.on_conflict_do_update(
-        index_elements=list(keys),
-        set_={c.name: replacing.excluded[c.name] for c in table.columns if c.name not in keys},
-    )
+    putting = upsert(table)
+    new = putting.excluded
+    others = [column for column in table.columns if column.name not in keys]
+    values: dict[str, ColumnElement[Any]] = {column.name: new[column.name] for column in others}
+    if kind is Add:
+        sums = rows.TABLES[name][0].SUMS
+        for old in others:
+            added, replaced = old + new[old.name], func.coalesce(new[old.name], old)
+            values[old.name] = added if old.name in sums else replaced
+    return putting.on_conflict_do_update(index_elements=list(keys), set_=values)
 
 
 def check(connection: Connection) -> list[str]:

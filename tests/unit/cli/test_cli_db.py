@@ -84,7 +84,7 @@ def test_a_row_that_no_event_made_is_found(home, tink_json):
 def test_an_event_that_cannot_be_read_is_found(home, tink_json):
     alter(home.journal, "UPDATE events SET kind = 'miracle' WHERE seq = 5")
     code, document = tink_json("db", "check", "--home", home.root)
-    assert (code, list(wrong(document))) == (1, [("journal", "tables")])
+    assert (code, list(wrong(document))) == (1, [("journal", "events"), ("journal", "tables")])
 
 
 def test_another_schema_is_found(home, tink_json):

@@ -9,6 +9,7 @@ import socket
 import pytest
 
 import tink as package
+from tink.audit.questions import QUESTIONS
 from tink.cli.main import COMMANDS, parser
 from tink.trainer import engines, process
 from tink.trainer.options import Options
@@ -35,6 +36,10 @@ def test_the_commands_are_these():
         ("jobs",),
         ("jobs", "show"),
         ("sql",),
+        ("audit",),
+        *(("audit", question) for question in QUESTIONS),
+        ("journal",),
+        ("journal", "verify"),
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),

@@ -12,7 +12,7 @@ import pytest
 from cli_home import MODEL, TRAINED
 from trio.testing import MockClock
 
-from tink.cli import sql as command
+from tink.cli import answers as command
 from tink.journal import sql
 from tink.limits import SQL_CELL
 

@@ -145,6 +145,11 @@ HISTORY: list[tuple[Subject, AnyEvent]] = [
         _about(MODEL, job_id="s:train:0:5"),
         events.JobAccepted(op="optim_step", seq_id=5, request="{}", body_bytes=2, key="k"),
     ),
+    (_about(MODEL), events.Redone(first=1, last=2, run_ms=3.5)),
+    (
+        _about(MODEL, job_id="s:train:0:5"),
+        events.JobDone(metrics={"grad_norm": 0.5}, run_ms=2.0, step=1, learning_rate=1e-4),
+    ),
 ]
 
 
@@ -227,7 +232,13 @@ def test_a_projection_fits_its_tables(kind: str) -> None:
 
 
 def test_history_without_a_projection_changes_nothing() -> None:
-    silent = {events.TrainerStarted, events.ClientFailed, events.Diverged, events.BodiesPruned}
+    silent = {
+        events.TrainerStarted,
+        events.ClientFailed,
+        events.Diverged,
+        events.Redone,
+        events.BodiesPruned,
+    }
     for record in _records():
         assert (project(record) == []) == (type(record.event) in silent)
 
@@ -247,12 +258,14 @@ def test_an_update_of_nothing_raises() -> None:
 
 @pytest.mark.parametrize("index", range(len(HISTORY)))
 def test_an_event_twice_is_never_taken_silently_for_two(index: int) -> None:
-    """An insert twice raises; what only updates gives the same state again."""
+    """An insert or an end twice raises; what only updates gives the same state again."""
     records = _records()
     ledger = fold(records[: index + 1])
     before = _state(ledger)
     changes = project(records[index])
-    if any(isinstance(change, Insert) for change in changes):
+    if any(
+        isinstance(change, Insert) or (isinstance(change, Update) and change.open) for change in changes
+    ):
         with pytest.raises(LookupError):
             ledger.apply(changes)
     else:

@@ -171,6 +171,8 @@ def _job_goes_on(draw: st.DrawFn, state: _State) -> Entry:
         metrics=draw(st.dictionaries(texts, floats, max_size=2)),
         run_ms=draw(floats),
         idle_ms=draw(st.none() | floats),
+        step=None if model_id is None else draw(st.none() | st.integers(1, 3)),
+        learning_rate=draw(st.none() | floats),
     )
     failed = events.JobFailed(
         category=draw(st.sampled_from(["user", "server"])),

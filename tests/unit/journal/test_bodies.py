@@ -212,7 +212,7 @@ async def test_a_result_that_no_event_names_yet_is_not_dropped(
         digest = await journal.bodies.put(b"a result")
         await _drop(journal, digest)
         assert await journal.bodies.get(digest) == b"a result"
-        await journal.append((Subject(job_id="j0"), JobDone(result_sha256=digest)))
+        await journal.append((Subject(tenant="t", job_id="j0"), JobDone(result_sha256=digest)))
         assert journal.bodies._unnamed == {}
 
 

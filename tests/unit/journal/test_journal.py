@@ -149,7 +149,7 @@ async def test_every_call_of_the_journal_is_a_checkpoint(autojump_clock: MockClo
         # In memory; and once it has ended and is forgotten, from the database.
         for ended in (False, True):
             if ended:
-                await journal.append((Subject(job_id="j"), JobDone()))
+                await journal.append((Subject(tenant="t", job_id="j"), JobDone()))
                 journal._recent.clear()
             with assert_checkpoints():
                 await journal.job("j")
@@ -342,7 +342,7 @@ DAMAGE = {
     "an event is about nobody": "UPDATE events SET session_id = NULL WHERE seq = 2",
     "an event is there twice": (
         "INSERT INTO events SELECT (SELECT max(seq) + 1 FROM events), at, incarnation, tenant, kind, "
-        "session_id, model_id, job_id, adapter_id, replica, data FROM events WHERE seq = 2"
+        "session_id, model_id, job_id, adapter_id, replica, data, hash FROM events WHERE seq = 2"
     ),
 }
 

@@ -15,9 +15,10 @@ from sqlalchemy import Connection
 from trio.testing import MockClock
 
 from tests.unit.journal.journal_kit import new_home, opened, session
+from tink.domain.events import JobAccepted, JobDone, Subject
 from tink.errors import StartupError
 from tink.home import Home
-from tink.journal import migrations, revisions, store
+from tink.journal import chain, migrations, revisions, store, views
 from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
 from tink.journal.revisions import Database
@@ -95,7 +96,7 @@ def test_a_start_without_a_migration_does_not_wait_for_alembic(tmp_path: Path) -
 
 MIGRATION = """
 from alembic import op
-revision, down_revision = "0002", "0001"
+revision, down_revision = "9000", "{head}"
 def upgrade():
     op.execute("CREATE TABLE added (x)")
     op.execute("UPDATE sessions SET sdk_version = '{version}' WHERE session_id = 's1'")
@@ -105,7 +106,7 @@ def upgrade():
 @pytest.fixture
 def write_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
     """Writes the journal's next migration, which this Tink then has."""
-    config = migrations._config
+    config, head = migrations._config, revisions.HEADS["journal"]
 
     def longer(connection: Connection, database: Database) -> Any:
         made = config(connection, database)
@@ -115,9 +116,9 @@ def write_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         return made
 
     def write(version: str) -> None:
-        (tmp_path / "0002_next.py").write_text(MIGRATION.format(version=version))
+        (tmp_path / "9000_next.py").write_text(MIGRATION.format(version=version, head=head))
         monkeypatch.setattr(migrations, "_config", longer)
-        monkeypatch.setitem(revisions.HEADS, "journal", "0002")
+        monkeypatch.setitem(revisions.HEADS, "journal", "9000")
 
     return write
 
@@ -150,7 +151,7 @@ async def test_a_start_after_a_migration_looks_at_all_of_the_journal(
         prepare(home)
     assert "added" not in _tables(home)
     with _connected(home.journal) as connection:
-        assert revisions.current(connection, "journal") == "0001"
+        assert revisions.current(connection, "journal") not in (None, "9000")
 
     write_next("5")
     async with opened(home) as journal:
@@ -180,7 +181,8 @@ def test_every_constraint_of_the_code_is_in_the_database(tmp_path: Path, databas
             else:
                 migrations.METADATA[database].create_all(connection)
             found = connection.exec_driver_sql(
-                "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE '%schema_version'"
+                "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'view' "
+                "AND name NOT LIKE '%schema_version'"
             )
             statements.append({" ".join(str(sql).split()) for sql in found.scalars()})
     migrated, made = statements
@@ -203,3 +205,58 @@ def _parts(sql: str) -> tuple[str, frozenset[str]]:
         else:
             current += letter
     return head.strip(), frozenset([*parts, current.strip()])
+
+
+# -- from every revision that was ever released -----------------------------------------------------
+
+# What takes a journal of this Tink back to that revision.
+BACK = {
+    "0001": [
+        *(f"DROP VIEW {name}" for name in views.VIEWS),
+        "DROP TABLE steps",
+        "DROP TABLE usage",
+        "DROP INDEX ix_jobs_model_id_step",
+        "DROP INDEX ix_jobs_retried",
+        "DROP INDEX ix_checkpoints_directory",
+        "ALTER TABLE events DROP COLUMN hash",
+        "ALTER TABLE models DROP COLUMN steps",
+        *(f"ALTER TABLE {table} DROP COLUMN step" for table in ("jobs", "adapters", "checkpoints")),
+    ],
+}
+
+
+@pytest.mark.parametrize("revision", BACK)
+async def test_a_journal_of_an_older_revision_becomes_what_its_events_say(
+    autojump_clock: MockClock, tmp_path: Path, revision: str
+) -> None:
+    home = new_home(tmp_path)
+    who = Subject(tenant="t", session_id="s1", model_id="m", job_id="m:0")
+    accepted = JobAccepted(op="create_model", seq_id=0, model_seq_id=0, request="{}")
+    sample = Subject(tenant="t", session_id="s1", job_id="x:0")
+    async with opened(home) as journal:
+        await journal.append(session(1))
+        await journal.append((who, accepted), (who, JobDone(tokens_in=5, run_ms=0.1)))
+        await journal.append((sample, JobAccepted(op="sample", seq_id=0)))
+        await journal.append((sample, JobDone(tokens_in=7, tokens_out=9, run_ms=0.2)))
+    with _connected(home.journal) as connection:
+        for statement in BACK[revision]:
+            connection.exec_driver_sql(statement)
+        connection.exec_driver_sql(f"UPDATE journal_schema_version SET version_num = '{revision}'")
+        connection.commit()
+
+    prepare(home)
+    with _connected(home.journal) as connection:
+        assert migrations.differences(connection, "journal") == []
+        assert store.check(connection) == []
+        assert list(chain.breaks(connection)) == []
+        (usage,) = connection.exec_driver_sql("SELECT * FROM v_usage").mappings()
+    assert usage["tokens"] == 5 + 7 + 9
+    async with opened(home) as journal:
+        await journal.append(session(2))
+    with _connected(home.journal) as connection:
+        assert list(chain.breaks(connection)) == []
+
+
+def test_every_revision_but_the_last_has_its_way_back(tmp_path: Path) -> None:
+    with _connected(tmp_path / "db.sqlite") as connection:
+        assert sorted(migrations.known(connection, "journal"))[:-1] == sorted(BACK)

@@ -1,0 +1,1 @@
+"""Questions about what happened, in the SQL that answers them."""

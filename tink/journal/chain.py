@@ -1,0 +1,85 @@
+"""The chain of hashes through the events: each has a sha256 over that of the one before it and itself. A
+row that is changed, removed or put elsewhere breaks it there. Whoever can write the file can also make a
+whole new chain: against that, note the head now and then where he cannot write, and give it to `verify`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection, select
+
+from tink.errors import UNREADABLE, UserError
+from tink.journal import schema
+
+# Before the first event.
+START = bytes(32)
+
+# What is hashed, in this order: what a journal says must not depend on how its database keeps it.
+COLUMNS = (
+    *("seq", "at", "incarnation", "kind"),
+    *("tenant", "session_id", "model_id", "job_id", "adapter_id", "replica", "data"),
+)
+_ENCODER = msgspec.json.Encoder(order="sorted")
+
+
+class Head(NamedTuple):
+    """The last event and its hash: they stand for all that came before."""
+
+    seq: int
+    hash: bytes
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash.hex()}"
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        seq, _, digest = text.partition(":")
+        try:
+            found = cls(int(seq), bytes.fromhex(digest))
+        except ValueError:
+            found = cls(0, b"")
+        if found.seq < 1 or len(found.hash) != len(START):
+            raise UserError(f"{text[:200]!r} is no head: SEQ:HASH is, as 'tink journal verify' prints it")
+        return found
+
+
+def link(before: bytes, row: Mapping[str, Any]) -> bytes:
+    """The hash of an event whose columns are in `row`, behind the one whose hash is `before`."""
+    return hashlib.sha256(before + _ENCODER.encode([row[name] for name in COLUMNS])).digest()
+
+
+def head(connection: Connection) -> Head:
+    """Of the whole journal; seq 0 if it is empty."""
+    table = schema.events
+    query = select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    return Head(0, START) if row is None else Head(row.seq, bytes(row.hash or b""))
+
+
+def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
+    """One line for each place where the events are not what was written. `noted`: a head from earlier,
+    which must be in the chain."""
+    table = schema.events
+    columns = [table.c[name] for name in (*COLUMNS, "hash")]
+    last = Head(0, START)
+    read = connection.execution_options(yield_per=1000).execute(select(*columns).order_by(table.c.seq))
+    found = False
+    try:
+        for row in map(dict, read.mappings()):
+            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
+            if seq != last.seq + 1:
+                yield f"no events from {last.seq + 1} to {seq - 1}"
+            elif link(last.hash, row) != kept:
+                yield f"event {seq} is not what was written behind event {last.seq}"
+            if noted is not None and seq == noted.seq:
+                found = True
+                if kept != noted.hash:
+                    yield f"event {seq} has the hash {kept.hex()}, not the noted {noted.hash.hex()}"
+            last = Head(seq, kept)
+    except UNREADABLE as error:
+        yield f"an event behind {last.seq} cannot be read: {error}"
+    if noted is not None and not found:
+        yield f"event {noted.seq}, whose hash was noted, is not there: the last one is {last.seq}"
