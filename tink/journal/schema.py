@@ -299,6 +299,8 @@ steps = Table(
     Column("learning_rate", Double),
     Column("grad_norm", Double),
     Column("finished_at", Double),
+    # By its key on disk: an audit goes through all of it.
+    sqlite_with_rowid=False,
 )
 
 usage = Table(

@@ -50,6 +50,7 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(["model_id"], ["models.model_id"], name=op.f("fk_steps_model_id")),
         sa.PrimaryKeyConstraint("model_id", "step", name=op.f("pk_steps")),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "usage",
