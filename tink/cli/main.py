@@ -26,7 +26,7 @@ examples:
 Settings are environment variables; 'tink config' prints them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-COMMANDS = ("serve", "config", "doctor", "status", "jobs", "sql", "db", "trainer", "vllm")
+COMMANDS = ("serve", "config", "doctor", "status", "jobs", "sql", "replay", "db", "trainer", "vllm")
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
