@@ -5,8 +5,10 @@ the events equals the tables by construction; that it does is checked, the end o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import singledispatch
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from functools import cache, singledispatch
+from operator import attrgetter
 from typing import Any, cast
 
 import msgspec
@@ -17,9 +19,26 @@ from tink.domain.events import AnyEvent, Record
 Key = tuple[Any, ...]
 
 
+def _key_of(columns: tuple[str, ...]) -> Callable[[rows.Row], Key]:
+    get = attrgetter(*columns)
+    return (lambda row: (get(row),)) if len(columns) == 1 else get
+
+
+# table -> the primary key of one of its rows.
+_KEYS: dict[str, Callable[[rows.Row], Key]] = {
+    table: _key_of(columns) for table, (_, columns) in rows.TABLES.items()
+}
+# table -> its place among them.
+_ORDER = {table: place for place, table in enumerate(rows.TABLES)}
+
+
 class Insert(msgspec.Struct, frozen=True):
     table: str
     row: rows.Row
+
+    @property
+    def key(self) -> Key:
+        return _KEYS[self.table](self.row)
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -32,19 +51,28 @@ class Upsert(msgspec.Struct, frozen=True):
     table: str
     row: rows.Row
 
+    @property
+    def key(self) -> Key:
+        return _KEYS[self.table](self.row)
+
 
 Change = Insert | Update | Upsert
 
 
 def project(record: Record) -> list[Change]:
     """The changes of one event, in order. Depends on nothing but the record."""
-    return list(_changes(record.event, record))
+    return list(_changes_of(type(record.event))(record.event, record))
 
 
 @singledispatch
 def _changes(event: AnyEvent, record: Record) -> Iterator[Change]:
     """Most events are history only: no projection changes."""
     return iter(())
+
+
+# A fold asks for each event, and there are few kinds: a generic function's own look-up takes as long as all
+# the rest of it.
+_changes_of = cache(_changes.dispatch)
 
 
 @_changes.register
@@ -317,6 +345,30 @@ def _(event: events.SamplerCreated, record: Record) -> Iterator[Change]:
     )
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """A row of which two ledgers do not say the same. `old` is None where it is made, `new` where it is
+    gone."""
+
+    table: str
+    key: Key
+    old: rows.Row | None
+    new: rows.Row | None
+
+    @property
+    def columns(self) -> dict[str, tuple[Any, Any]]:
+        """What has changed in a row that is in both: column -> (old, new)."""
+        if self.old is None or self.new is None:
+            return {}
+        both = (
+            (name, getattr(self.old, name), getattr(self.new, name)) for name in self.old.__struct_fields__
+        )
+        return {name: (old, new) for name, old, new in both if old != new}
+
+    def reversed(self) -> Difference:
+        """The way back."""
+        return Difference(self.table, self.key, self.new, self.old)
+
+
 class Ledger:
     """The projections in memory: each table is primary key -> row."""
 
@@ -353,7 +405,7 @@ class Ledger:
         return (one for one in samplers if self.sessions[(one.session_id,)].state == "open")
 
     def put(self, table: str, row: rows.Row) -> None:
-        self.tables[table][_key(table, row)] = row
+        self.tables[table][_KEYS[table](row)] = row
         if isinstance(row, rows.Checkpoint):
             address = (row.model_id, row.kind, row.name)
             if row.state == "live" or address not in self._addresses:
@@ -382,18 +434,41 @@ class Ledger:
                     raise LookupError(f"{change.table} has no row {change.key}")
                 for column, value in change.values.items():
                     setattr(row, column, value)
-            elif isinstance(change, Insert) and _key(change.table, change.row) in self.tables[change.table]:
-                raise LookupError(f"{change.table} has the row {_key(change.table, change.row)} already")
+            elif isinstance(change, Insert) and change.key in self.tables[change.table]:
+                raise LookupError(f"{change.table} has the row {change.key} already")
             else:
                 self.put(change.table, change.row)
 
-    def differences(self, other: Ledger) -> Iterator[str]:
-        """One line for each row in which the two are not the same."""
+    def compare(self, other: Ledger) -> Iterator[Difference]:
+        """Each row in which the two are not the same: `old` is this one's. By table and key."""
         for name in rows.TABLES:
             mine, theirs = self.tables[name], other.tables[name]
-            for key in sorted(mine.keys() | theirs.keys(), key=repr):
-                if mine.get(key) != theirs.get(key):
-                    yield f"{name}{list(key)}: {mine.get(key)} is not {theirs.get(key)}"
+            unlike = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
+            for key in sorted(unlike, key=repr):
+                yield Difference(name, key, mine.get(key), theirs.get(key))
+
+    def differences(self, other: Ledger) -> Iterator[str]:
+        """The same, a line for each row."""
+        for found in self.compare(other):
+            yield f"{found.table}{list(found.key)}: {found.old} is not {found.new}"
+
+    def follow(self, records: Iterable[Record]) -> list[Difference]:
+        """Applies the records, and tells what they changed in all: what `compare` would say of a copy from
+        before, but only the rows that they touch are looked at and copied. `new` is the ledger's own row.
+        LookupError as of `apply`."""
+        before: dict[tuple[str, Key], rows.Row | None] = {}
+        for record in records:
+            changes = project(record)
+            for change in changes:
+                place = change.table, change.key
+                if place not in before:
+                    before[place] = copy(self.tables[change.table].get(change.key))
+            self.apply(changes)
+        after = (
+            Difference(table, key, old, self.tables[table][key]) for (table, key), old in before.items()
+        )
+        unlike = [found for found in after if found.old != found.new]
+        return sorted(unlike, key=lambda found: (_ORDER[found.table], repr(found.key)))
 
 
 def fold(records: Iterable[Record]) -> Ledger:
@@ -417,7 +492,7 @@ def last_written(records: Iterable[Record]) -> Written:
             if isinstance(change, Update):
                 written.setdefault((change.table, change.key), {}).update(change.values)
                 continue
-            place = change.table, _key(change.table, change.row)
+            place = change.table, change.key
             if isinstance(change, Insert) and place in written:
                 raise LookupError(f"event {record.seq} makes {change.table}{list(place[1])} anew")
             written[place] = msgspec.structs.asdict(change.row)
@@ -435,7 +510,3 @@ def missing(written: Written, stored: Ledger) -> Iterator[str]:
         if wrong:
             found = {column: getattr(row, column) for column in wrong}
             yield f"{table}{list(key)}: {wrong} is not {found}"
-
-
-def _key(table: str, row: rows.Row) -> Key:
-    return tuple(getattr(row, column) for column in rows.TABLES[table][1])

@@ -14,7 +14,9 @@ JobState = Literal["accepted", "running", "done", "failed", "cancelled"]
 OPEN: frozenset[JobState] = frozenset({"accepted", "running"})
 
 
-class Row(msgspec.Struct, kw_only=True):
+# gc=False, here and in the events' Subject: a fold makes millions of them, and nothing that they hold can
+# lead back to them.
+class Row(msgspec.Struct, kw_only=True, gc=False):
     @property
     def ended(self) -> bool:
         """Nothing more will happen to it: a worker has no need to keep it in memory."""

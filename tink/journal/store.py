@@ -41,7 +41,7 @@ from tink.domain.projection import (
 )
 from tink.errors import UNREADABLE, StartupError
 from tink.journal import schema
-from tink.limits import CHECKED_EVENTS, SQL_KEYS
+from tink.limits import CHECKED_EVENTS, READ_ROWS, SQL_KEYS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -94,8 +94,10 @@ def read_events(connection: Connection, after: int = 0) -> Iterator[Record]:
     """Every event behind `after`, in order. LookupError for one that is damaged."""
     table = schema.events
     query = select(*_COLUMNS).where(table.c.seq > after).order_by(table.c.seq)
-    for row in connection.execution_options(stream_results=True).execute(query):
-        yield _record(row)
+    found = connection.execution_options(stream_results=True).execute(query)
+    for part in found.partitions(READ_ROWS):
+        for row in part:
+            yield _record(row)
 
 
 def event_of(connection: Connection, seq: int) -> Record:
@@ -181,12 +183,20 @@ def read_rows(connection: Connection, query: Select[Any], kind: type[R]) -> Iter
 
 
 def _record(row: Sequence[Any]) -> Record:
-    seq, at, incarnation, kind, data, *subject = row
+    seq, at, incarnation, kind, data, tenant, session_id, model_id, job_id, adapter_id, replica = row
     try:
         event: AnyEvent = _DECODERS[kind].decode(data)
     except (KeyError, *UNREADABLE) as error:
         raise LookupError(f"event {seq} is not one that this Tink can read: {error}") from None
-    return Record(seq, at, incarnation, Subject(**dict(zip(_SUBJECT, subject, strict=True))), event)
+    subject = Subject(
+        tenant=tenant,
+        session_id=session_id,
+        model_id=model_id,
+        job_id=job_id,
+        adapter_id=adapter_id,
+        replica=replica,
+    )
+    return Record(seq, at, incarnation, subject, event)
 
 
 def _shape(change: Change) -> tuple[type[Change], str, tuple[str, ...]]:
@@ -206,7 +216,7 @@ def _execute(connection: Connection, changes: list[Change]) -> None:
     ]
     done = connection.execute(_statement(*_shape(first)), parameters)
     if isinstance(first, Update) and done.rowcount != len(parameters):
-        raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")  # type: ignore[union-attr]
+        raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")
 
 
 @functools.cache  # few shapes, and to make a statement costs more than to run it
