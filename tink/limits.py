@@ -109,6 +109,11 @@ SQL_STEPS = 10_000
 # Characters of a cell in a table that is printed.
 SQL_CELL = 120
 
+# -- tink replay -----------------------------------------------------------------------------------
+
+# Of each table: a long screen.
+STATE_ROWS = 50
+
 # -- tink doctor -----------------------------------------------------------------------------------
 
 # With less room than this the next checkpoints may fail; with less than that the journal's next commit.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from rich.measure import Measurement
 
 from tink.cli import printing
 from tink.cli.homes import find_home
@@ -146,13 +145,7 @@ def _table(answer: Answer) -> bytes:
     made = printing.table(*map(printing.text, answer.columns), right=tuple(map(printing.text, numbers)))
     for row in answer.rows:
         made.add_row(*(printing.text(_short(_plain(value))) for value in row))
-    # As wide as it is: a line that runs over can be read, a column that is cut off cannot.
-    console = printing.console()
-    endless = console.options.update(max_width=sum(SQL_CELL + 2 for _ in answer.columns))
-    console = printing.console(Measurement.get(console, endless, made).maximum)
-    with console.capture() as captured:
-        console.print(made)
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()).encode()
+    return printing.wide(made).encode()
 
 
 def _short(value: Any) -> Any:
