@@ -80,14 +80,8 @@ def plain(value: object) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
-def cell(value: object) -> str:
-    """A value of the journal in short: JSON is JSON, and what is too long is cut."""
-    match value:
-        case dict() | list():
-            value = msgspec.json.encode(value).decode()
-        case float():
-            value = f"{value:.12g}"
-    line = plain(value)
+def short(line: str) -> str:
+    """What fits a cell."""
     return line if len(line) <= SQL_CELL else f"{line[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -20,7 +20,6 @@ from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal.reader import open_journal
 from tink.journal.sql import Answer, ask
-from tink.limits import SQL_CELL
 from tink.logs import write_line
 from tink.world import World
 
@@ -149,8 +148,9 @@ def _table(answer: Answer) -> bytes:
 
 
 def _short(value: Any) -> Any:
-    text = "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= SQL_CELL else f"{text[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return printing.short(
+        "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
+    )
 
 
 def _csv(answer: Answer) -> bytes:

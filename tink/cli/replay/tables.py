@@ -46,7 +46,7 @@ def print_row(table: str, key: Key, row: rows.Row) -> None:
     """All of it."""
     print(_place(table, key))
     for name in row.__struct_fields__:
-        print(f"  {name}: {_cell(name, getattr(row, name))}")
+        print(f"  {name}: {_value(name, getattr(row, name))}")
 
 
 def print_differences(found: Iterable[Difference], indent: str = "") -> None:
@@ -57,7 +57,7 @@ def print_differences(found: Iterable[Difference], indent: str = "") -> None:
         if one.columns:
             print(f"{indent}~ {place}")
             for name, (old, new) in one.columns.items():
-                print(f"{indent}    {name}: {_cell(name, old)} -> {_cell(name, new)}")
+                print(f"{indent}    {name}: {_value(name, old)} -> {_value(name, new)}")
         elif row is not None:
             keys = rows.TABLES[one.table][1]
             values = {name: getattr(row, name) for name in row.__struct_fields__ if name not in keys}
@@ -100,6 +100,13 @@ def _in_short(values: dict[str, Any]) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    if name.endswith("_at") and isinstance(value, float):
-        return printing.instant(value)
-    return printing.cell(value)
+    return printing.short(_value(name, value))
+
+
+def _value(name: str, value: Any) -> str:
+    """All of it: two numbers that differ in a bit do not look the same."""
+    if isinstance(value, dict | list):
+        value = msgspec.json.encode(value).decode()
+    elif isinstance(value, float):
+        value = printing.instant(value) if name.endswith("_at") else repr(value)
+    return printing.plain(value)
