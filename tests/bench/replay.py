@@ -27,9 +27,10 @@ SUMMARY = "the state at the end of a long journal, folded from its events"
 
 
 class Fold(NamedTuple):
-    """One run of the command: `seconds`, and at the most `rss` in MB."""
+    """One run of the command: `seconds`, `cpu` seconds of it, and at the most `rss` in MB."""
 
     seconds: float
+    cpu: float
     rss: float
 
 
@@ -54,23 +55,25 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
         # In turn: the machine may get slower or faster meanwhile.
         some = [(read(long), fold(long), fold(short), fold(long, model)) for _ in range(arguments.runs)]
         reads, longs, shorts, models = zip(*some, strict=True)
-        seconds, least = (median(one.seconds for one in found) for found in (longs, shorts))
+        seconds = median(one.seconds for one in longs)
         yield Figure("replay_events", events / seconds, "events/s", events / median(reads))
-        yield Figure("replay_seconds", seconds, "s", least)
+        for name, unit in (("seconds", "s"), ("cpu", "s"), ("rss", "MB")):
+            found, base = (median(getattr(one, name) for one in of) for of in (longs, shorts))
+            yield Figure(f"replay_{name}", found, unit, base)
         yield Figure("replay_model_seconds", median(one.seconds for one in models), "s", seconds)
-        rss, base = (median(one.rss for one in found) for found in (longs, shorts))
-        yield Figure("replay_rss", rss, "MB", base)
+        rss, base = (median(one.rss for one in of) for of in (longs, shorts))
         yield Figure("replay_bytes_per_job", (rss - base) * 1e6 / jobs, "B")
 
 
-# The command, which then says how much memory it has had. (The kernel's own account of a process that has
-# ended begins with what its parent had.)
+# The command, which then says what it has taken. (The kernel's own account of the memory of a process that
+# has ended begins with what its parent had.)
 COMMAND = """
-import re, sys
+import re, sys, time
 from pathlib import Path
 from tink.cli.main import main
 status = main(sys.argv[1:])
-print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1], file=sys.stderr)
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
+print(time.process_time(), peak, file=sys.stderr)
 sys.exit(status)
 """
 
@@ -89,7 +92,8 @@ def fold(home: Home, model: str | None = None) -> Fold:
     seconds = time.monotonic() - began
     if done.returncode:
         raise SystemExit(f"tink replay state failed:\n{done.stderr}")
-    return Fold(seconds, int(done.stderr) * 1024 / 1e6)
+    cpu, peak = done.stderr.split()
+    return Fold(seconds, float(cpu), int(peak) * 1024 / 1e6)
 
 
 def read(home: Home) -> float:
