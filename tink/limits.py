@@ -91,6 +91,9 @@ READ_CONNECTIONS = 4
 CHECKED_EVENTS = 5_000
 # Keys of one query: every build of SQLite takes so many parameters.
 SQL_KEYS = 400
+# Events that are taken from SQLite at a time. A call for each would take as long as the reading; and
+# Python's garbage collector, which comes after 700 new objects, shall not come for them.
+READ_ROWS = 200
 # Of each check of a journal: a damaged one has as many problems as it has rows.
 SHOWN_PROBLEMS = 100
 # Bodies that a check holds at once: each may be as large as a request.
@@ -105,6 +108,11 @@ SQL_ANSWER_BYTES = 256 * 1024 * 1024
 SQL_STEPS = 10_000
 # Characters of a cell in a table that is printed.
 SQL_CELL = 120
+
+# -- tink replay -----------------------------------------------------------------------------------
+
+# Of each table: a long screen.
+STATE_ROWS = 50
 
 # -- tink doctor -----------------------------------------------------------------------------------
 

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import affinity, calls, lane, recovery, sampling
+from tests.bench import affinity, calls, lane, recovery, replay, sampling
 
 BENCHES: dict[str, ModuleType] = {
     "affinity": affinity,
     "calls": calls,
     "lane": lane,
     "recovery": recovery,
+    "replay": replay,
     "sampling": sampling,
 }
 

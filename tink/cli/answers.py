@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from rich.measure import Measurement
 
 from tink.cli import printing
 from tink.cli.homes import find_home
@@ -21,7 +20,6 @@ from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal.reader import open_journal
 from tink.journal.sql import Answer, ask
-from tink.limits import SQL_CELL
 from tink.logs import write_line
 from tink.world import World
 
@@ -132,18 +130,13 @@ def _table(answer: Answer) -> bytes:
     made = printing.table(*map(printing.text, answer.columns), right=tuple(map(printing.text, numbers)))
     for row in answer.rows:
         made.add_row(*(printing.text(_short(_plain(value))) for value in row))
-    # As wide as it is: a line that runs over can be read, a column that is cut off cannot.
-    console = printing.console()
-    endless = console.options.update(max_width=sum(SQL_CELL + 2 for _ in answer.columns))
-    console = printing.console(Measurement.get(console, endless, made).maximum)
-    with console.capture() as captured:
-        console.print(made)
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()).encode()
+    return printing.wide(made).encode()
 
 
 def _short(value: Any) -> Any:
-    text = "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= SQL_CELL else f"{text[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return printing.short(
+        "" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
+    )
 
 
 def _csv(answer: Answer) -> bytes:

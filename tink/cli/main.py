@@ -28,17 +28,9 @@ Settings are environment variables; 'tink config' prints them."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
 COMMANDS = (
-    "serve",
-    "config",
-    "doctor",
-    "status",
-    "jobs",
-    "sql",
-    "audit",
-    "journal",
-    "db",
-    "trainer",
-    "vllm",
+    *("serve", "config", "doctor", "status", "jobs"),
+    *("sql", "audit", "journal", "replay"),
+    *("db", "trainer", "vllm"),
 )
 
 

@@ -7,6 +7,10 @@ import argparse
 
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**9):
+    if not is_positive(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)
+
+
+def is_positive(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 0 < int(text) < 10**9

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shutil
 from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+
+from tink.limits import SQL_CELL
 
 # Where the output goes into a file or a pipe.
 PIPE_COLUMNS = 200
@@ -65,10 +69,30 @@ def state(name: str) -> str:
 
 def text(value: object) -> str:
     """Whatever came from outside, on one line, with no control characters; `-` for nothing."""
+    return escape(plain(value))
+
+
+def plain(value: object) -> str:
+    """The same where it is printed without rich."""
     if value is None or value == "":
         return "-"
     line = " ".join(str(value).split())
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def short(line: str) -> str:
+    """What fits a cell."""
+    return line if len(line) <= SQL_CELL else f"{line[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def wide(made: Table) -> str:
+    """As wide as it is: a line that runs over can be read, a column that is cut off cannot."""
+    here = console()
+    endless = here.options.update(max_width=sum(SQL_CELL + 2 for _ in made.columns))
+    here = console(Measurement.get(here, endless, made).maximum)
+    with here.capture() as captured:
+        here.print(made)
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def moment(seconds: float | None) -> str:
@@ -76,6 +100,13 @@ def moment(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def instant(seconds: float) -> str:
+    """The same to the millisecond, as ISO 8601 has it, and rounded up: who gives it back means a time at
+    which what happened then has happened."""
+    moment = datetime.datetime.fromtimestamp(math.ceil(seconds * 1000) / 1000)
+    return moment.isoformat(timespec="milliseconds")
 
 
 def duration(seconds: float | None) -> str:

@@ -312,7 +312,7 @@ AnyEvent = (
 )
 
 
-class Subject(msgspec.Struct, frozen=True, kw_only=True):
+class Subject(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Whom an event is about: the indexed columns beside its data."""
 
     tenant: str | None = None

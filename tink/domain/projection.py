@@ -5,9 +5,11 @@ the events equals the tables by construction; that it does is checked, the end o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from datetime import UTC, datetime
-from functools import singledispatch
+from functools import cache, singledispatch
+from operator import attrgetter
 from typing import Any, cast
 
 import msgspec
@@ -18,9 +20,30 @@ from tink.domain.events import AnyEvent, Record
 Key = tuple[Any, ...]
 
 
-class Insert(msgspec.Struct, frozen=True):
+def _key_of(columns: tuple[str, ...]) -> Callable[[rows.Row], Key]:
+    get = attrgetter(*columns)
+    return (lambda row: (get(row),)) if len(columns) == 1 else get
+
+
+# table -> the primary key of one of its rows.
+_KEYS: dict[str, Callable[[rows.Row], Key]] = {
+    table: _key_of(columns) for table, (_, columns) in rows.TABLES.items()
+}
+# table -> its place among them.
+_ORDER = {table: place for place, table in enumerate(rows.TABLES)}
+
+
+class _OfRow(msgspec.Struct, frozen=True):
     table: str
     row: rows.Row
+
+    @property
+    def key(self) -> Key:
+        return _KEYS[self.table](self.row)
+
+
+class Insert(_OfRow, frozen=True):
+    pass
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -31,17 +54,13 @@ class Update(msgspec.Struct, frozen=True):
     open: bool = False
 
 
-class Upsert(msgspec.Struct, frozen=True):
-    table: str
-    row: rows.Row
+class Upsert(_OfRow, frozen=True):
+    pass
 
 
-class Add(msgspec.Struct, frozen=True):
+class Add(_OfRow, frozen=True):
     """To the row of that key, or to none: the sums of the table grow by the row's, and what else it says
     takes the place of what was there."""
-
-    table: str
-    row: rows.Row
 
 
 Change = Insert | Update | Upsert | Add
@@ -49,13 +68,18 @@ Change = Insert | Update | Upsert | Add
 
 def project(record: Record) -> list[Change]:
     """The changes of one event, in order. Depends on nothing but the record."""
-    return list(_changes(record.event, record))
+    return list(_changes_of(type(record.event))(record.event, record))
 
 
 @singledispatch
 def _changes(event: AnyEvent, record: Record) -> Iterator[Change]:
     """Most events are history only: no projection changes."""
     return iter(())
+
+
+# A fold asks for each event, and there are few kinds: a generic function's own look-up takes as long as all
+# the rest of it.
+_changes_of = cache(_changes.dispatch)
 
 
 @_changes.register
@@ -373,6 +397,30 @@ def _(event: events.SamplerCreated, record: Record) -> Iterator[Change]:
     )
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """A row of which two ledgers do not say the same. `old` is None where it is made, `new` where it is
+    gone."""
+
+    table: str
+    key: Key
+    old: rows.Row | None
+    new: rows.Row | None
+
+    @property
+    def columns(self) -> dict[str, tuple[Any, Any]]:
+        """What has changed in a row that is in both: column -> (old, new)."""
+        if self.old is None or self.new is None:
+            return {}
+        both = (
+            (name, getattr(self.old, name), getattr(self.new, name)) for name in self.old.__struct_fields__
+        )
+        return {name: (old, new) for name, old, new in both if old != new}
+
+    def reversed(self) -> Difference:
+        """The way back."""
+        return Difference(self.table, self.key, self.new, self.old)
+
+
 class Ledger:
     """The projections in memory: each table is primary key -> row."""
 
@@ -411,7 +459,7 @@ class Ledger:
         return (one for one in samplers if self.sessions[(one.session_id,)].state == "open")
 
     def put(self, table: str, row: rows.Row) -> None:
-        self.tables[table][_key(table, row)] = row
+        self.tables[table][_KEYS[table](row)] = row
         if isinstance(row, rows.Checkpoint):
             address = (row.model_id, row.kind, row.name)
             if row.state == "live" or address not in self._addresses:
@@ -440,22 +488,43 @@ class Ledger:
                     raise LookupError(f"{change.table} has no {'open ' * change.open}row {change.key}")
                 for column, value in change.values.items():
                     setattr(row, column, value)
-            elif (
-                isinstance(change, Add) and (row := self.tables[change.table].get(_of(change))) is not None
-            ):
+            elif isinstance(change, Add) and (row := self.tables[change.table].get(change.key)) is not None:
                 _add(row, change.row)
-            elif isinstance(change, Insert) and _of(change) in self.tables[change.table]:
-                raise LookupError(f"{change.table} has the row {_of(change)} already")
+            elif isinstance(change, Insert) and change.key in self.tables[change.table]:
+                raise LookupError(f"{change.table} has the row {change.key} already")
             else:
                 self.put(change.table, change.row)
 
-    def differences(self, other: Ledger) -> Iterator[str]:
-        """One line for each row in which the two are not the same."""
+    def compare(self, other: Ledger) -> Iterator[Difference]:
+        """Each row in which the two are not the same: `old` is this one's. By table and key."""
         for name in rows.TABLES:
             mine, theirs = self.tables[name], other.tables[name]
-            for key in sorted(mine.keys() | theirs.keys(), key=repr):
-                if mine.get(key) != theirs.get(key):
-                    yield f"{name}{list(key)}: {mine.get(key)} is not {theirs.get(key)}"
+            unlike = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
+            for key in sorted(unlike, key=repr):
+                yield Difference(name, key, mine.get(key), theirs.get(key))
+
+    def differences(self, other: Ledger) -> Iterator[str]:
+        """The same, a line for each row."""
+        for found in self.compare(other):
+            yield f"{found.table}{list(found.key)}: {found.old} is not {found.new}"
+
+    def follow(self, records: Iterable[Record]) -> list[Difference]:
+        """Applies the records, and tells what they changed in all: what `compare` would say of a copy from
+        before, but only the rows that they touch are looked at and copied. `new` is the ledger's own row.
+        LookupError as of `apply`."""
+        before: dict[tuple[str, Key], rows.Row | None] = {}
+        for record in records:
+            changes = project(record)
+            for change in changes:
+                place = change.table, change.key
+                if place not in before:
+                    before[place] = copy(self.tables[change.table].get(change.key))
+            self.apply(changes)
+        after = (
+            Difference(table, key, old, self.tables[table][key]) for (table, key), old in before.items()
+        )
+        unlike = [found for found in after if found.old != found.new]
+        return sorted(unlike, key=lambda found: (_ORDER[found.table], repr(found.key)))
 
 
 def fold(records: Iterable[Record]) -> Ledger:
@@ -482,7 +551,7 @@ def last_written(records: Iterable[Record]) -> Written:
                 continue
             if isinstance(change, Add):
                 continue
-            place = change.table, _of(change)
+            place = change.table, change.key
             if isinstance(change, Insert) and place in written:
                 raise LookupError(f"event {record.seq} makes {change.table}{list(place[1])} anew")
             written[place] = msgspec.structs.asdict(change.row)
@@ -509,11 +578,3 @@ def _add(row: rows.Row, more: rows.Row) -> None:
             setattr(row, column, getattr(row, column) + value)
         elif value is not None:
             setattr(row, column, value)
-
-
-def _of(change: Insert | Upsert | Add) -> Key:
-    return _key(change.table, change.row)
-
-
-def _key(table: str, row: rows.Row) -> Key:
-    return tuple(getattr(row, column) for column in rows.TABLES[table][1])

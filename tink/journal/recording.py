@@ -22,9 +22,15 @@ class Recording:
     def __init__(self, journal: Connection, bodies: Connection) -> None:
         self.journal, self._bodies = journal, bodies
 
-    def records(self, after: int = 0) -> Iterator[Record]:
-        """Every event behind `after`, in order. LookupError for one that is damaged or missing."""
-        return store.gapless(store.read_events(self.journal, after), after)
+    def records(self, after: int = 0, until: int | None = None) -> Iterator[Record]:
+        """Every event behind `after`, in order, up to and with `until`. LookupError for one that is damaged
+        or missing."""
+        return store.gapless(store.read_events(self.journal, after, until), after)
+
+    def records_of(self, model: str, after: int = 0, until: int | None = None) -> Iterator[Record]:
+        """Of these the ones that make what there is of a model: its rows, its session, its adapter's
+        samplers and their samples. LookupError for one that is damaged; a missing one is not missed."""
+        return store.read_events(self.journal, after, until, model=model)
 
     def request(self, job: rows.Job) -> bytes:
         """The request of a job as its client made it, decompressed. LookupError if it is not there any

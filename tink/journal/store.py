@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import msgspec
 from sqlalchemy import (
@@ -17,10 +17,12 @@ from sqlalchemy import (
     Select,
     Text,
     TextClause,
+    and_,
     bindparam,
     cast,
     func,
     insert,
+    or_,
     select,
     update,
 )
@@ -43,7 +45,7 @@ from tink.domain.projection import (
 )
 from tink.errors import UNREADABLE, StartupError
 from tink.journal import chain, schema
-from tink.limits import CHECKED_EVENTS, SQL_KEYS
+from tink.limits import CHECKED_EVENTS, READ_ROWS, SQL_KEYS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -95,15 +97,66 @@ _COLUMNS = [
     cast(schema.events.c.data, Text),
     *(schema.events.c[name] for name in _SUBJECT),
 ]
+_SESSION_KINDS = ("session_created", "session_finished", "session_moved")
 _DECODERS = {str(kind.__struct_config__.tag): msgspec.json.Decoder(kind) for kind in get_args(AnyEvent)}
 
 
-def read_events(connection: Connection, after: int = 0) -> Iterator[Record]:
-    """Every event behind `after`, in order. LookupError for one that is damaged."""
+def read_events(
+    connection: Connection, after: int = 0, until: int | None = None, *, model: str | None = None
+) -> Iterator[Record]:
+    """Every event behind `after`, in order, up to and with `until`; or only those that make what there is
+    of a model. LookupError for one that is damaged."""
     table = schema.events
     query = select(*_COLUMNS).where(table.c.seq > after).order_by(table.c.seq)
-    for row in connection.execution_options(stream_results=True).execute(query):
-        yield _record(row)
+    if until is not None:
+        query = query.where(table.c.seq <= until)
+    if model is not None:
+        query = query.where(_of_model(model))
+    found = connection.execution_options(stream_results=True).execute(query)
+    for part in found.partitions(READ_ROWS):
+        for row in part:
+            yield _record(row)
+
+
+def _of_model(model: str) -> ColumnElement[bool]:
+    """Of the events: the model's own, and its session's; and of each sampler of its adapter's versions, in
+    whatever session. Every part of it has an index."""
+    table, tables = schema.events, schema.metadata.tables
+    models, adapters, samplers, jobs = (tables[name] for name in ("models", "adapters", "samplers", "jobs"))
+    session = select(models.c.session_id).where(models.c.model_id == model).scalar_subquery()
+    versions = select(adapters.c.adapter_id).where(adapters.c.model_id == model)
+    its_samplers = select(samplers.c.sampler_id).where(samplers.c.adapter_id.in_(versions))
+    samples = select(jobs.c.job_id).where(jobs.c.sampler_id.in_(its_samplers))
+    return or_(
+        table.c.model_id == model,
+        and_(table.c.kind.in_(_SESSION_KINDS), table.c.session_id == session),
+        and_(table.c.kind == "sampler_created", table.c.adapter_id.in_(versions)),
+        table.c.job_id.in_(samples),
+    )
+
+
+class Span(NamedTuple):
+    """What a journal holds: events 1 to `last`, the times of the first and of the last."""
+
+    last: int
+    began: float
+    ended: float
+
+
+def span(connection: Connection) -> Span | None:
+    """None of a journal without events."""
+    table = schema.events
+    last = last_seq(connection)
+    ends = select(table.c.at).where(table.c.seq.in_((1, last))).order_by(table.c.seq)
+    times = connection.execute(ends).scalars().all()
+    return Span(last, float(times[0]), float(times[-1])) if times else None
+
+
+def seq_at(connection: Connection, at: float) -> int:
+    """The last event that is not later than that (a clock may have been set back); 0 if each is."""
+    table = schema.events
+    query = select(table.c.seq).where(table.c.at <= at).order_by(table.c.seq.desc()).limit(1)
+    return int(connection.execute(query).scalar() or 0)
 
 
 def event_of(connection: Connection, seq: int) -> Record:
@@ -189,12 +242,20 @@ def read_rows(connection: Connection, query: Select[Any], kind: type[R]) -> Iter
 
 
 def _record(row: Sequence[Any]) -> Record:
-    seq, at, incarnation, kind, data, *subject = row
+    seq, at, incarnation, kind, data, tenant, session_id, model_id, job_id, adapter_id, replica = row
     try:
         event: AnyEvent = _DECODERS[kind].decode(data)
     except (KeyError, *UNREADABLE) as error:
         raise LookupError(f"event {seq} is not one that this Tink can read: {error}") from None
-    return Record(seq, at, incarnation, Subject(**dict(zip(_SUBJECT, subject, strict=True))), event)
+    subject = Subject(
+        tenant=tenant,
+        session_id=session_id,
+        model_id=model_id,
+        job_id=job_id,
+        adapter_id=adapter_id,
+        replica=replica,
+    )
+    return Record(seq, at, incarnation, subject, event)
 
 
 def _shape(change: Change) -> tuple[type[Change], str, tuple[str, ...], bool]:
@@ -215,7 +276,7 @@ def _execute(connection: Connection, changes: list[Change]) -> None:
     ]
     done = connection.execute(_statement(*_shape(first)), parameters)
     if isinstance(first, Update) and done.rowcount != len(parameters):
-        raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")  # type: ignore[union-attr]
+        raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")
 
 
 @functools.cache  # few shapes, and to make a statement costs more than to run it

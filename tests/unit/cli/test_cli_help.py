@@ -40,6 +40,8 @@ def test_the_commands_are_these():
         *(("audit", question) for question in QUESTIONS),
         ("journal",),
         ("journal", "verify"),
+        ("replay",),
+        ("replay", "state"),
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),

@@ -1,0 +1,36 @@
+"""`tink replay`: what happened, once more."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+HELP = "go through what happened again: the state, the decisions, the training"
+DESCRIPTION = """\
+Reads a journal and does what it says once more, without touching it: its worker
+may run meanwhile."""
+EPILOG = """\
+examples:
+  tink replay state --at 4711            the tables as they were behind event 4711
+  tink replay state --diff 4711 end      what has changed since
+
+exit status: 0; 2 if there is no such journal, or it cannot be read
+
+'tink replay MODE --help' has the options and examples."""
+
+# Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
+MODES: tuple[str, ...] = ("state",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", title="modes", help="one of")
+    for name in MODES:
+        module = import_module(f"tink.cli.replay.{name}")
+        mode = modes.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(mode)
