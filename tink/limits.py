@@ -106,6 +106,13 @@ SQL_STEPS = 10_000
 # Characters of a cell in a table that is printed.
 SQL_CELL = 120
 
+# -- tink replay -----------------------------------------------------------------------------------
+
+# A time that a worker made of its clock, before its commit, from one that is made of the commit's time.
+REPLAY_CLOCK_SECONDS = 60.0
+# Pauses between two events are gone through up to here: nothing in a worker waits longer for its clients.
+REPLAY_PAUSE_SECONDS = 2 * SEQ_GAP_SECONDS
+
 # -- tink doctor -----------------------------------------------------------------------------------
 
 # With less room than this the next checkpoints may fail; with less than that the journal's next commit.
