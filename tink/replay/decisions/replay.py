@@ -137,6 +137,7 @@ class _Replay:
         self._journal.commit(records)
         subject = records[0].subject
         if is_end(records[0].event) and subject.model_id is not None:
+            await wait_all_tasks_blocked()  # the job before it is released first
             await self._worker.router.release(str(subject.job_id))
 
     async def _compare(self, records: Sequence[Record]) -> bool:
