@@ -45,7 +45,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "doctor": BASE
     | {"domain", "home", "pretrained", "world", "settings", "journal", "backends", "trainer"},
     "replay": BASE
-    | {"domain", "home", "world", "settings", "journal", "backends", "actors", "trainer", "pretrained"},
+    | {"domain", "home", "world", "settings", "journal", "backends", "actors", "trainer", "pretrained"}
+    | {"metrics"},
     "cli": BASE
     | {"domain", "home", "pretrained", "world", "settings", "journal", "backends", "actors", "api"}
     | {"doctor", "trainer", "replay"},

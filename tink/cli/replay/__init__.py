@@ -10,6 +10,11 @@ DESCRIPTION = """\
 Reads a journal and does what it says once more, without touching it: its worker
 may run meanwhile."""
 EPILOG = """\
+examples:
+  tink replay decisions --home DIR    would this Tink decide as that one did?
+
+exit status: 0; 1 if something is not as it was; 2 if there is no such journal
+
 'tink replay MODE --help' has the options and examples."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
@@ -17,7 +22,9 @@ MODES: tuple[str, ...] = ("decisions",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", title="modes")
+    modes = parser.add_subparsers(
+        dest="mode", required=True, metavar="MODE", title="modes", help="what of it"
+    )
     for name in MODES:
         module = import_module(f"tink.cli.replay.{name}")
         mode = modes.add_parser(

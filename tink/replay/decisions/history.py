@@ -4,6 +4,7 @@ its events tell, and what of it cannot be replayed."""
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,7 @@ from tink.errors import UserError
 from tink.journal.recording import Recording
 from tink.replay.decisions.comparison import is_end
 
-# What a trainer can take at most is nowhere but in the refusals: of none, nothing was too much.
-NO_LIMIT = 2**31
+# What a trainer can take at most is nowhere but in its refusals.
 _REFUSED_RANK = re.compile(r"rank -?\d+ cannot be used: 1 to (\d+) can")
 
 
@@ -46,7 +46,7 @@ class History:
 
     events: int = 0
     jobs: int = 0
-    max_rank: int = NO_LIMIT
+    max_rank: int = sys.maxsize
     base_model: str = ""
     lost: set[str] = field(default_factory=set)
     overtaken: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from tink.domain.events import TrainerStarted
 from tink.domain.routing import Routes
 from tink.errors import JournalUnavailable
 from tink.metrics import Metrics
-from tink.replay.decisions.history import NO_LIMIT, History
+from tink.replay.decisions.history import History
 from tink.replay.decisions.journal import RecordedJournal
 from tink.replay.decisions.servers import (
     Calls,
@@ -91,7 +92,7 @@ class RecordedWorker:
             folder,
             world,
             alpha=settings.alpha,
-            max_attempts=NO_LIMIT,  # giving up is in the record, too
+            max_attempts=sys.maxsize,  # giving up is in the record, too
             place=self.calls.place if self.vllm else None,
         )
         samples = RecordedSamples(self.calls, journal)
