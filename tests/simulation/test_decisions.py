@@ -4,7 +4,10 @@ the code has changed, that is found, and nothing else."""
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -232,6 +235,33 @@ def test_another_default_is_found_in_what_is_sent(
     others = {job: sent for job, sent in now.items() if sent != before[job]}
     assert others
     assert {(sent[0]["type"], sent[0]["beta2"]) for sent in others.values()} == {("optim_step", 0.999)}
+
+
+def test_samples_whose_requests_were_pruned_are_left_out_and_counted(
+    homes: dict[str, Home], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(homes["vllm"].root, tmp_path / "home")
+    home = Home(tmp_path / "home")
+    with closing(sqlite3.connect(home.journal)) as journal, closing(sqlite3.connect(home.bodies)) as bodies:
+        samples = journal.execute("SELECT job_id, body_sha256 FROM jobs WHERE op = 'sample'").fetchall()
+        bodies.executemany("DELETE FROM bodies WHERE sha256 = ?", [digest for _, *digest in samples])
+        bodies.commit()
+    report = _replay(home)
+    assert (report.differences, report.lost_jobs) == ([], len(samples))
+    assert report.skipped >= 3 * len(samples) - 2  # accepted, started and done; two were refused
+    assert main(["replay", "decisions", "--home", str(home.root)]) == 0
+    said = capsys.readouterr().err
+    assert f"{len(samples)} of" in said
+    assert "cannot be replayed" in said
+
+
+def test_the_journal_is_not_touched(homes: dict[str, Home]) -> None:
+    def content() -> list[bytes]:
+        return [path.read_bytes() for path in (homes["trainer"].journal, homes["trainer"].bodies)]
+
+    before = content()
+    _replay(homes["trainer"])
+    assert content() == before
 
 
 # -- the command ------------------------------------------------------------------------------------

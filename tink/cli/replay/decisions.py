@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "they are samples whose requests were pruned"
                 )
             report = replay(recording, history)
-    except LookupError as error:
+    except LookupError as error:  # found at the first look, before anything is replayed
         raise StartupError(f"{home.journal} is damaged: {error}; 'tink db check' tells more") from error
     if arguments.format == "json":
         printing.print_document(msgspec.to_builtins(report))

@@ -112,7 +112,7 @@ def _belongs(record: Record, first: Record) -> bool:
     return (
         is_end(first.event)
         and first.subject.job_id == record.subject.job_id
-        and (first.at, first.incarnation) == (record.at, record.incarnation)
+        and first.incarnation == record.incarnation
         and not isinstance(record.event, Diverged)
     )
 

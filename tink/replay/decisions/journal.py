@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Entry, IncarnationStarted, JobAccepted, Record, Subject
 from tink.domain.projection import Key, Ledger
-from tink.errors import JournalUnavailable, UserError
+from tink.errors import JournalUnavailable, StartupError, UserError
 from tink.journal import queries, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.journal import Journal
@@ -106,23 +106,25 @@ class RecordedJournal(Journal):
         self.home_id = ""
         self.observers = []
         self.pending: dict[Place, Append] = {}
-        self._ended: dict[tuple[str, Key], rows.Job | rows.Adapter] = {}
-        self._keyed: dict[tuple[str | None, str], str] = {}
+        self._ended: dict[str, rows.Adapter] = {}
 
     async def append(self, *entries: Entry) -> None:
         appended = self.pending[place_of(*entries[0])] = Append(entries)
         await appended.wait()
 
     def commit(self, records: Sequence[Record]) -> None:
-        """What the record says has happened."""
+        """What the record says has happened. StartupError if that cannot be."""
         for record in records:
             if isinstance(record.event, IncarnationStarted):
                 self.incarnation = record.incarnation
-            elif isinstance(record.event, JobAccepted) and record.event.key is not None:
-                owner = record.subject.model_id or record.subject.tenant
-                self._keyed[owner, record.event.key] = str(record.subject.job_id)
         self._committed = list(records)
-        self._apply()
+        try:
+            self._apply()
+        except LookupError as error:
+            raise StartupError(
+                f"event {records[0].seq} cannot follow what is before it ({error}): "
+                "'tink db check' tells more"
+            ) from error
 
     def end_worker(self) -> None:
         """Whoever waits for a commit does not get it. The next worker begins with nothing held."""
@@ -134,22 +136,18 @@ class RecordedJournal(Journal):
     def _forget_if_ended(self, table: str, key: Key) -> None:
         row = self.ledger.tables[table][key]
         super()._forget_if_ended(table, key)
-        if isinstance(row, rows.Job | rows.Adapter) and row.ended:
-            self._ended[table, key] = row
+        if isinstance(row, rows.Adapter) and row.ended:
+            self._ended[row.adapter_id] = row
 
     async def job(self, job_id: str) -> rows.Job | None:
+        """Of those that ended long ago none is asked for: a repeat of a request is in no record."""
         await trio.lowlevel.checkpoint()
-        return self._job(job_id)
-
-    def _job(self, job_id: str) -> rows.Job | None:
-        found = self.ledger.jobs.get((job_id,)) or self._ended.get(("jobs", (job_id,)))
-        return found if isinstance(found, rows.Job) else None
+        return self.ledger.jobs.get((job_id,)) or self._recent.get(job_id)
 
     async def adapter(self, adapter_id: str) -> rows.Adapter:
         await trio.lowlevel.checkpoint()
-        key = (adapter_id,)
-        found = self.ledger.adapters.get(key) or self._ended.get(("adapters", key))
-        if not isinstance(found, rows.Adapter):
+        found = self.ledger.adapters.get((adapter_id,)) or self._ended.get(adapter_id)
+        if found is None:
             raise LookupError(f"there is no adapter {adapter_id}")
         return found
 
@@ -174,12 +172,10 @@ class RecordedJournal(Journal):
         return decompressed(self._recording.body(str(accepted.body_sha256)), accepted.codec)
 
     async def read(self, query: Callable[[Connection], T]) -> T:
+        """The tables know the end of the record, and not this place."""
         await trio.lowlevel.checkpoint()
         assert isinstance(query, partial), "a named query"
-        # The tables know the end of the record, and not this place.
         if query.func not in (queries.job_of_key, queries.sample_of_key):
             raise LookupError(f"a replay does not answer {query.func.__name__}")
-        known: dict[str, Any] = query.keywords
-        job_id = self._keyed.get((known.get("model_id", known.get("tenant")), known["key"]))
-        found: Any = None if job_id is None else self._job(job_id)
-        return found  # type: ignore[no-any-return]
+        nobody: Any = None  # the first that came under its key is the one that is in the record
+        return nobody  # type: ignore[no-any-return]

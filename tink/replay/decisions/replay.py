@@ -175,7 +175,7 @@ class _Replay:
                         if place not in self._journal.pending:
                             self._clock.jump(LOOK_SECONDS)
                             await wait_all_tasks_blocked()
-                case _:
+                case _ if treatment(first.event) is Treatment.ASKED:
                     for other in self._history.overtaken.get(str(first.subject.job_id), ()):
                         self._ask(other)
                         await wait_all_tasks_blocked()
@@ -212,7 +212,9 @@ class _Replay:
 
     async def _provoke_job(self, records: Sequence[Record]) -> None:
         worker, event = self._worker, records[0].event
-        job = self._journal.ledger.jobs[(str(records[0].subject.job_id),)]
+        job = self._journal.ledger.jobs.get((str(records[0].subject.job_id),))
+        if job is None:
+            return
         jobs = worker.sampling if job.model_id is None else worker.training
         if not jobs.runs(job.job_id):
             self._expect(job, event)
