@@ -334,7 +334,7 @@ PARTS: dict[str, Callable[[Path], Awaitable[None]]] = {"trainer": by_trainer, "v
 def perform(part: str, folder: Path) -> None:
     """Writes the journal; the same each time."""
     # Trio draws the order of ready tasks from this; there is no public way to seed it.
-    trio._core._run._r.seed(0)  # type: ignore[attr-defined]
+    trio._core._run._r.seed(0)
     with trio_determinism():
         trio.run(PARTS[part], folder, clock=MockClock(autojump_threshold=0))
 

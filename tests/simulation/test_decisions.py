@@ -17,13 +17,16 @@ import msgspec
 import pytest
 
 from tests.simulation import golden
-from tests.simulation.chaos import VLLMActor, pool, program, quiet, simulate
-from tink.actors import router as router_module
+from tests.simulation.chaos import quiet, simulate
+from tests.simulation.program import program
+from tink.actors import pool
 from tink.actors.megatron import MegatronActor
 from tink.actors.router import Router
+from tink.actors.vllm import VLLMActor
 from tink.cli.main import main
 from tink.domain import events, ids, plans, requests, sampling
 from tink.domain.lane import Lane
+from tink.errors import UserError
 from tink.home import Home
 from tink.journal.recording import open_recording
 from tink.replay.decisions.comparison import Difference
@@ -170,6 +173,17 @@ def test_another_order_of_jobs_is_found(monkeypatch: pytest.MonkeyPatch, homes: 
     assert (found[0].kind, found[0].today) == ("seq_skipped", "nothing")
 
 
+def test_another_number_of_a_job_that_came_without_one_is_found(
+    monkeypatch: pytest.MonkeyPatch, homes: dict[str, Home]
+) -> None:
+    end = Lane.end
+    found = _changed(monkeypatch, homes["vllm"], Lane, "end", lambda lane: end(lane) + 1)
+    (unload,) = found
+    assert unload.kind == "job_accepted"
+    assert '"seq_id"' not in unload.recorded
+    assert ("seq_id=7" in unload.recorded, "seq_id=8" in unload.today) == (True, True)
+
+
 def test_another_op_no_is_found(monkeypatch: pytest.MonkeyPatch, homes: dict[str, Home]) -> None:
     begin = MegatronActor._begin_attempt
 
@@ -190,7 +204,7 @@ def test_a_request_that_is_not_accepted_any_more_is_found_and_those_behind_it_go
 
     def wrong(self: Router, ask: Any) -> Any:
         if ask.op == "save_weights_external":
-            raise plans.UserError("no longer")
+            raise UserError("no longer")
         return submit(self, ask)
 
     found = _changed(monkeypatch, homes["trainer"], Router, "_submit_training", wrong)
@@ -217,7 +231,7 @@ def test_a_bug_in_an_answer_is_a_difference_and_no_traceback(
     def broken(*_arguments: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    found = _changed(monkeypatch, homes["trainer"], router_module.ids, "sequence_ids", broken)
+    found = _changed(monkeypatch, homes["trainer"], ids, "sequence_ids", broken)
     assert {one.today for one in found} == {"internal error: ZeroDivisionError('a bug')"}
 
 

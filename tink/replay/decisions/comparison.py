@@ -61,7 +61,10 @@ def is_end(event: AnyEvent) -> bool:
 
 def same_course(recorded: Sequence[Record], today: Sequence[Entry]) -> bool:
     """Whether things go on in the same way after it, whatever the events hold."""
-    return bool(today) and kind_of(today[0][1]) == kind_of(recorded[0].event)
+    if not today:
+        return False
+    (subject, event), first = today[0], recorded[0]
+    return (subject.job_id, kind_of(event)) == (first.subject.job_id, kind_of(first.event))
 
 
 def _place(entry: Entry) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ class Report(msgspec.Struct, frozen=True):
 
 def replay(recording: Recording, history: History, sent: Sent | None = None) -> Report:
     """Where the worker of today decides otherwise. `history`: of the same recording. `sent`: is told what
-    is sent to servers, which no journal holds. LookupError for a record that is damaged."""
+    is sent to servers, which no journal holds. StartupError, in a group, for events that cannot follow each
+    other."""
     clock = MockClock()
     return trio.run(_Replay(recording, history, sent, clock).run, clock=clock)
 
@@ -181,7 +182,17 @@ class _Replay:
                         await wait_all_tasks_blocked()
                     self._ask(first)
                     await wait_all_tasks_blocked()
+        if isinstance(first.event, JobAccepted) and place not in self._journal.pending:
+            return self._accepted_otherwise(first.event)
         return self._journal.pending.get(place)
+
+    def _accepted_otherwise(self, event: JobAccepted) -> Append | None:
+        """The acceptance of the same request under another number, if there is one."""
+        for appended in self._journal.pending.values():
+            accepted = appended.entries[0][1]
+            if isinstance(accepted, JobAccepted) and event.key is not None and accepted.key == event.key:
+                return appended
+        return None
 
     def _ask(self, record: Record) -> None:
         event = record.event
