@@ -113,6 +113,10 @@ SQL_CELL = 120
 
 # Of each table: a long screen.
 STATE_ROWS = 50
+# A time that a worker made of its clock, before its commit, from one that is made of the commit's time.
+REPLAY_CLOCK_SECONDS = 60.0
+# Pauses between two events are gone through up to here: nothing in a worker waits longer for its clients.
+REPLAY_PAUSE_SECONDS = 2 * SEQ_GAP_SECONDS
 
 # -- tink doctor -----------------------------------------------------------------------------------
 

@@ -46,7 +46,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     | {"domain", "home", "pretrained", "world", "settings", "journal", "backends", "trainer"},
     "audit": frozenset({"errors"}),
     "replay": BASE
-    | {"domain", "home", "world", "settings", "journal", "backends", "actors", "trainer", "pretrained"},
+    | {"domain", "home", "world", "settings", "journal", "backends", "actors", "trainer", "pretrained"}
+    | {"metrics"},
     "cli": BASE
     | {"domain", "home", "pretrained", "world", "settings", "journal", "backends", "actors", "api"}
     | {"audit", "doctor", "replay", "trainer"},

@@ -63,6 +63,11 @@ def read_body(connection: Connection, digest: str) -> bytes:
     return content
 
 
+def body_stored(connection: Connection, digest: str) -> bool:
+    query = select(schema.bodies.c.size).where(schema.bodies.c.sha256 == digest)
+    return connection.execute(query).scalar() is not None
+
+
 def decompressed(body: bytes, codec: str) -> bytes:
     """As its client made it. What it decompresses to was counted before it was accepted."""
     if codec == "identity":

@@ -12,7 +12,7 @@ from tink.domain import rows
 from tink.domain.events import JobAccepted, Record
 from tink.home import Home
 from tink.journal import store
-from tink.journal.bodies import decompressed, read_body
+from tink.journal.bodies import body_stored, decompressed, read_body
 from tink.journal.reader import open_journal, open_snapshot
 
 
@@ -47,6 +47,10 @@ class Recording:
     def body(self, digest: str) -> bytes:
         """A request as it was received, or a result as it was sent. LookupError if it was pruned."""
         return read_body(self._bodies, digest)
+
+    def has_body(self, digest: str) -> bool:
+        """Whether it is stored still. What is in it is not looked at."""
+        return body_stored(self._bodies, digest)
 
 
 @contextmanager

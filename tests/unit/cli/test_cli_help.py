@@ -42,6 +42,7 @@ def test_the_commands_are_these():
         ("journal", "verify"),
         ("replay",),
         ("replay", "state"),
+        ("replay", "decisions"),
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),

@@ -13,13 +13,15 @@ EPILOG = """\
 examples:
   tink replay state --at 4711            the tables as they were behind event 4711
   tink replay state --diff 4711 end      what has changed since
+  tink replay decisions                  would this Tink decide as that one did?
 
-exit status: 0; 2 if there is no such journal, or it cannot be read
+exit status: 0; 1 if something is not as it was; 2 if there is no such journal,
+or it cannot be read
 
 'tink replay MODE --help' has the options and examples."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-MODES: tuple[str, ...] = ("state",)
+MODES: tuple[str, ...] = ("state", "decisions")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
