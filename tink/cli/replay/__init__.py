@@ -13,7 +13,7 @@ EPILOG = """\
 'tink replay MODE --help' has the options and examples."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-MODES: tuple[str, ...] = ()
+MODES: tuple[str, ...] = ("train",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
