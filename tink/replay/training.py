@@ -4,6 +4,7 @@ out."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -37,8 +38,10 @@ class Change(msgspec.Struct, frozen=True):
             raise ValueError(
                 f"{found['name']!r} is no parameter of the optimizer: {', '.join(OPTIMIZER)} are"
             )
-        step = None if found["step"] is None else int(found["step"])
-        return cls(found["name"], float(found["value"]), step)
+        value = float(found["value"])
+        if not math.isfinite(value):
+            raise ValueError(f"{found['name']} cannot be {value}")
+        return cls(found["name"], value, None if found["step"] is None else int(found["step"]))
 
 
 class Edits(msgspec.Struct, frozen=True):
@@ -120,7 +123,8 @@ def schedule(
     edits: Edits = UNCHANGED,
 ) -> Schedule:
     """`jobs`: all of the model that have a number, in order. `snapshots`: those that can be used, the
-    oldest first. `lost`: by job, what of it is not there any more. `to`: the optimizer step, None for the last.
+    oldest first. `lost`: by job, what of it is not there any more. `to`: the optimizer step, None for the
+    last.
 
     Where something is lost that is needed, it begins with the first snapshot that covers it, unless
     `from_start`. UserError, in one line, for what cannot be replayed."""

@@ -367,8 +367,13 @@ def _tell(report: Report, every: bool) -> None:
         facts.add_row("what if", printing.text(", ".join(_edits(made.edits))))
     else:
         _tell_comparison(report, facts)
-    if report.output is not None or report.others is not None:
-        facts.add_row("adapter", printing.text(_adapter_line(report)))
+    if report.plan.export is not None and report.others is not None:
+        like = f"others than ({', '.join(report.others)})" if report.others else "the same as"
+        facts.add_row(
+            "adapter", printing.text(f"{like} {report.plan.export.adapter_id}, which the run exported")
+        )
+    if report.output is not None:
+        facts.add_row("written", printing.text(report.output))
     facts.add_row("speed", _speed(report))
     shown = report.comparisons if every or made.edits else report.different[:REPLAY_SHOWN]
     if shown:
@@ -423,25 +428,6 @@ def _edits(edits: Edits) -> Iterator[str]:
         yield f"{change.name} {change.value:g} in {where}"
     for job_id in sorted(edits.drops):
         yield f"without {job_id}"
-
-
-def _adapter_line(report: Report) -> str:
-    export = report.plan.export
-    written = (
-        ""
-        if report.output is None
-        else f"{report.output}, as it was after step {report.plan.schedule.step}"
-    )
-    if report.plan.schedule.edits:
-        written = "" if report.output is None else str(report.output)
-    if report.others is None or export is None:
-        return written
-    same = (
-        f"other than {export.adapter_id} ({', '.join(report.others)})"
-        if report.others
-        else (f"the same files as {export.adapter_id}, which the run exported")
-    )
-    return f"{written}: {same}" if written else same
 
 
 def _speed(report: Report) -> str:
