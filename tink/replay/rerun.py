@@ -21,8 +21,6 @@ from tink.replay.training import Schedule, Turn
 from tink.wire import tink_train
 from tink.world import World
 
-# A server that holds nothing has had no worker before this one.
-LEASE = 1
 # What comes after it would be applied to something else.
 MAKES = frozenset({"create_model", "load_weights"})
 
@@ -31,6 +29,8 @@ class Rerun:
     """Once through a schedule. `stored`: the sha256 of the bodies that are there. `ended` is called after
     each operation. Methods raise BackendError if the server does not go on; it is not tried again, for the
     journal is still there."""
+
+    _lease = 1  # a server that holds nothing has had no worker before
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Rerun:
         if start is None:
             return
         request = tink_train.RestoreRequest(
-            self._server.info.incarnation, LEASE, self._schedule.model_id, start.directory
+            self._server.info.incarnation, self._lease, self._schedule.model_id, start.directory
         )
         with self._translated(f"the snapshot {start.snapshot_id}"):
             restored = (await self._server.client.restore(request)).applied
@@ -109,7 +109,7 @@ class Rerun:
     def _op_request(self, op_no: int, job_id: str, op: tink_train.Op) -> tink_train.OpRequest:
         return tink_train.OpRequest(
             incarnation=self._server.info.incarnation,
-            lease=LEASE,
+            lease=self._lease,
             model_id=self._schedule.model_id,
             op_no=op_no,
             job_id=job_id,

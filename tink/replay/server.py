@@ -36,9 +36,11 @@ class Server(msgspec.Struct, frozen=True):
 
 
 @asynccontextmanager
-async def own_server(served: TrainerStarted, folder: Path, world: World) -> AsyncIterator[Server]:
+async def own_server(
+    served: TrainerStarted, folder: Path, crash_at: str, world: World
+) -> AsyncIterator[Server]:
     """A child of this process, which serves what was served, and keeps all it writes in `folder`. It is
-    ended with the block, however that ends. StartupError if it cannot be had."""
+    ended with the block, however that ends. `crash_at`: TINK_CRASH_AT. StartupError if it cannot be had."""
     if served.engine != ENGINE:
         raise StartupError(
             f"the model was trained with the engine {served.engine!r}: start such a training server, which "
@@ -46,7 +48,7 @@ async def own_server(served: TrainerStarted, folder: Path, world: World) -> Asyn
         )
     home = Home(folder)
     home.make()
-    trainer = EmbeddedTrainer(_settings(served, home), home, world)
+    trainer = EmbeddedTrainer(_settings(served, home, crash_at), home, world)
     try:
         endpoint = await trainer.find()
         async with _connected(endpoint, world, home.artifacts) as server:
@@ -106,7 +108,7 @@ def copy(source: Path, directories: Iterable[str], target: Path) -> None:
             raise StartupError(f"{source / directory} cannot be copied: {error}") from error
 
 
-def _settings(served: TrainerStarted, home: Home) -> Settings:
+def _settings(served: TrainerStarted, home: Home, crash_at: str) -> Settings:
     """Of an embedded trainer that serves the same as then."""
     path = served.base_path
     model = path if path is not None and Path(path).is_dir() else served.base_model
@@ -118,6 +120,7 @@ def _settings(served: TrainerStarted, home: Home) -> Settings:
         max_workers=1,
         trainer_threads=_threads(served.versions),
         trainer_orphan_seconds=REPLAY_ORPHAN_SECONDS,
+        crash_at=crash_at,
     )
 
 

@@ -217,5 +217,5 @@ def _check(edits: Edits, turns: Sequence[Turn], steps: range) -> None:
     for change in edits.changes:
         if change.step is not None and change.step not in steps:
             raise UserError(
-                f"optimizer step {change.step} is not replayed: {steps.start} to {steps[-1]} are"
+                f"optimizer step {change.step} is not replayed: {steps.start} to {steps.stop - 1} are"
             )

@@ -35,6 +35,8 @@ def test_the_commands_are_these():
         ("jobs",),
         ("jobs", "show"),
         ("sql",),
+        ("replay",),
+        ("replay", "train"),
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),

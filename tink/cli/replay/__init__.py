@@ -10,6 +10,12 @@ DESCRIPTION = """\
 Reads a journal and does what it says once more, without touching it: its worker
 may run meanwhile."""
 EPILOG = """\
+examples:
+  tink replay train MODEL                the training, compared with what it gave
+  tink replay train MODEL --to 40 --output DIR    the adapter as it was after step 40
+
+exit status: 0; 1 if a mode found a difference; 2 if it cannot be replayed
+
 'tink replay MODE --help' has the options and examples."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
@@ -17,7 +23,7 @@ MODES: tuple[str, ...] = ("train",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", title="modes")
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", title="modes", help="one of")
     for name in MODES:
         module = import_module(f"tink.cli.replay.{name}")
         mode = modes.add_parser(

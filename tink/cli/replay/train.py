@@ -56,6 +56,8 @@ exit status: 0 if everything is the same, and after a "what if"; 1 if something
 differs by more than --tolerance; 2 if it cannot be replayed"""
 
 PROGRAM = "tink replay train"
+# Of the other settings none matters here, so none of them can be wrong.
+VARIABLES = ("TINK_ARTIFACTS", "TINK_TRAINER_TOKEN", "TINK_CRASH_AT")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +164,7 @@ class Report(msgspec.Struct, frozen=True):
 def run(arguments: argparse.Namespace) -> int:
     configure_logs("error")
     home = find_home(arguments.home)
-    # Of the other settings none matters here, so none of them can be wrong.
-    named = {name: os.environ.get(name, "") for name in ("TINK_ARTIFACTS", "TINK_TRAINER_TOKEN")}
-    settings = Settings.load(named, home=home.root)
+    settings = Settings.load({name: os.environ.get(name, "") for name in VARIABLES}, home=home.root)
     _check(arguments, home, settings)
     with (
         open_recording(home) as recording,
@@ -227,9 +227,18 @@ def _plan(arguments: argparse.Namespace, recording: Recording, settings: Setting
         raise UserError("saved states are loaded: pass --artifacts DIR, the folder of that trainer")
     ledger = Ledger()
     ledger.put("models", model)
+    if made.edits.changes:
+        _try(made, recording, ledger)
     exports = queries.exports(journal, model_id)
     export = next((one for one in exports if one.job_id == made.export), None)
     return Plan(made, served, queries.trainers(journal), ledger, stored, artifacts, export)
+
+
+def _try(made: Schedule, recording: Recording, ledger: Ledger) -> None:
+    """UserError for a change of the optimizer that cannot be: before anything is started."""
+    for turn in made.turns:
+        if turn.filler is None and turn.job.op == "optim_step":
+            turn.operation(recording.request(turn.job), ledger, made.edits)
 
 
 def _lost(jobs: list[rows.Job], stored: set[str], artifacts: Path) -> dict[str, str]:
@@ -296,7 +305,7 @@ def _server(
     arguments: argparse.Namespace, plan: Plan, settings: Settings, folder: Path, world: World
 ) -> AbstractAsyncContextManager[Server]:
     if arguments.trainer is None:
-        return server.own_server(plan.served, folder, world)
+        return server.own_server(plan.served, folder, settings.crash_at, world)
     return server.other_server(
         arguments.trainer, settings.trainer_token, arguments.artifacts, plan.trainers, world
     )
