@@ -188,7 +188,6 @@ def test_from_the_start_means_from_the_start() -> None:
 
 def operation(made: Schedule, op_no: int, body: bytes = b"") -> tink_train.Op:
     ledger = Ledger()
-    shape = dict.fromkeys(("train_attn", "train_mlp", "train_unembed"), True)
     ledger.put(
         "models",
         rows.Model(
@@ -201,7 +200,9 @@ def operation(made: Schedule, op_no: int, body: bytes = b"") -> tink_train.Op:
             rank=4,
             alpha=8.0,
             seed=1,
-            **shape,
+            train_attn=True,
+            train_mlp=True,
+            train_unembed=True,
         ),
     )
     return by_number(made)[op_no].operation(body, ledger, made.edits)
