@@ -307,6 +307,18 @@ SHORT_LIFE_SECONDS = 1.0
 # The SDK's body plus the envelope around it.
 MAX_TRAINER_BODY = MAX_TRAINING_BODY + 64 * 1024
 
+# -- replay -----------------------------------------------------------------------------------------
+
+# Operations of a replay that are out at once: what comes next is at the trainer when its turn comes, as far
+# as one will queue.
+REPLAY_AHEAD = TRAINER_AHEAD
+# The trainer of a replay that was itself killed ends by itself.
+REPLAY_ORPHAN_SECONDS = 120
+# Of the results that differ, so many are printed; --compare prints all.
+REPLAY_SHOWN = 10
+# Jobs that cannot be replayed are named in one line.
+REPLAY_NAMED = 3
+
 # -- metrics ----------------------------------------------------------------------------------------
 
 # Upper bounds of a histogram's buckets: from one small optimizer step to a long batch of long rollouts.

@@ -147,7 +147,7 @@ class Settings:
         host = anywhere.get(self.vllm_host, self.vllm_host)
         found = [url.strip().rstrip("/") for url in self.vllm_base_url.split(",") if url.strip()]
         for url in found:
-            if not _is_origin(url):
+            if not is_origin(url):
                 raise StartupError(
                     f"VLLM_BASE_URL: {url!r} is not where a server is, such as http://127.0.0.1:8000 "
                     "(without /v1 or any other path)"
@@ -253,7 +253,7 @@ class Settings:
                 yield f"{name}: {value} must be at least {bound}"
         if not 0 < self.vllm_gpu_memory_util <= 1:
             yield f"VLLM_GPU_MEMORY_UTIL: {self.vllm_gpu_memory_util} is not above 0 and up to 1"
-        if self.use_megatron and not _is_origin(self.megatron_server_url):
+        if self.use_megatron and not is_origin(self.megatron_server_url):
             yield (
                 f"MEGATRON_SERVER_URL: {self.megatron_server_url!r} is not where a server is, such as "
                 "http://127.0.0.1:5000"
@@ -283,7 +283,7 @@ class Reading(NamedTuple):
     problems: list[str]
 
 
-def _is_origin(url: str) -> bool:
+def is_origin(url: str) -> bool:
     try:
         parts = urlsplit(url)
         port = parts.port

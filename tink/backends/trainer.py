@@ -76,11 +76,21 @@ class TrainerClient:
 
     async def op(self, request: OpRequest) -> OpReply:
         """Sends an op and waits for its end, through as many long polls as it takes."""
+        return await self._op(request, tink_train.encode(request))
+
+    async def submit(self, request: OpRequest) -> None:
+        """Sends an op and does not wait for its end: it runs, or is queued behind others of its model."""
+        body = tink_train.encode(msgspec.structs.replace(request, wait=0.0))
+        self._check_op(request, await self._call("POST", "/v1/ops", OpReply, body, 0.0))
+
+    async def ended(self, request: OpRequest) -> OpReply:
+        """Waits for the end of an op that was submitted, through as many long polls as it takes."""
+        return await self._op(request, None)
+
+    async def _op(self, request: OpRequest, body: bytes | None) -> OpReply:
         poll = f"/v1/ops/{request.model_id}/{request.op_no}?wait={request.wait}"
         check = partial(self._check_op, request)
-        return await self._to_its_end(
-            "/v1/ops", tink_train.encode(request), poll, OpReply, request.wait, check
-        )
+        return await self._to_its_end("/v1/ops", body, poll, OpReply, request.wait, check)
 
     async def keep(self, digest: str, body: bytes) -> None:
         """Gives it the body of an operation to come, which may then name it by its sha256. It may be lost
@@ -95,9 +105,17 @@ class TrainerClient:
         return await self._to_its_end("/v1/samples", body, poll, SampleReply, request.wait, check)
 
     async def _to_its_end(
-        self, post: str, body: bytes, poll: str, kind: type[R], wait: float, check: Callable[[R], None]
+        self,
+        post: str,
+        body: bytes | None,
+        poll: str,
+        kind: type[R],
+        wait: float,
+        check: Callable[[R], None],
     ) -> R:
-        call = partial(self._call, "POST", post, kind, body, wait)
+        """`body` None: it was sent before."""
+        look = partial(self._call, "GET", poll, kind, None, wait)
+        call = look if body is None else partial(self._call, "POST", post, kind, body, wait)
         while True:
             # A call that is not held, though nothing has ended, is paced here.
             earliest = trio.current_time() + min(wait, POLL_SECONDS)
@@ -106,7 +124,7 @@ class TrainerClient:
             if reply.state in ("done", "failed"):
                 return reply
             await trio.sleep_until(earliest)
-            call = partial(self._call, "GET", poll, kind, None, wait)
+            call = look
 
     def _check_op(self, request: OpRequest, reply: OpReply) -> None:
         """An answer that belongs to another operation must not become the result of this one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -27,6 +27,7 @@ from tink.limits import (
     PRUNE_BYTES,
     PRUNE_ROWS,
     READ_CONNECTIONS,
+    SQL_KEYS,
 )
 from tink.world import World
 
@@ -63,9 +64,14 @@ def read_body(connection: Connection, digest: str) -> bytes:
     return content
 
 
-def body_stored(connection: Connection, digest: str) -> bool:
-    query = select(schema.bodies.c.size).where(schema.bodies.c.sha256 == digest)
-    return connection.execute(query).scalar() is not None
+def stored(connection: Connection, digests: Collection[str]) -> set[str]:
+    """Those of these names that are stored. Whether what is there is whole, reading it tells."""
+    named, found = sorted(digests), set[str]()
+    for start in range(0, len(named), SQL_KEYS):
+        query = select(schema.bodies.c.sha256)
+        query = query.where(schema.bodies.c.sha256.in_(named[start : start + SQL_KEYS]))
+        found.update(connection.execute(query).scalars())
+    return found
 
 
 def decompressed(body: bytes, codec: str) -> bytes:

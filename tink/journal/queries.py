@@ -116,6 +116,25 @@ def job(connection: Connection, job_id: str) -> rows.Job | None:
     return next(iter(_rows(connection, query, rows.Job)), None)
 
 
+def model(connection: Connection, model_id: str) -> rows.Model | None:
+    query = select(schema.models).where(schema.models.c.model_id == model_id)
+    return next(iter(_rows(connection, query, rows.Model)), None)
+
+
+def snapshots(connection: Connection, model_id: str) -> list[rows.Snapshot]:
+    """A model's live ones, the oldest first."""
+    table = schema.snapshots
+    query = select(table).where(table.c.model_id == model_id, table.c.state == "live")
+    return _rows(connection, query.order_by(table.c.op_no), rows.Snapshot)
+
+
+def exports(connection: Connection, model_id: str) -> list[rows.Adapter]:
+    """A model's adapter versions, those without files any more included, in order."""
+    table = schema.adapters
+    query = select(table).where(table.c.model_id == model_id).order_by(table.c.version)
+    return _rows(connection, query, rows.Adapter)
+
+
 def adapter(connection: Connection, adapter_id: str) -> rows.Adapter | None:
     query = select(schema.adapters).where(schema.adapters.c.adapter_id == adapter_id)
     return next(iter(_rows(connection, query, rows.Adapter)), None)

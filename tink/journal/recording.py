@@ -3,7 +3,7 @@ or replays reads this; a worker that runs meanwhile is not disturbed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection
@@ -12,7 +12,7 @@ from tink.domain import rows
 from tink.domain.events import JobAccepted, Record
 from tink.home import Home
 from tink.journal import store
-from tink.journal.bodies import body_stored, decompressed, read_body
+from tink.journal.bodies import decompressed, read_body, stored
 from tink.journal.reader import open_journal, open_snapshot
 
 
@@ -48,9 +48,9 @@ class Recording:
         """A request as it was received, or a result as it was sent. LookupError if it was pruned."""
         return read_body(self._bodies, digest)
 
-    def has_body(self, digest: str) -> bool:
-        """Whether it is stored still. What is in it is not looked at."""
-        return body_stored(self._bodies, digest)
+    def stored(self, digests: Collection[str]) -> set[str]:
+        """Those of these bodies that were not pruned."""
+        return stored(self._bodies, digests)
 
 
 @contextmanager

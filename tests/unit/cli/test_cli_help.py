@@ -11,6 +11,7 @@ import pytest
 import tink as package
 from tink.audit.questions import QUESTIONS
 from tink.cli.main import COMMANDS, parser
+from tink.cli.replay import MODES
 from tink.trainer import engines, process
 from tink.trainer.options import Options
 
@@ -41,8 +42,7 @@ def test_the_commands_are_these():
         ("journal",),
         ("journal", "verify"),
         ("replay",),
-        ("replay", "state"),
-        ("replay", "decisions"),
+        *(("replay", mode) for mode in MODES),
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),

@@ -14,14 +14,16 @@ examples:
   tink replay state --at 4711            the tables as they were behind event 4711
   tink replay state --diff 4711 end      what has changed since
   tink replay decisions                  would this Tink decide as that one did?
+  tink replay train MODEL                the training, compared with what it gave
+  tink replay train MODEL --to 40 --output DIR    the adapter as it was after step 40
 
 exit status: 0; 1 if something is not as it was; 2 if there is no such journal,
-or it cannot be read
+or it cannot be replayed
 
 'tink replay MODE --help' has the options and examples."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-MODES: tuple[str, ...] = ("state", "decisions")
+MODES: tuple[str, ...] = ("state", "decisions", "train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

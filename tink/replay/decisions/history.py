@@ -66,7 +66,7 @@ def look(recording: Recording) -> History:
             case JobAccepted() as accepted:
                 history.jobs += 1
                 if accepted.op == "sample":
-                    if not recording.has_body(str(accepted.body_sha256)):
+                    if not recording.stored({str(accepted.body_sha256)}):
                         history.lost.add(job_id)
                     continue
                 if accepted.op == "create_model" and not _names_alpha(accepted):
