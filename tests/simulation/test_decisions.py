@@ -100,7 +100,9 @@ def test_every_kind_of_event_has_its_treatment_and_a_reason() -> None:
     assert all(reason for _, reason in TREATMENTS.values())
 
 
-@pytest.mark.parametrize("seed", [17, 53])  # crashes, bodies that are pruned, a clock that is set back
+@pytest.mark.parametrize(
+    "seed", [17, 53, 105]
+)  # crashes, pruned bodies, a clock that is set back, late numbers
 def test_whatever_happened_to_a_worker_its_decisions_are_the_same(seed: int, tmp_path: Path) -> None:
     what = program(seed)
     with patch.object(pool, "VLLMActor", partial(VLLMActor, registered=what.registered)):

@@ -41,15 +41,15 @@ class Settings:
 
 @dataclass
 class History:
-    """`base_model`: that of the samplers. `lost`: samples whose requests were pruned. `overtaken`: by the
-    job that was given a number behind theirs, the jobs that were on their way then and came later."""
+    """`base_model`: that of the samplers. `lost`: samples whose requests were pruned. `overtaken`: by a job
+    that was given a number, the one with the number before it, if that was still on its way then."""
 
     events: int = 0
     jobs: int = 0
     max_rank: int = sys.maxsize
     base_model: str = ""
     lost: set[str] = field(default_factory=set)
-    overtaken: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
+    overtaken: dict[str, Record] = field(default_factory=dict)
     settings: dict[int, Settings] = field(default_factory=lambda: defaultdict(Settings))
 
 
@@ -57,7 +57,7 @@ def look(recording: Recording) -> History:
     """Goes through all of it once."""
     history = History()
     unnamed: set[str] = set()  # jobs that make models without an alpha
-    numbered: dict[str, list[Record]] = defaultdict(list)  # by model: those that the Router numbered
+    numbered: dict[tuple[str, int], Record] = {}  # by model and number: those that the Router numbered
     for record in recording.records():
         history.events += 1
         job_id = str(record.subject.job_id)
@@ -71,15 +71,12 @@ def look(recording: Recording) -> History:
                     continue
                 if accepted.op == "create_model" and not _names_alpha(accepted):
                     unnamed.add(job_id)
-                model = numbered[str(record.subject.model_id)]
+                model_id = str(record.subject.model_id)
+                next_one = numbered.get((model_id, accepted.seq_id + 1))
                 if accepted.key is not None and accepted.model_seq_id is None:
-                    model.append(record)
-                elif model:
-                    for other in model:
-                        assert isinstance(other.event, JobAccepted)
-                        same = other.incarnation == record.incarnation
-                        if same and accepted.seq_id < other.event.seq_id:
-                            history.overtaken[str(other.subject.job_id)].append(record)
+                    numbered[model_id, accepted.seq_id] = record
+                elif next_one is not None and next_one.incarnation == record.incarnation:
+                    history.overtaken[str(next_one.subject.job_id)] = record
             case ModelCreated(alpha=alpha) if job_id in unnamed:
                 settings.alpha = alpha
             case AdapterExported(version=0):

@@ -177,8 +177,9 @@ class _Replay:
                             self._clock.jump(LOOK_SECONDS)
                             await wait_all_tasks_blocked()
                 case _ if treatment(first.event) is Treatment.ASKED:
-                    for other in self._history.overtaken.get(str(first.subject.job_id), ()):
-                        self._ask(other)
+                    overtaken = self._history.overtaken.get(str(first.subject.job_id))
+                    if overtaken is not None:
+                        self._ask(overtaken)
                         await wait_all_tasks_blocked()
                     self._ask(first)
                     await wait_all_tasks_blocked()
