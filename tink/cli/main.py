@@ -20,6 +20,7 @@ examples:
   tink jobs show ID      one job, with its events
   tink sql "SELECT ..."  any question to the journal
   tink audit usage       who used what; also lost time, lineage, steps
+  tink replay train ID   a model's training once more: is it the same?
   tink db check          is the journal whole?
   tink doctor            what is wrong here, and what mends it
 
