@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import affinity, calls, lane, recovery, replay, sampling
+from tests.bench import affinity, calls, journal, lane, recovery, replay, sampling
 
 BENCHES: dict[str, ModuleType] = {
     "affinity": affinity,
     "calls": calls,
+    "journal": journal,
     "lane": lane,
     "recovery": recovery,
     "replay": replay,
