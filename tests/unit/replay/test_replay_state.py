@@ -161,6 +161,8 @@ def _models() -> list[Record]:
             ),
         ]
     found.append((Subject(tenant="t", session_id="a"), SessionMoved(project_id="p")))
+    placed = Subject(tenant="t", model_id="a:train:0", adapter_id="a:train:0@1", replica="trainer")
+    found.append((placed, events.AdapterPlaced(state="loaded")))
     return _records(found)
 
 
@@ -171,10 +173,10 @@ def test_a_models_part_has_its_samples_of_every_session() -> None:
         found = state.select(state.at(recording, scope, len(records)), scope, len(records))
         keys = {job.job_id for job in found["jobs"] if isinstance(job, rows.Job)}
         assert keys == {"a:train:0:0", "a:sample:0:0", "b:sample:0:0"}
-        assert len(found["samplers"]) == 2
+        assert [len(found[name]) for name in ("samplers", "adapters", "adapter_placements")] == [2, 1, 1]
         assert [row.project_id for row in found["sessions"] if isinstance(row, rows.Session)] == ["p"]
         read = [record.seq for record in recording.records_of("a:train:0")]
-        assert read == [2, 3, 4, 8, 9, 10, 11, 14]
+        assert read == [2, 3, 4, 8, 9, 10, 11, 14, 15]
 
 
 def test_a_models_events_are_found_by_indexes_alone() -> None:
