@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
-from types import FrameType
 
 import structlog
 
@@ -22,31 +20,32 @@ from tink.world import World
 log = structlog.get_logger("tink.trainer")
 
 
+# They are waited for, and not handled: one that comes between two lives, or just before it is waited for,
+# waits as well, where a handler would have told it to nobody.
+AWAITED = frozenset((signal.SIGTERM, signal.SIGCHLD))
+
+
 class Preloaded:
     """`serve` runs the server in a child, and after one that was killed in another."""
 
     def __init__(self, run: Callable[[], int], world: World) -> None:
         self._run, self._world = run, world
-        self._child = 0
         self._told = False
 
     def serve(self) -> int:
         """Returns twice: in each child the status of its run; in the parent the status of the child that
         ended by itself or was told to by SIGTERM, which is handed on. The last of SHORT_LIVES takes the
         parent with it, by the same signal."""
-        signal.signal(signal.SIGTERM, self._hand_on)
+        signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
         short = 0
         while True:
             born = self._world.monotonic()
-            self._child = pid = os.fork()
+            pid = os.fork()
             if pid == 0:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                return 0 if self._told else self._run()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
+                return self._run()
             crash.arm("")  # was for the first one
-            if self._told:
-                os.kill(pid, signal.SIGTERM)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            self._child = 0
+            code = self._wait(pid)
             if code >= 0:
                 return code
             if self._told:
@@ -57,8 +56,12 @@ class Preloaded:
             log.warning("the server was killed, the next one is forked", pid=pid, signal=-code)
         return 0
 
-    def _hand_on(self, _number: int, _frame: FrameType | None) -> None:
-        self._told = True
-        if self._child:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.kill(self._child, signal.SIGTERM)
+    def _wait(self, pid: int) -> int:
+        """How the child ended. It is told what its parent is told meanwhile."""
+        while True:
+            if signal.sigwait(AWAITED) == signal.SIGTERM:
+                self._told = True
+                os.kill(pid, signal.SIGTERM)  # it may have ended, but was not waited for yet
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)

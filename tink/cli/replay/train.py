@@ -158,7 +158,9 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def status(self) -> int:
-        return int(not self.plan.schedule.edits and bool(self.different or self.others))
+        # Where results may differ, files may too.
+        others = self.tolerance <= 0 and bool(self.others)
+        return int(not self.plan.schedule.edits and (others or bool(self.different)))
 
 
 def run(arguments: argparse.Namespace) -> int:
