@@ -46,6 +46,11 @@ class Home:
         return self.root / "bodies.sqlite"
 
     @property
+    def bundle(self) -> Path:
+        """What a home that came out of a bundle says of itself (replay/bundle.py)."""
+        return self.root / "bundle.json"
+
+    @property
     def worker(self) -> Path:
         """Where the running worker says how to reach it."""
         return self.root / "worker.json"

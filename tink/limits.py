@@ -111,6 +111,9 @@ SQL_CELL = 120
 
 # -- tink replay -----------------------------------------------------------------------------------
 
+# Events that are written into a bundle in one go, and how hard it is compressed.
+BUNDLE_BATCH = 5_000
+BUNDLE_LEVEL = 10
 # Of each table: a long screen.
 STATE_ROWS = 50
 # A time that a worker made of its clock, before its commit, from one that is made of the commit's time.

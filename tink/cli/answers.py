@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from tink.cli import printing
-from tink.cli.homes import find_home
+from tink.cli.homes import readable_home
 from tink.cli.options import positive
 from tink.errors import StartupError, UserError
 from tink.home import Home
@@ -66,18 +66,18 @@ def _seconds(text: str) -> float:
 def answer(arguments: argparse.Namespace, query: str, judge: Callable[[Answer], int] = lambda _: 0) -> int:
     """Asks, and prints what is answered; returns the exit status: 1 if not all of it was printed, else what
     `judge` says of it. Raises UserError for a query that cannot be asked."""
-    home = find_home(arguments.home)
     chosen = arguments.format or _named(arguments.output)
     if chosen == "parquet" and arguments.output is None and sys.stdout.isatty():
         raise UserError("parquet is not for a terminal: pass --output FILE")
-    question = partial(_ask, home, query, arguments.max_rows, arguments.seconds, World())
 
     def tell(answered: Answer) -> int:
         return _tell(chosen, arguments.output, answered) or judge(answered)
 
-    if arguments.watch is None:
-        return tell(question())
-    return trio.run(_watch, question, tell, arguments.watch)
+    with readable_home(arguments.home) as home:
+        question = partial(_ask, home, query, arguments.max_rows, arguments.seconds, World())
+        if arguments.watch is None:
+            return tell(question())
+        return trio.run(_watch, question, tell, arguments.watch)
 
 
 async def _watch(question: Callable[[], Answer], tell: Callable[[Answer], int], seconds: float) -> int:

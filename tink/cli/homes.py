@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tink.errors import StartupError
 from tink.home import Home
+from tink.replay import bundle
 from tink.settings import Settings
+
+
+@contextmanager
+def readable_home(option: Path | None) -> Iterator[Home]:
+    """The same; or, if the option names a file of 'tink export', the home that is in it."""
+    if option is not None and option.is_file():
+        with bundle.opened(option) as home:
+            yield home
+    else:
+        yield find_home(option)
 
 
 def find_home(option: Path | None) -> Home:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import tink
 from tink.errors import JournalUnavailable, TinkError, tink_error
@@ -30,7 +31,7 @@ Settings are environment variables; 'tink config' prints them."""
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
 COMMANDS = (
     *("serve", "config", "doctor", "status", "jobs"),
-    *("sql", "audit", "journal", "replay"),
+    *("sql", "audit", "journal", "replay", "export"),
     *("db", "trainer", "vllm"),
 )
 
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status. What a user did wrong is a line, never a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # The command that is named, and no other: a start should not wait for what `db` imports.
+    if len(arguments) > 1 and arguments[0] == "replay" and Path(arguments[1]).is_file():
+        arguments = ["replay", "file", *arguments[1:]]
     chosen = parser(arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS).parse_args(
         arguments
     )

@@ -59,6 +59,11 @@ def head(connection: Connection) -> Head:
     return Head(0, START) if row is None else Head(row.seq, bytes(row.hash or b""))
 
 
+def hash_of(connection: Connection, seq: int) -> bytes:
+    table = schema.events
+    return bytes(connection.execute(select(table.c.hash).where(table.c.seq == seq)).scalar() or b"")
+
+
 def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     """One line for each place where the events are not what was written. `noted`: a head from earlier,
     which must be in the chain."""

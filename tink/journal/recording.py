@@ -19,13 +19,15 @@ from tink.journal.reader import open_journal, open_snapshot
 class Recording:
     """Made by `open_recording`. `journal` is a connection for queries.py; it blocks, as do the methods."""
 
-    def __init__(self, journal: Connection, bodies: Connection) -> None:
-        self.journal, self._bodies = journal, bodies
+    def __init__(self, journal: Connection, bodies: Connection, *, whole: bool) -> None:
+        """`whole`: false for a part of a journal, from a bundle."""
+        self.journal, self._bodies, self._whole = journal, bodies, whole
 
     def records(self, after: int = 0, until: int | None = None) -> Iterator[Record]:
         """Every event behind `after`, in order, up to and with `until`. LookupError for one that is damaged
-        or missing."""
-        return store.gapless(store.read_events(self.journal, after, until), after)
+        or, in a whole journal, missing."""
+        found = store.read_events(self.journal, after, until)
+        return store.gapless(found, after) if self._whole else found
 
     def records_of(self, model: str, after: int = 0, until: int | None = None) -> Iterator[Record]:
         """Of these the ones that make what there is of a model: its rows, its session, its adapter's
@@ -58,4 +60,4 @@ def open_recording(home: Home) -> Iterator[Recording]:
     """StartupError, in one line, for what cannot be read."""
     # A body is stored before the event that names it: the journal's moment comes first.
     with open_journal(home) as journal, open_snapshot(home.bodies) as bodies:
-        yield Recording(journal, bodies)
+        yield Recording(journal, bodies, whole=not home.bundle.exists())

@@ -62,13 +62,40 @@ def write(connection: Connection, records: list[Record], before: bytes) -> bytes
         before = chain.link(before, row)
         stored.append({**row, "hash": before})
     connection.execute(insert(schema.events), stored)
+    _project(connection, records)
+    return before
+
+
+def _project(connection: Connection, records: Iterable[Record]) -> None:
     changes = [change for record in records for change in project(record)]
     # Runs of changes of one shape become one executemany. Their order is kept in each table; among the
     # tables it is that of the foreign keys.
     changes.sort(key=lambda change: _ORDER[change.table])
     for _, group in groupby(changes, key=_shape):
         _execute(connection, list(group))
-    return before
+
+
+def raw_events(connection: Connection, *, model: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of all events in order, with their hashes; or only those that make what there is of a model,
+    and those of the workers and training servers."""
+    table = schema.events
+    query = select(table).order_by(table.c.seq)
+    if model is not None:
+        query = query.where(or_(_of_model(model), table.c.kind.in_(_PROCESS_KINDS)))
+    for row in connection.execution_options(stream_results=True).execute(query).mappings():
+        yield dict(row)
+
+
+def put(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
+    """Inserts rows of `raw_events` as they are, with their projections, in the connection's transaction.
+    LookupError for one that is damaged."""
+    connection.execute(insert(schema.events), events)
+    _project(connection, (_record([*_head(row), *(row[name] for name in _SUBJECT)]) for row in events))
+
+
+def _head(row: dict[str, Any]) -> Iterator[Any]:
+    yield from (row[name] for name in ("seq", "at", "incarnation", "kind"))
+    yield msgspec.json.encode(row["data"])
 
 
 def _check_readable(event: AnyEvent) -> None:
@@ -97,6 +124,7 @@ _COLUMNS = [
     cast(schema.events.c.data, Text),
     *(schema.events.c[name] for name in _SUBJECT),
 ]
+_PROCESS_KINDS = ("incarnation_started", "incarnation_stopped", "trainer_started")
 _SESSION_KINDS = ("session_created", "session_finished", "session_moved")
 _DECODERS = {str(kind.__struct_config__.tag): msgspec.json.Decoder(kind) for kind in get_args(AnyEvent)}
 
@@ -181,8 +209,12 @@ def count(connection: Connection, kind: type[AnyEvent]) -> int:
     return int(connection.execute(query).scalar_one())
 
 
-def last_seq(connection: Connection) -> int:
-    return int(connection.execute(select(func.coalesce(func.max(schema.events.c.seq), 0))).scalar_one())
+def last_seq(connection: Connection, upto: int | None = None) -> int:
+    """Of all events, or of those up to and with a number; 0 if there is none."""
+    query = select(func.coalesce(func.max(schema.events.c.seq), 0))
+    if upto is not None:
+        query = query.where(schema.events.c.seq <= upto)
+    return int(connection.execute(query).scalar_one())
 
 
 def first_boot(connection: Connection) -> str | None:

@@ -15,6 +15,7 @@ examples:
   tink replay state --diff 4711 end      what has changed since
   tink replay decisions                  would this Tink decide as that one did?
   tink replay train MODEL                the training, compared with what it gave
+  tink replay run.tink                   all of that, from a file of 'tink export'
   tink replay train MODEL --to 40 --output DIR    the adapter as it was after step 40
 
 exit status: 0; 1 if something is not as it was; 2 if there is no such journal,
@@ -23,7 +24,7 @@ or it cannot be replayed
 'tink replay MODE --help' has the options and examples."""
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
-MODES: tuple[str, ...] = ("state", "decisions", "train")
+MODES: tuple[str, ...] = ("state", "decisions", "train", "file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

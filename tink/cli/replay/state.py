@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tink.cli import printing
-from tink.cli.homes import find_home
+from tink.cli.homes import readable_home
 from tink.cli.options import positive
 from tink.cli.replay import tables
 from tink.cli.replay.stepping import Conversation
@@ -83,9 +83,8 @@ def _names() -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    home = find_home(arguments.home)
     scope = Scope(model=arguments.model, job=arguments.job, table=arguments.table)
-    with _whole(home), open_recording(home) as recording:
+    with readable_home(arguments.home) as home, _whole(home), open_recording(home) as recording:
         journal = _Journal(home, recording)
         if arguments.step:
             _step(journal, arguments)
@@ -121,12 +120,13 @@ class _Journal:
 
     def seq(self, point: str) -> int:
         """UserError for what is none."""
-        return points.resolve(
+        seq = points.resolve(
             points.parse(point),
             self.span,
             lambda at: store.seq_at(self.recording.journal, at),
             printing.instant,
         )
+        return store.last_seq(self.recording.journal, seq)  # which may be left out of a bundle
 
     def at(self, seq: int) -> float:
         return store.event_of(self.recording.journal, seq).at

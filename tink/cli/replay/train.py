@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tink.cli import printing
-from tink.cli.homes import find_home
+from tink.cli.homes import readable_home
 from tink.cli.options import positive
 from tink.domain import rows
 from tink.domain.events import TrainerStarted
@@ -28,7 +28,7 @@ from tink.journal import queries, store
 from tink.journal.recording import Recording, open_recording
 from tink.limits import REPLAY_SHOWN
 from tink.logs import configure_logs, write_line
-from tink.replay import adapter, server
+from tink.replay import adapter, bundle, server
 from tink.replay.comparison import Comparison
 from tink.replay.rerun import Rerun
 from tink.replay.server import Server
@@ -165,8 +165,15 @@ class Report(msgspec.Struct, frozen=True):
 
 def run(arguments: argparse.Namespace) -> int:
     configure_logs("error")
-    home = find_home(arguments.home)
-    settings = Settings.load({name: os.environ.get(name, "") for name in VARIABLES}, home=home.root)
+    with readable_home(arguments.home) as home:
+        return _run(arguments, home)
+
+
+def _run(arguments: argparse.Namespace, home: Home) -> int:
+    named = {name: os.environ.get(name, "") for name in VARIABLES}
+    if bundle.about(home) is not None:
+        named["TINK_ARTIFACTS"] = ""  # it has its own
+    settings = Settings.load(named, home=home.root)
     _check(arguments, home, settings)
     with (
         open_recording(home) as recording,

@@ -1,0 +1,248 @@
+"""A bundle: one file with all that a replay of a model needs, to be taken to another machine.
+
+A tar archive, compressed with zstandard. `bundle.json` says what is in it; the rest is a home that has only
+this model: its events as they were written, with their hashes; their tables; the bodies that they name; and
+the published states that the model has loaded. The base model is not in it, but named with its digest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zstandard
+from sqlalchemy import insert
+
+import tink
+from tink.domain.events import TrainerStarted
+from tink.domain.requests import OpName
+from tink.errors import UNREADABLE, StartupError, UserError
+from tink.home import Home
+from tink.journal import chain, queries, revisions, schema, store
+from tink.journal.bodies import decompressed
+from tink.journal.database import writer_engine
+from tink.journal.journal import prepare
+from tink.journal.recording import Recording, open_recording
+from tink.limits import BUNDLE_BATCH, BUNDLE_LEVEL
+from tink.replay import server
+from tink.replay.shapes import Part, shape
+
+FORMAT = "tink-bundle/1"
+# Of a redacted bundle, a line for each body.
+SHAPES = "shapes.jsonl"
+PARTS: dict[str, Part] = {"body_sha256": "request", "result_sha256": "result"}
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """`before`: for each event whose predecessor is left out, by its number, the predecessor's hash (hex):
+    so every event of the bundle can be held against its own. `pruned`: of the bodies that its events name,
+    those that were not there any more."""
+
+    format: str
+    version: str
+    revision: str
+    model_id: str
+    exported_at: float
+    head: str
+    redacted: bool
+    events: int
+    bodies: int
+    pruned: int
+    directories: list[str]
+    trainer: TrainerStarted | None
+    before: dict[int, str]
+
+
+def write(home: Home, artifacts: Path, model_id: str, file: Path, *, redact: bool, now: float) -> About:
+    """Exports a model into `file`, whole or not at all. Blocks. UserError for a model that is not there,
+    and for a file that is; StartupError for what cannot be read or written."""
+    if file.exists():
+        raise UserError(f"{file} is there already: name another file, or delete it")
+    with (
+        open_recording(home) as recording,
+        tempfile.TemporaryDirectory(prefix=".tink-export-", dir=_folder(file)) as folder,
+    ):
+        if queries.model(recording.journal, model_id) is None:
+            raise UserError(f"there is no model {model_id} in this journal: 'tink status' lists them")
+        made = Home(Path(folder) / "home")
+        made.make()
+        prepare(made)
+        before, count, named = _copy_events(recording, made, model_id)
+        stored = recording.stored(named)
+        if redact:
+            _write_shapes(recording, made, {digest: named[digest] for digest in sorted(stored)})
+        else:
+            _copy_bodies(recording, made, sorted(stored))
+        directories = _directories(recording, artifacts, model_id)
+        about = About(
+            format=FORMAT,
+            version=tink.__version__,
+            revision=revisions.HEADS["journal"],
+            model_id=model_id,
+            exported_at=now,
+            head=str(chain.head(recording.journal)),
+            redacted=redact,
+            events=count,
+            bodies=len(stored),
+            pruned=len(named) - len(stored),
+            directories=directories,
+            trainer=store.last_trainer(recording.journal),
+            before=before,
+        )
+        encoded = msgspec.json.format(msgspec.json.encode(about), indent=1)
+        made.bundle.write_bytes(encoded + b"\n")
+        _pack(made, artifacts, directories, Path(folder) / "packed", file)
+    return about
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Home]:
+    """The home that is in a bundle, in a folder of its own for as long as this is open. Blocks.
+    StartupError, in one line, for what is no bundle, or one of another format or schema."""
+    with tempfile.TemporaryDirectory(prefix="tink-bundle-") as folder:
+        home = Home(Path(folder))
+        try:
+            with zstandard.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+                archive.extractall(folder, filter="data")
+        except (OSError, EOFError, tarfile.TarError, zstandard.ZstdError) as error:
+            raise StartupError(f"{file} is no bundle of 'tink export': {error}") from error
+        found = about(home)
+        if found is None:
+            raise StartupError(f"{file} is no bundle of 'tink export': it has no bundle.json")
+        if found.revision != revisions.HEADS["journal"]:
+            prepare(home)
+        yield home
+
+
+def about(home: Home) -> About | None:
+    """What a home that came out of a bundle says of itself; None for any other home. StartupError for a
+    bundle of another format."""
+    try:
+        content = home.bundle.read_bytes()
+        kind = json.loads(content)["format"]
+        if kind != FORMAT:
+            raise StartupError(f"the bundle has format {kind!r}: this Tink reads {FORMAT}")
+        return msgspec.json.decode(content, type=About)
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, *UNREADABLE) as error:
+        raise StartupError(f"the bundle.json cannot be read: {error}") from error
+
+
+def broken(home: Home, found: About) -> Iterator[str]:
+    """One line for each event of a bundle that is not what was written, as far as their hashes tell."""
+    with open_recording(home) as recording:
+        last = chain.Head(0, chain.START)
+        for row in store.raw_events(recording.journal):
+            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
+            noted = found.before.get(seq)
+            if noted is None and seq != last.seq + 1:
+                yield f"no event before {seq} is there, and no hash of it"
+            elif chain.link(last.hash if noted is None else bytes.fromhex(noted), row) != kept:
+                yield f"event {seq} is not what was written"
+            last = chain.Head(seq, kept)
+
+
+# A body, what it is of a job, and how it is compressed.
+Named = dict[str, tuple[OpName, Part, str]]
+
+
+def _copy_events(recording: Recording, made: Home, model_id: str) -> tuple[dict[int, str], int, Named]:
+    """Returns the hashes of left-out predecessors, how many events there are, and the bodies they name."""
+    before: dict[int, str] = {}
+    named: Named = {}
+    ops: dict[str, OpName] = {}
+    count = last = 0
+    batch: list[dict[str, Any]] = []
+    engine = writer_engine(made.journal)
+    try:
+        with engine.connect() as connection:
+            # A sampler's session may be another than the model's, and is left out.
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            connection.commit()
+            with connection.begin():
+                for row in store.raw_events(recording.journal, model=model_id):
+                    if row["seq"] != last + 1:
+                        before[row["seq"]] = chain.hash_of(recording.journal, row["seq"] - 1).hex()
+                    last = row["seq"]
+                    count += 1
+                    data, job_id = row["data"], row["job_id"]
+                    if row["kind"] == "job_accepted":
+                        ops[job_id] = data["op"]
+                    for name, part in PARTS.items():
+                        if data.get(name) is not None:
+                            named[data[name]] = ops[job_id], part, data.get("codec", "identity")
+                    batch.append(row)
+                    if len(batch) == BUNDLE_BATCH:
+                        store.put(connection, batch)
+                        batch = []
+                if batch:
+                    store.put(connection, batch)
+    finally:
+        engine.dispose()
+    return before, count, named
+
+
+def _write_shapes(recording: Recording, made: Home, named: Named) -> None:
+    with (made.root / SHAPES).open("wb") as file:
+        for digest, (op, part, codec) in named.items():
+            content = decompressed(recording.body(digest), codec)
+            found = {"sha256": digest, "op": op, "part": part, "bytes": len(content)}
+            file.write(msgspec.json.encode({**found, "shape": shape(content, op, part)}) + b"\n")
+
+
+def _copy_bodies(recording: Recording, made: Home, digests: list[str]) -> None:
+    engine = writer_engine(made.bodies)
+    try:
+        with engine.begin() as connection:
+            for digest in digests:
+                content = recording.body(digest)
+                row = {"sha256": digest, "size": len(content), "stored_at": 0.0, "content": content}
+                connection.execute(insert(schema.bodies), [row])
+    finally:
+        engine.dispose()
+
+
+def _directories(recording: Recording, artifacts: Path, model_id: str) -> list[str]:
+    """What a replay of the model reads of the artifacts: the states that it loaded, and its snapshots."""
+    loads = [load.directory for load in queries.loads(recording.journal) if load.model_id == model_id]
+    snapshots = [one.directory for one in queries.snapshots(recording.journal, model_id)]
+    found = dict.fromkeys(loads + snapshots)
+    return [directory for directory in found if server.present(artifacts, directory)]
+
+
+def _pack(made: Home, artifacts: Path, directories: list[str], scratch: Path, file: Path) -> None:
+    try:
+        with (
+            zstandard.open(scratch, "wb", cctx=zstandard.ZstdCompressor(level=BUNDLE_LEVEL)) as stream,
+            tarfile.open(fileobj=stream, mode="w|") as archive,
+        ):
+            for path in (made.bundle, made.journal, made.bodies, made.root / SHAPES):
+                if path.exists():
+                    archive.add(path, path.name, filter=_anonymous)
+            for directory in directories:
+                archive.add(artifacts / directory, f"artifacts/{directory}", filter=_anonymous)
+        os.link(scratch, file)  # not over one that has come meanwhile
+    except OSError as error:
+        raise StartupError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without who wrote it, and when."""
+    info.uid = info.gid = info.mtime = 0
+    info.uname = info.gname = ""
+    return info
+
+
+def _folder(file: Path) -> Path:
+    folder = file.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} to write {file.name} in")
+    return folder
