@@ -313,3 +313,20 @@ def test_what_cannot_be_replayed_is_one_line(recorded: Recorded, what: str) -> N
     run = replay(recorded, *filled)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
     assert reason in run.stderr
+
+
+def test_a_bundle_alone_gives_the_same_training(recorded: Recorded, tmp_path: Path) -> None:
+    """Without the home that it came from."""
+    home, file = tmp_path / "home", tmp_path / "run.tink"
+    shutil.copytree(recorded.home, home)
+    words = [sys.executable, "-m", "tink.cli.main"]
+    exported = [*words, "export", recorded.model, str(file), "--home", str(home)]
+    subprocess.run(exported, check=True, capture_output=True, env=environment(recorded))
+    shutil.rmtree(home)
+    env = environment(recorded)
+    done = subprocess.run(
+        [*words, "replay", str(file)], capture_output=True, text=True, timeout=240, env=env
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "each event has its hash" in done.stdout
+    assert "compared: the same, bit for bit" in done.stdout

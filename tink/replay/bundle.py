@@ -7,7 +7,6 @@ the published states that the model has loaded. The base model is not in it, but
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import tempfile
@@ -126,13 +125,13 @@ def about(home: Home) -> About | None:
     bundle of another format."""
     try:
         content = home.bundle.read_bytes()
-        kind = json.loads(content)["format"]
+        kind = msgspec.json.decode(content, type=dict[str, Any])["format"]
         if kind != FORMAT:
             raise StartupError(f"the bundle has format {kind!r}: this Tink reads {FORMAT}")
         return msgspec.json.decode(content, type=About)
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, *UNREADABLE) as error:
+    except (KeyError, *UNREADABLE) as error:
         raise StartupError(f"the bundle.json cannot be read: {error}") from error
 
 

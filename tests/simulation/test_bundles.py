@@ -1,0 +1,205 @@
+"""A bundle holds all that belongs to a model and nothing else, and shows what was changed in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import zstandard
+from sqlalchemy import select
+
+import tink
+from tests.simulation import golden
+from tink.cli.main import main
+from tink.domain.projection import Ledger, fold
+from tink.errors import StartupError, UserError
+from tink.home import Home
+from tink.journal import schema, store
+from tink.journal.database import writer_engine
+from tink.journal.recording import open_recording
+from tink.replay import bundle
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    made = Home(tmp_path_factory.mktemp("golden") / "home")
+    golden.read(golden.GOLDEN / tink.__version__ / "trainer", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(home: Home) -> str:
+    """The one with the most steps."""
+    with open_recording(home) as recording:
+        query = select(schema.models.c.model_id).order_by(schema.models.c.steps.desc()).limit(1)
+        return str(recording.journal.execute(query).scalar_one())
+
+
+@pytest.fixture
+def file(home: Home, model: str, tmp_path: Path) -> Path:
+    bundle.write(home, home.artifacts, model, tmp_path / "run.tink", redact=False, now=5.0)
+    return tmp_path / "run.tink"
+
+
+def _state(home: Home, model: str) -> Ledger:
+    with open_recording(home) as recording:
+        return fold(recording.records_of(model))
+
+
+def test_the_state_of_the_model_is_that_of_its_home(home: Home, model: str, file: Path) -> None:
+    with bundle.opened(file) as carried:
+        assert list(_state(carried, model).differences(_state(home, model))) == []
+        with open_recording(carried) as recording:
+            folded = fold(recording.records())
+            assert list(folded.differences(store.read_tables(recording.journal))) == []
+            assert set(folded.models) == {(model,)}
+
+
+def test_every_body_of_the_model_is_in_it(home: Home, model: str, file: Path) -> None:
+    with (
+        bundle.opened(file) as carried,
+        open_recording(carried) as recording,
+        open_recording(home) as whole,
+    ):
+        digests = {
+            digest
+            for job in _state(home, model).jobs.values()
+            for digest in (job.body_sha256, job.result_sha256)
+            if digest is not None
+        }
+        assert digests
+        assert recording.stored(digests) == whole.stored(digests)
+        for digest in whole.stored(digests):
+            assert recording.body(digest) == whole.body(digest)
+
+
+def test_each_event_has_the_hash_that_it_had_in_its_journal(file: Path) -> None:
+    with bundle.opened(file) as carried:
+        found = bundle.about(carried)
+        assert found is not None
+        assert list(bundle.broken(carried, found)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("UPDATE events SET data = json_set(data, '$.run_ms', 0.5) WHERE seq = {seq}", "is not what was"),
+        ("UPDATE events SET tenant = 'other' WHERE seq = {seq}", "is not what was"),
+        ("DELETE FROM events WHERE seq = {seq}", "no event before"),
+    ],
+)
+def test_an_event_that_was_changed_in_it_is_named(file: Path, change: str, told: str) -> None:
+    with bundle.opened(file) as carried:
+        found = bundle.about(carried)
+        assert found is not None
+        with open_recording(carried) as recording:
+            query = select(schema.events.c.seq).where(schema.events.c.kind == "job_done")
+            # The event behind it is there too: only what was left out before has its hash noted.
+            seq = next(s for s in recording.journal.execute(query).scalars() if s + 1 not in found.before)
+        engine = writer_engine(carried.journal)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(change.format(seq=seq))
+        engine.dispose()
+        (line,) = bundle.broken(carried, found)
+        assert told in line
+
+
+def test_a_redacted_bundle_has_the_shapes_and_no_body(home: Home, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "redacted.tink"
+    made = bundle.write(home, home.artifacts, model, file, redact=True, now=5.0)
+    assert made.redacted
+    content = zstandard.ZstdDecompressor().decompressobj().decompress(file.read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        names = archive.getnames()
+        assert names == ["bundle.json", "journal.sqlite", "bodies.sqlite", "shapes.jsonl"]
+        shapes = archive.extractfile("shapes.jsonl")
+        assert shapes is not None
+        lines = [json.loads(line) for line in shapes]
+    assert len(lines) == made.bodies > 0
+    sampled = next(line["shape"] for line in lines if (line["op"], line["part"]) == ("sample", "request"))
+    assert sampled["prompt"]["chunks"][0]["tokens"].endswith(" numbers")
+    with open_recording(home) as whole:
+        for line in lines:
+            assert whole.body(line["sha256"]) not in content
+    with bundle.opened(file) as carried, open_recording(carried) as recording:
+        assert recording.stored({line["sha256"] for line in lines}) == set()
+
+
+def test_a_file_that_is_there_is_never_written_over(home: Home, model: str, file: Path) -> None:
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        bundle.write(home, home.artifacts, model, file, redact=False, now=5.0)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no model nobody"):
+        bundle.write(home, home.artifacts, "nobody", tmp_path / "x", redact=False, now=5.0)
+    with pytest.raises(UserError, match="there is no folder"):
+        bundle.write(home, home.artifacts, "nobody", tmp_path / "a" / "x", redact=False, now=5.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _archive(path: Path, about: bytes | None) -> Path:
+    with zstandard.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as archive:
+        if about is not None:
+            info = tarfile.TarInfo("bundle.json")
+            info.size = len(about)
+            archive.addfile(info, io.BytesIO(about))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        (None, "it has no bundle.json"),
+        (b"{}", "cannot be read"),
+        (b"[", "cannot be read"),
+        (b'{"format": "tink-bundle/9"}', "has format 'tink-bundle/9'"),
+        (b'{"format": "tink-bundle/1"}', "cannot be read"),
+    ],
+)
+def test_what_is_no_bundle_is_one_line(tmp_path: Path, about: bytes | None, told: str) -> None:
+    file = _archive(tmp_path / "x.tink", about)
+    with pytest.raises(StartupError, match=told), bundle.opened(file):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"text", bytes(1000)])
+def test_a_file_of_anything_else_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(StartupError, match="is no bundle of 'tink export'"), bundle.opened(tmp_path / "x"):
+        pass
+
+
+def test_a_file_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    with zstandard.open(tmp_path / "x", "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as archive:
+        archive.addfile(tarfile.TarInfo("../outside"), io.BytesIO(b""))
+    with pytest.raises(StartupError, match="is no bundle"), bundle.opened(tmp_path / "x"):
+        pass
+    assert not (tmp_path.parent / "outside").exists()
+
+
+def test_the_other_commands_take_a_bundle_for_a_home(
+    file: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sql", "--home", str(file), "--format", "csv", "SELECT model_id FROM models"]) == 0
+    assert capsys.readouterr().out == f"model_id\n{model}\n"
+    assert main(["replay", "state", "--home", str(file), "--table", "models", "--format", "json"]) == 0
+    assert [row["model_id"] for row in json.loads(capsys.readouterr().out)["tables"]["models"]] == [model]
+    assert main(["audit", "steps", "--home", str(file)]) == 0
+
+
+def test_a_redacted_bundle_is_replayed_as_far_as_it_goes(
+    home: Home, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.tink"
+    assert main(["export", model, str(file), "--redact", "--home", str(home.root)]) == 0
+    assert main(["replay", str(file)]) == 0
+    told = capsys.readouterr()
+    assert "each event has its hash" in told.out
+    assert "its training cannot be replayed" in told.err
