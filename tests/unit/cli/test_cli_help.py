@@ -41,6 +41,7 @@ def test_the_commands_are_these():
         *(("audit", question) for question in QUESTIONS),
         ("journal",),
         ("journal", "verify"),
+        ("export",),
         ("replay",),
         *(("replay", mode) for mode in MODES),
         ("db",),
