@@ -334,8 +334,8 @@ IDLE_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 # Between two passes over everything, and between two looks for checkpoints that have come to an end.
 RETENTION_SECONDS = 3600.0
 EXPIRY_SECONDS = 60.0
-# However short TINK_RETENTION_HOURS is: how long a result stays for the poll that was lost, and a sampler's
-# weights for the client that has just saved them.
+# However short TINK_KEEP_RESULTS_HOURS and TINK_KEEP_ADAPTERS_HOURS are: how long a result stays for the
+# poll that was lost, and a sampler's weights for the client that has just saved them.
 LEAST_KEPT_SECONDS = 3600.0
 # Bodies that are deleted in one transaction: their writer is held for milliseconds.
 PRUNE_ROWS = 256

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tink import crash
+from tink.domain.retention import Kept
 from tink.domain.routing import Routes, routes
 from tink.errors import StartupError
 from tink.home import Home
@@ -116,6 +117,24 @@ class Settings:
         "TINK_RETENTION_HOURS",
         "how long requests, results and weights that are sampled no more stay; inf is for ever",
     )
+    keep_requests_hours: float | None = _setting(
+        None,
+        "TINK_KEEP_REQUESTS_HOURS",
+        "of these the requests: what a replay of covered operations needs, and no redo does",
+        otherwise="TINK_RETENTION_HOURS",
+    )
+    keep_results_hours: float | None = _setting(
+        None,
+        "TINK_KEEP_RESULTS_HOURS",
+        "of these the results: what a client can fetch again; an hour at least",
+        otherwise="TINK_RETENTION_HOURS",
+    )
+    keep_adapters_hours: float | None = _setting(
+        None,
+        "TINK_KEEP_ADAPTERS_HOURS",
+        "of these the weights that are sampled no more; an hour at least",
+        otherwise="TINK_RETENTION_HOURS",
+    )
     hang_seconds: float = _setting(
         1800.0,
         "TINK_HANG_SECONDS",
@@ -139,6 +158,12 @@ class Settings:
     def training_slots(self) -> int:
         """Training jobs that run at once. Two of one adapter never do."""
         return self.max_workers if self.routes.training == "hf" else 1
+
+    @property
+    def kept(self) -> Kept:
+        """For how long what nothing needs stays."""
+        own = self.keep_requests_hours, self.keep_results_hours, self.keep_adapters_hours, None
+        return Kept(*(3600 * (self.retention_hours if hours is None else hours) for hours in own))
 
     @property
     def vllm_urls(self) -> list[str]:
@@ -248,6 +273,12 @@ class Settings:
             "VLLM_MAX_LORA_RANK": (self.vllm_max_lora_rank, 1),
             "TINK_VLLM_WAIT_SECONDS": (self.vllm_wait_seconds, 1.0),
         }
+        kept = {
+            "TINK_KEEP_REQUESTS_HOURS": self.keep_requests_hours,
+            "TINK_KEEP_RESULTS_HOURS": self.keep_results_hours,
+            "TINK_KEEP_ADAPTERS_HOURS": self.keep_adapters_hours,
+        }
+        least |= {name: (hours, 0.0) for name, hours in kept.items() if hours is not None}
         for name, (value, bound) in least.items():
             if not value >= bound:
                 yield f"{name}: {value} must be at least {bound}"
@@ -327,6 +358,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "int": _number(int, "a whole number"),
     "int | None": _number(int, "a whole number"),
     "float": _number(float, "a number"),
+    "float | None": _number(float, "a number"),
     "bool": _boolean,
     "Switch": _switch,
     "Path": Path,

@@ -78,6 +78,7 @@ _KINDS = {
     "int": "whole number",
     "int | None": "whole number",
     "float": "number",
+    "float | None": "number",
     "bool": "true, false",
     "Switch": ", ".join(get_args(Switch)),
     "Path": "path",

@@ -301,7 +301,7 @@ async def test_weights_that_had_no_request_for_the_retention_time_go_and_those_t
         assert (await sample(cluster, busy, 0)).state == "done"
         await clock.later(cluster, 1.5 * HOUR)
         assert directories(cluster) == {"00000003-save_weights_for_sampler"}
-        assert "no request for TINK_RETENTION_HOURS" in str((await sample(cluster, idle, 0)).error)
+        assert "no request for TINK_KEEP_ADAPTERS_HOURS" in str((await sample(cluster, idle, 0)).error)
         assert (await sample(cluster, busy, 1)).state == "done"
         await clock.later(cluster, 2 * HOUR)
         assert directories(cluster) == set()

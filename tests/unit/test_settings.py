@@ -58,7 +58,7 @@ def test_an_argument_wins_over_tink_port_over_port_over_the_default(arguments, e
 
 def test_every_setting_is_read_from_its_variable():
     samples = {"str": "text", "int": "7", "float": "0.5", "bool": "true", "Switch": "true"}
-    samples |= {"Path": "/a/folder", "Path | None": "/a/folder", "int | None": "7"}
+    samples |= {"Path": "/a/folder", "Path | None": "/a/folder", "int | None": "7", "float | None": "0.5"}
     special = {"api_keys": "key=tenant", "log_level": "debug", "crash_at": "worker.body:2"}
     special |= {"vllm_base_url": "http://gpu-1:8000", "vllm_enable_lora": "false"}
     special["vllm_wait_seconds"] = "5"

@@ -7,9 +7,11 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,16 +121,30 @@ class ArtifactFolder:
         finally:
             self._going.discard(directory)
 
-    async def clear(self, dead: Collection[str]) -> None:
-        """Removes what is left under the scratch folder of removals that were cut short, and of training
-        servers whose incarnations are `dead`. A server of another worker is not among them."""
+    async def unfinished(self, dead: Collection[str]) -> list[str]:
+        """What is left under the scratch folder of removals that were cut short, and of training servers
+        whose incarnations are `dead`. A server of another worker is not among them."""
 
-        def clear() -> None:
-            for name in _names(self._scratch):
-                if name.startswith(REMOVED) or name.rpartition("-")[0] in dead:
-                    shutil.rmtree(self._scratch / name, ignore_errors=True)
+        def look() -> list[str]:
+            return [
+                f"{ids.SCRATCH}/{name}"
+                for name in _names(self._scratch)
+                if name.startswith(REMOVED) or name.rpartition("-")[0] in dead
+            ]
 
-        await self._world.run_sync(clear)
+        return await self._world.run_sync(look)
+
+    async def clear(self, unfinished: str) -> None:
+        """Removes one of these."""
+        await self._world.run_sync(partial(shutil.rmtree, self.root / unfinished, ignore_errors=True))
+
+    async def size(self, directory: str) -> int:
+        """Bytes, of all that is in it; 0 if it is not there."""
+
+        def look() -> int:
+            return sum(_size(path) for path in (self.root / directory).rglob("*"))
+
+        return await self._world.run_sync(look)
 
 
 def _check(directory: Path, files: Mapping[str, str], known: Mapping[str, _Stamp]) -> dict[str, _Stamp]:
@@ -162,6 +178,14 @@ def _remove(directory: Path, removed: Path) -> bool:
     crash.point("worker.removing")
     shutil.rmtree(removed, ignore_errors=True)
     return True
+
+
+def _size(path: Path) -> int:
+    try:
+        found = path.lstat()
+    except OSError:  # it has gone meanwhile
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _names(folder: Path) -> list[str]:

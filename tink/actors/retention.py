@@ -8,26 +8,31 @@ which looks at what is there and asks who needs it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import structlog
 import trio
+from sqlalchemy import Connection
 
 from tink import crash
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.domain import retention, rows
 from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Entry, Subject
-from tink.domain.retention import Cutoffs
+from tink.domain.projection import Ledger
+from tink.domain.retention import Cutoffs, Kept
 from tink.errors import JournalUnavailable
 from tink.journal import queries
 from tink.journal.bodies import Stored
-from tink.journal.journal import Journal
 from tink.limits import EXPIRY_SECONDS, RETENTION_SECONDS
 from tink.world import World
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 
 class Servers(Protocol):
@@ -41,22 +46,55 @@ class Servers(Protocol):
         """Takes out what nobody will sample from any more, as far as they let us."""
 
 
+class Bodies(Protocol):
+    """The body store, as bodies.py says."""
+
+    def watched(self) -> AbstractContextManager[Container[str]]: ...
+    async def oldest(self, before: float, after: Stored | None) -> list[Stored]: ...
+    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None: ...
+
+
+class Books(Protocol):
+    """The journal, as journal.py says; or what stands for it where nothing is to be changed."""
+
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def naming(self) -> trio.Lock: ...
+    @property
+    def bodies(self) -> Bodies: ...
+    async def read(self, query: Callable[[Connection], T]) -> T: ...
+    async def append(self, *entries: Entry) -> None: ...
+
+
+class Directory(NamedTuple):
+    """Of the artifact folder. `size`: bytes."""
+
+    name: str
+    size: int
+
+
+# What goes: a body, a directory; or, while its files are there yet, a checkpoint or an adapter version.
+Gone = Stored | Directory | rows.Checkpoint | rows.Adapter
+
+
 class Retention:
-    """An actor. `hours`: how long bodies and unused adapters stay at least (TINK_RETENTION_HOURS).
-    `servers`: None if the trainer samples."""
+    """An actor. `servers`: None if the trainer samples. `tell` hears of everything that goes."""
 
     def __init__(
         self,
-        journal: Journal,
+        journal: Books,
         folder: ArtifactFolder,
         world: World,
         *,
-        hours: float,
+        kept: Kept,
         servers: Servers | None = None,
+        tell: Callable[[Gone], None] = lambda _: None,
     ) -> None:
         self._journal, self._folder, self._world = journal, folder, world
         self._servers = servers
-        self._seconds = hours * 3600
+        self._kept = kept
+        self._tell = tell
         self._began = world.now(), world.monotonic()
         self._last_requests: dict[str, float] = {}
 
@@ -64,6 +102,15 @@ class Retention:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_bodies)
             nursery.start_soon(self._keep_artifacts)
+
+    async def once(self) -> bool:
+        """All of it, in the order in which one makes room for the next. False if something is left that is
+        in use yet."""
+        await self.expire_checkpoints()
+        await self.delete_adapters()
+        complete = await self.remove_directories()
+        await self.prune_bodies()
+        return complete
 
     async def _keep_bodies(self) -> None:
         while True:
@@ -100,26 +147,29 @@ class Retention:
         count = size = 0
         while True:
             with bodies.watched() as watch:
-                page: list[Stored] = await bodies.oldest(cutoffs.submitted, last)
+                page: list[Stored] = await bodies.oldest(cutoffs.bodies, last)
                 if not page:
                     break
                 digests = [body.sha256 for body in page]
                 jobs = await self._journal.read(
-                    partial(queries.jobs_naming, digests=digests, ended_since=cutoffs.used)
+                    partial(queries.jobs_naming, digests=digests, ended_since=cutoffs.results)
                 )
                 covers = retention.covered(self._journal.ledger)
-                needed = retention.bodies_needed(jobs, covers, cutoffs)
+                stored_at = {body.sha256: body.stored_at for body in page}
+                needed = retention.bodies_needed(jobs, stored_at, covers, cutoffs)
                 doomed = [b for b in page if b.sha256 not in needed and b.sha256 not in watch]
                 if doomed:
                     pruned = BodiesPruned(
                         count=len(doomed),
                         bytes=sum(body.size for body in doomed),
-                        submitted_before=cutoffs.submitted,
-                        finished_before=cutoffs.used,
+                        submitted_before=cutoffs.requests,
+                        finished_before=cutoffs.results,
                     )
                     await self._journal.append((Subject(), pruned))
                     crash.point("worker.bodies-pruned")
                     await bodies.drop([body.sha256 for body in doomed], watch)
+                    for body in doomed:
+                        self._tell(body)
                     count, size = count + pruned.count, size + pruned.bytes
             last = page[-1]
         if count:
@@ -131,18 +181,23 @@ class Retention:
         """Deletes those whose time is up."""
         now = self._world.now()
         async with self._journal.naming:
-            checkpoints = self._journal.ledger.checkpoints.values()
+            due = [
+                c
+                for c in self._journal.ledger.checkpoints.values()
+                if c.state == "live" and c.expires_at is not None and c.expires_at <= now
+            ]
             await self._journal.append(
                 *(
                     (rows.about(c), CheckpointDeleted(checkpoint_id=c.checkpoint_id, reason="expired"))
-                    for c in checkpoints
-                    if c.state == "live" and c.expires_at is not None and c.expires_at <= now
+                    for c in due
                 )
             )
+        for checkpoint in due:
+            self._tell(checkpoint)
 
     async def delete_adapters(self) -> None:
         """Those that nobody will sample from. Their files go with the other directories."""
-        ledger, before = self._journal.ledger, self._cutoffs().used
+        ledger, before = self._journal.ledger, self._cutoffs().adapters
         quiet = retention.quiet_samplers(ledger, before, self._last_requests)
         made = {s: ledger.samplers[(s,)].created_at for s in quiet}
         asked = await self._journal.read(partial(queries.last_requests, samplers=quiet))
@@ -156,6 +211,7 @@ class Retention:
                     entries.append(placements.entry(adapter, placements.TRAINER, "gone"))
             await self._journal.append(*entries)
         for adapter, reason in spare:
+            self._tell(adapter)
             log.info("adapter deleted", adapter=adapter.adapter_id, reason=reason)
         self._last_requests = {s: at for s, at in self._last_requests.items() if at >= before}
 
@@ -176,18 +232,23 @@ class Retention:
         kept |= retention.loads_needed(await read(queries.loads), retention.covered(ledger))
         # Of a version that was deleted just when its sampler was asked again.
         kept.update(await read(partial(queries.adapter_directories, adapters=sampled)))
-        kept.update(await read(partial(queries.damaged_snapshots, since=self._cutoffs().used)))
+        kept.update(await read(partial(queries.damaged_snapshots, since=self._cutoffs().damaged)))
         for directory in there:
-            spare = directory not in kept and directory not in in_use
-            if spare and await self._folder.remove(directory):
-                log.info("directory removed", directory=directory)
+            if directory in kept or directory in in_use:
+                continue
+            found = Directory(directory, await self._folder.size(directory))
+            if await self._folder.remove(directory):
+                self._tell(found)
+                log.info("directory removed", directory=directory, bytes=found.size)
         # The last one that answered may live; one that has not answered yet has written nothing.
         trainers = await read(queries.trainers)
-        await self._folder.clear(set(trainers) - set(trainers[-1:]))
+        for name in await self._folder.unfinished(set(trainers) - set(trainers[-1:])):
+            self._tell(Directory(name, await self._folder.size(name)))
+            await self._folder.clear(name)
         return in_use.isdisjoint(set(there) - kept)
 
     def _cutoffs(self) -> Cutoffs:
-        return Cutoffs.at(self._now(), self._seconds)
+        return Cutoffs.at(self._now(), self._kept)
 
     def _now(self) -> float:
         """By the wall clock, for times outlast processes; but a clock that is set forward while this one

@@ -92,7 +92,7 @@ async def open_worker(
         journal,
         folder,
         world,
-        hours=settings.retention_hours,
+        kept=settings.kept,
         servers=pool,
     )
 

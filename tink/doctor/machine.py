@@ -122,7 +122,7 @@ def folders(settings: Settings) -> Iterator[Finding]:
 def _room(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     detail = f"{free / 1e9:.1f} GB free at {folder}"
-    remedy = "make room: 'tink status' tells what takes it; TINK_RETENTION_HOURS less keeps less"
+    remedy = "make room: 'tink status' tells what takes it; 'tink gc --dry-run' what can go"
     if free < DISK_LEAST_BYTES:
         return wrong("disk", detail, remedy)
     return warning("disk", detail, remedy) if free < DISK_FEW_BYTES else ok("disk", detail)

@@ -20,16 +20,36 @@ from tink.limits import LEAST_KEPT_SECONDS, SNAPSHOTS_KEPT
 Spare = tuple[rows.Adapter, Literal["finished", "idle", "deleted", "removed"]]
 
 
-class Cutoffs(NamedTuple):
-    """What belongs to the time before is kept only if something needs it. `submitted`: requests.
-    `used`: results, samplers' weights and damaged snapshots."""
+class Kept(NamedTuple):
+    """For how long what nothing needs stays at least, by kind, in seconds (inf: for ever). `requests`: of
+    jobs, since they were last received: what a replay needs and no redo does. `results`: of jobs, since
+    they ended: for the polls of their clients. `adapters`: samplers' weights, since their last request.
+    `damaged`: snapshots, since they were found to be: for people."""
 
-    submitted: float
-    used: float
+    requests: float
+    results: float
+    adapters: float
+    damaged: float
+
+
+class Cutoffs(NamedTuple):
+    """Of each kind, what belongs to the time before is kept only if something needs it."""
+
+    requests: float
+    results: float
+    adapters: float
+    damaged: float
 
     @classmethod
-    def at(cls, now: float, kept_seconds: float) -> Cutoffs:
-        return cls(now - kept_seconds, now - max(kept_seconds, LEAST_KEPT_SECONDS))
+    def at(cls, now: float, kept: Kept) -> Cutoffs:
+        # A request that no redo needs is nobody's but a replay's: it may go at once.
+        others = (now - max(seconds, LEAST_KEPT_SECONDS) for seconds in kept[1:])
+        return cls(now - kept.requests, *others)
+
+    @property
+    def bodies(self) -> float:
+        """A body that was stored later is no old request, and no old result."""
+        return max(self.requests, self.results)
 
 
 class Load(NamedTuple):
@@ -74,16 +94,21 @@ def may_be_redone(job: rows.Job, covers: Mapping[str, int]) -> bool:
 # -- bodies -----------------------------------------------------------------------------------------
 
 
-def bodies_needed(jobs: Iterable[rows.Job], covers: Mapping[str, int], cutoffs: Cutoffs) -> set[str]:
+def bodies_needed(
+    jobs: Iterable[rows.Job], stored_at: Mapping[str, float], covers: Mapping[str, int], cutoffs: Cutoffs
+) -> set[str]:
     """The sha256 of each body that one of these jobs needs: as its request, which may have to be sent
-    (again), or as its result, which its client may fetch (again)."""
+    (again), or as its result, which its client may fetch (again). `stored_at`: of these bodies, when each
+    was last received."""
     needed: set[str] = set()
     for job in jobs:
         if job.body_sha256 is not None and (
-            job.state in rows.OPEN or job.submitted_at >= cutoffs.submitted or may_be_redone(job, covers)
+            job.state in rows.OPEN
+            or max(job.submitted_at, stored_at.get(job.body_sha256, 0.0)) >= cutoffs.requests
+            or may_be_redone(job, covers)
         ):
             needed.add(job.body_sha256)
-        if job.result_sha256 is not None and (job.finished_at or 0.0) >= cutoffs.used:
+        if job.result_sha256 is not None and (job.finished_at or 0.0) >= cutoffs.results:
             needed.add(job.result_sha256)
     return needed
 

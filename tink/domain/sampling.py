@@ -14,8 +14,8 @@ from tink.wire.tink_train import SampleRequest
 _GONE = {
     "finished": "its session was finished",
     "removed": "their model was unloaded",
-    "idle": "it had no request for TINK_RETENTION_HOURS",
-    "deleted": "their checkpoint was deleted, and it had no request for TINK_RETENTION_HOURS since",
+    "idle": "it had no request for TINK_KEEP_ADAPTERS_HOURS",
+    "deleted": "their checkpoint was deleted, and it had no request for TINK_KEEP_ADAPTERS_HOURS since",
 }
 
 

@@ -74,6 +74,23 @@ def stored(connection: Connection, digests: Collection[str]) -> set[str]:
     return found
 
 
+def oldest(connection: Connection, before: float, after: Stored | None) -> list[Stored]:
+    """A page of what was stored before `before`, the oldest first, behind `after`."""
+    table = schema.bodies
+    place = tuple_(table.c.stored_at, table.c.sha256)
+    query = select(table.c.sha256, table.c.size, table.c.stored_at).where(table.c.stored_at < before)
+    if after is not None:
+        query = query.where(place > (after.stored_at, after.sha256))
+    page: list[Stored] = []
+    total = 0
+    for row in connection.execute(query.order_by(table.c.stored_at, table.c.sha256).limit(PRUNE_ROWS)):
+        total += row.size
+        if page and total > PRUNE_BYTES:
+            break
+        page.append(Stored(*row))
+    return page
+
+
 def decompressed(body: bytes, codec: str) -> bytes:
     """As its client made it. What it decompresses to was counted before it was accepted."""
     if codec == "identity":
@@ -148,24 +165,7 @@ class BodyStore:
 
     async def oldest(self, before: float, after: Stored | None) -> list[Stored]:
         """A page of what was stored before `before`, the oldest first, behind `after`."""
-        table = schema.bodies
-        place = tuple_(table.c.stored_at, table.c.sha256)
-        query = select(table.c.sha256, table.c.size, table.c.stored_at).where(table.c.stored_at < before)
-        if after is not None:
-            query = query.where(place > (after.stored_at, after.sha256))
-        query = query.order_by(table.c.stored_at, table.c.sha256).limit(PRUNE_ROWS)
-
-        def read(connection: Connection) -> list[Stored]:
-            page: list[Stored] = []
-            total = 0
-            for row in connection.execute(query):
-                total += row.size
-                if page and total > PRUNE_BYTES:
-                    break
-                page.append(Stored(*row))
-            return page
-
-        return await self._read(read)
+        return await self._read(partial(oldest, before=before, after=after))
 
     async def drop(self, digests: Iterable[str], watch: Container[str]) -> None:
         """Deletes these bodies, for good when it returns, but for those that are in `watch` now: what is

@@ -157,19 +157,19 @@ def bodies_due(connection: Connection) -> dict[str, str]:
     due: dict[str, str] = {}
     jobs = connection.execution_options(yield_per=1000).execute(select(schema.jobs)).mappings()
     for job in (rows.Job(**row) for row in jobs):
-        due |= dict.fromkeys(retention.bodies_needed([job], covers, cutoffs), job.job_id)
+        due |= dict.fromkeys(retention.bodies_needed([job], {}, covers, cutoffs), job.job_id)
     return due
 
 
 def _cutoffs(connection: Connection) -> retention.Cutoffs:
-    """The furthest that any pass went."""
+    """The furthest that any pass over the bodies went."""
     table = schema.events
     query = select(table.c.data).where(table.c.kind == "bodies_pruned")
     submitted = finished = -math.inf
     for data in connection.execute(query).scalars():
         submitted = max(submitted, data["submitted_before"])
         finished = max(finished, data["finished_before"])
-    return retention.Cutoffs(submitted, finished)
+    return retention.Cutoffs(submitted, finished, adapters=-math.inf, damaged=-math.inf)
 
 
 class Sizes(NamedTuple):

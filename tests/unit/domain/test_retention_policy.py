@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tink.domain import adapters, ids, retention, rows
 from tink.domain.projection import Ledger
 from tink.domain.requests import MUTATING
-from tink.domain.retention import Cutoffs, Load
+from tink.domain.retention import Cutoffs, Kept, Load
 from tink.limits import LEAST_KEPT_SECONDS
 
 SESSION = "s"
@@ -20,6 +20,11 @@ MODEL = ids.model_id(SESSION, 0)
 NOW = 1_000_000.0
 # So long ago that nothing is kept for its youth.
 OLD = 10.0
+
+
+def _cutoffs(seconds: float) -> Cutoffs:
+    """With one time for all kinds."""
+    return Cutoffs.at(NOW, Kept(seconds, seconds, seconds, seconds))
 
 
 def _ledger(*more: tuple[str, rows.Row], session: str = "open", model: str = "live") -> Ledger:
@@ -181,7 +186,7 @@ def test_the_bodies_of_every_redo_that_may_come_stay_and_no_other_old_ones(
 ) -> None:
     jobs = [_job(number, op, state) for number, (op, state) in enumerate(ops, 1)]
     covers = retention.covered(_ledger(*map(_snapshot, taken)))
-    needed = retention.bodies_needed(jobs, covers, Cutoffs.at(NOW, 0.0))
+    needed = retention.bodies_needed(jobs, {}, covers, _cutoffs(0.0))
     # A redo begins behind the newest snapshot, or if that is damaged behind the one before it.
     begins = [0, 0, *sorted(taken)][-2 if damaged else -1]
     changed = [job for job in jobs if job.state == "done" and job.op in MUTATING]
@@ -215,19 +220,58 @@ def test_a_body_is_needed_by_what_is_open_may_be_redone_or_is_young(
     job: rows.Job, needed: set[str]
 ) -> None:
     covers = retention.covered(_ledger(_snapshot(5), _snapshot(9)))
-    assert retention.bodies_needed([job], covers, Cutoffs.at(NOW, 7200)) == needed
+    assert retention.bodies_needed([job], {}, covers, _cutoffs(7200)) == needed
 
 
 def test_one_job_of_many_is_enough_to_keep_a_body() -> None:
     jobs = [_job(1, body_sha256="same"), _job(2, body_sha256="same", state="running")]
-    assert retention.bodies_needed(jobs, {MODEL: 9}, Cutoffs.at(NOW, 0.0)) == {"same"}
-    assert retention.bodies_needed(jobs[:1], {MODEL: 9}, Cutoffs.at(NOW, 0.0)) == set()
+    assert retention.bodies_needed(jobs, {}, {MODEL: 9}, _cutoffs(0.0)) == {"same"}
+    assert retention.bodies_needed(jobs[:1], {}, {MODEL: 9}, _cutoffs(0.0)) == set()
+
+
+@pytest.mark.parametrize(("received", "needed"), [(NOW - 100, {"body-1"}), (NOW - 101, set())])
+def test_a_request_that_was_received_again_is_as_young_as_if_it_were_new(
+    received: float, needed: set[str]
+) -> None:
+    """Though its job is old, and though results go sooner."""
+    cutoffs = Cutoffs.at(NOW, Kept(requests=100, results=0, adapters=0, damaged=0))
+    assert retention.bodies_needed([_job(1)], {"body-1": received}, {MODEL: 9}, cutoffs) == needed
+
+
+def test_requests_and_results_go_by_times_of_their_own() -> None:
+    young = NOW - LEAST_KEPT_SECONDS - 1
+    job = _job(1, submitted_at=young, finished_at=young, result_sha256="result")
+    day = 24 * 3600.0
+
+    def needed(kept: Kept) -> set[str]:
+        return retention.bodies_needed([job], {}, {MODEL: 9}, Cutoffs.at(NOW, kept))
+
+    assert needed(Kept(day, 0, 0, 0)) == {"body-1"}
+    assert needed(Kept(0, day, 0, 0)) == {"result"}
+    assert needed(Kept(0, 0, day, day)) == set()
+    assert needed(Kept(math.inf, math.inf, 0, 0)) == {"body-1", "result"}
+
+
+def test_no_body_is_looked_at_that_is_too_young_for_both_kinds() -> None:
+    day = 24 * 3600.0
+    assert Cutoffs.at(NOW, Kept(day, math.inf, 0, 0)).bodies == NOW - day
+    assert Cutoffs.at(NOW, Kept(math.inf, day, 0, 0)).bodies == NOW - day
+    assert Cutoffs.at(NOW, Kept(math.inf, math.inf, 0, 0)).bodies == -math.inf
+
+
+@pytest.mark.parametrize("kept", [0.0, 7200.0, math.inf])
+def test_what_a_redo_needs_and_what_is_open_stays_however_short_the_times_are(kept: float) -> None:
+    jobs = [_job(6), _job(7, state="running"), _job(8, "sample", "accepted", model_id=None, op_no=None)]
+    for times in (Kept(0, kept, kept, kept), Kept(kept, 0, 0, 0)):
+        needed = retention.bodies_needed(jobs, {}, {MODEL: 5}, Cutoffs.at(NOW, times))
+        assert needed == {"body-6", "body-7", "body-8"}
 
 
 def test_a_retention_time_of_nothing_leaves_results_an_hour_and_one_without_end_leaves_all() -> None:
-    assert Cutoffs.at(NOW, 0.0) == (NOW, NOW - LEAST_KEPT_SECONDS)
-    assert Cutoffs.at(NOW, 7200.0) == (NOW - 7200, NOW - 7200)
-    assert Cutoffs.at(NOW, math.inf) == (-math.inf, -math.inf)
+    hour_ago = NOW - LEAST_KEPT_SECONDS
+    assert _cutoffs(0.0) == (NOW, hour_ago, hour_ago, hour_ago)
+    assert _cutoffs(7200.0) == (NOW - 7200,) * 4
+    assert _cutoffs(math.inf) == (-math.inf,) * 4
 
 
 # -- adapters ---------------------------------------------------------------------------------------
