@@ -23,6 +23,7 @@ examples:
   tink audit usage       who used what; also lost time, lineage, steps
   tink replay train ID   a model's training once more: is it the same?
   tink db check          is the journal whole?
+  tink gc --dry-run      what would leave the disk, and which replays end by it
   tink doctor            what is wrong here, and what mends it
 
 'tink COMMAND --help' has the options, the exit status and more examples.
@@ -32,7 +33,7 @@ Settings are environment variables; 'tink config' prints them."""
 COMMANDS = (
     *("serve", "config", "doctor", "status", "jobs"),
     *("sql", "audit", "journal", "replay", "export"),
-    *("db", "trainer", "vllm"),
+    *("db", "gc", "trainer", "vllm"),
 )
 
 

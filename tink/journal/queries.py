@@ -220,6 +220,43 @@ def jobs_naming(connection: Connection, digests: Collection[str], ended_since: f
     return _rows(connection, query, rows.Job)
 
 
+def named_bodies(connection: Connection, digests: Collection[str]) -> tuple[set[str], set[str]]:
+    """Those of these that are requests of jobs, and those that are results."""
+    columns = schema.jobs.c.body_sha256, schema.jobs.c.result_sha256
+    found: tuple[set[str], set[str]] = set(), set()
+    for some in _batched(sorted(digests)):
+        for column, names in zip(columns, found, strict=True):
+            names.update(connection.execute(select(column).where(column.in_(some)).distinct()).scalars())
+    return found
+
+
+def named_directories(connection: Connection) -> dict[str, str]:
+    """Every directory of the artifact folder that a row names: the table in which it does."""
+    tables = schema.snapshots, schema.checkpoints, schema.adapters  # of a saved sampler both have it
+    return {
+        directory: table.name
+        for table in tables
+        for directory in connection.execute(select(table.c.directory)).scalars()
+    }
+
+
+def trained_with(connection: Connection, digests: Collection[str]) -> set[str]:
+    """The models that have one of these bodies as a request of their operations."""
+    table = schema.jobs
+    found: set[str] = set()
+    for some in _batched(sorted(digests)):
+        query = select(table.c.model_id).where(table.c.body_sha256.in_(some), table.c.op_no.is_not(None))
+        found.update(connection.execute(query.distinct()).scalars())
+    return found
+
+
+def snapshotted_in(connection: Connection, directories: Collection[str]) -> set[str]:
+    """The models that have a live snapshot in one of these."""
+    table = schema.snapshots
+    query = select(table.c.model_id, table.c.directory).where(table.c.state == "live")
+    return {model_id for model_id, directory in connection.execute(query) if directory in directories}
+
+
 def loads(connection: Connection) -> list[Load]:
     """Every saved state that was ever loaded into a model."""
     table = schema.jobs

@@ -12,7 +12,7 @@ from tink.domain import rows
 from tink.domain.events import JobAccepted, Record
 from tink.home import Home
 from tink.journal import store
-from tink.journal.bodies import decompressed, read_body, stored
+from tink.journal.bodies import Stored, decompressed, oldest, read_body, stored
 from tink.journal.reader import open_journal, open_snapshot
 
 
@@ -53,6 +53,10 @@ class Recording:
     def stored(self, digests: Collection[str]) -> set[str]:
         """Those of these bodies that were not pruned."""
         return stored(self._bodies, digests)
+
+    def oldest(self, before: float, after: Stored | None) -> list[Stored]:
+        """A page of what was stored before `before`, the oldest first, behind `after`."""
+        return oldest(self._bodies, before, after)
 
 
 @contextmanager

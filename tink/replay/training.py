@@ -129,7 +129,7 @@ def schedule(
     Where something is lost that is needed, it begins with the first snapshot that covers it, unless
     `from_start`. UserError, in one line, for what cannot be replayed."""
     turns = _turns(jobs, lost, edits)
-    steps = sum(_steps(job) for job in jobs)
+    steps = steps_of(jobs)
     if to is None:
         to = steps
     if not 1 <= to <= steps:
@@ -161,6 +161,11 @@ def schedule(
         because=because,
         export=None if edits else _export(turns[end:]),
     )
+
+
+def steps_of(jobs: Sequence[rows.Job]) -> int:
+    """How many optimizer steps they made."""
+    return sum(_steps(job) for job in jobs)
 
 
 def _turns(jobs: Sequence[rows.Job], lost: Mapping[str, str], edits: Edits) -> list[Turn]:

@@ -30,6 +30,7 @@ from tink.limits import REPLAY_SHOWN
 from tink.logs import configure_logs, write_line
 from tink.replay import adapter, bundle, server
 from tink.replay.comparison import Comparison
+from tink.replay.reach import remains
 from tink.replay.rerun import Rerun
 from tink.replay.server import Server
 from tink.replay.training import Change, Edits, Schedule, schedule
@@ -216,17 +217,12 @@ def _plan(arguments: argparse.Namespace, recording: Recording, settings: Setting
     served = store.last_trainer(journal)
     if served is None:
         raise UserError("no training server has ever answered in this journal: there is nothing to replay")
-    jobs = queries.ops(journal, model_id, after=0, upto=model.op_no)
-    digests = {d for job in jobs for d in (job.body_sha256, job.result_sha256) if d is not None}
-    stored = recording.stored(digests)
     artifacts = settings.artifact_root
-    snapshots = [
-        one for one in queries.snapshots(journal, model_id) if server.present(artifacts, one.directory)
-    ]
+    left = remains(recording, artifacts, model)
     made = schedule(
-        jobs,
-        snapshots,
-        _lost(jobs, stored, artifacts),
+        left.jobs,
+        left.snapshots,
+        left.lost,
         model_id=model_id,
         to=arguments.to,
         from_start=arguments.from_start,
@@ -240,7 +236,7 @@ def _plan(arguments: argparse.Namespace, recording: Recording, settings: Setting
         _try(made, recording, ledger)
     exports = queries.exports(journal, model_id)
     export = next((one for one in exports if one.job_id == made.export), None)
-    return Plan(made, served, queries.trainers(journal), ledger, stored, artifacts, export)
+    return Plan(made, served, queries.trainers(journal), ledger, left.stored, artifacts, export)
 
 
 def _try(made: Schedule, recording: Recording, ledger: Ledger) -> None:
@@ -248,19 +244,6 @@ def _try(made: Schedule, recording: Recording, ledger: Ledger) -> None:
     for turn in made.turns:
         if turn.filler is None and turn.job.op == "optim_step":
             turn.operation(recording.request(turn.job), ledger, made.edits)
-
-
-def _lost(jobs: list[rows.Job], stored: set[str], artifacts: Path) -> dict[str, str]:
-    """By job, what of it is not there any more."""
-    lost = {}
-    for job in jobs:
-        if job.body_sha256 is not None and job.body_sha256 not in stored:
-            lost[job.job_id] = "its request was pruned"
-        elif job.op == "load_weights" and job.state == "done":
-            directory = str(job.directory)
-            if not server.present(artifacts, directory):
-                lost[job.job_id] = f"the state that it loaded is not in {artifacts} any more"
-    return lost
 
 
 def _say_what_is_left_out(made: Schedule) -> None:
