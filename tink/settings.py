@@ -163,7 +163,7 @@ class Settings:
     def kept(self) -> Kept:
         """For how long what nothing needs stays."""
         own = self.keep_requests_hours, self.keep_results_hours, self.keep_adapters_hours, None
-        return Kept(*(3600 * (self.retention_hours if hours is None else hours) for hours in own))
+        return Kept.asked(*(3600 * (self.retention_hours if hours is None else hours) for hours in own))
 
     @property
     def vllm_urls(self) -> list[str]:

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.home import Home
+from tink.journal import queries
+from tink.journal.recording import open_recording
+from tink.logs import write_line
 from tink.replay import bundle
+from tink.replay.reach import reach, remains
 from tink.settings import Settings
 from tink.world import World
 
@@ -44,11 +49,23 @@ def run(arguments: argparse.Namespace) -> int:
     home = find_home(arguments.home)
     named = {"TINK_ARTIFACTS": os.environ.get("TINK_ARTIFACTS", "")}
     artifacts = Settings.load(named, home=home.root).artifact_root
+    if not arguments.redact:
+        _say_what_is_lost(home, artifacts, arguments.model)
     made = bundle.write(
         home, artifacts, arguments.model, arguments.file, redact=arguments.redact, now=World().now()
     )
     print(f"{arguments.file}: {printing.size(arguments.file.stat().st_size)}, {told(made)}")
     return 0
+
+
+def _say_what_is_lost(home: Home, artifacts: Path, model_id: str) -> None:
+    """Before it begins: what a replay of the file cannot do."""
+    with open_recording(home) as recording:
+        model = queries.model(recording.journal, model_id)
+        found = None if model is None else reach(model, remains(recording, artifacts, model))
+    if found is not None and found.because is not None:
+        begins = "" if found.schedule is None else f"the training can be replayed {found.told}: "
+        write_line(f"tink export: {begins}{found.because}")
 
 
 def told(made: bundle.About) -> str:

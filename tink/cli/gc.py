@@ -22,7 +22,7 @@ from tink.errors import StartupError
 from tink.home import Home
 from tink.journal.journal import Journal
 from tink.journal.recording import Recording, open_recording
-from tink.limits import SHOWN_PROBLEMS
+from tink.limits import REPLAY_NAMED
 from tink.logs import configure_logs
 from tink.replay import garbage
 from tink.replay.garbage import Change, Garbage
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                 stack.enter_context(home.lock())
             except StartupError as error:
                 raise StartupError(
-                    f"the worker runs, and does it by itself every hour: 'tink gc --dry-run' tells ({error})"
+                    f"the worker runs and does it every hour: 'tink gc --dry-run' says what ({error})"
                 ) from None
             report = _rehearse(home, settings, world)
             if not arguments.json:  # what a replay loses is said before it is lost
@@ -178,8 +178,8 @@ def _print(report: Report) -> None:
         console.print("nothing would go" if report.dry_run else "there was nothing to delete")
     for what, ended in (("checkpoints expired", found.expired), ("adapter versions ended", found.given_up)):
         if ended:
-            more = len(ended) - SHOWN_PROBLEMS
-            named = ", ".join(map(printing.text, ended[:SHOWN_PROBLEMS]))
+            more = len(ended) - REPLAY_NAMED
+            named = ", ".join(map(printing.text, ended[:REPLAY_NAMED]))
             console.print(f"{what}: {named}" + (f" and {more:,} more" if more > 0 else ""), soft_wrap=True)
     if not report.complete:
         console.print("more goes once the worker runs: sampling servers may have it")

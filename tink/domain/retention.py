@@ -31,6 +31,12 @@ class Kept(NamedTuple):
     adapters: float
     damaged: float
 
+    @classmethod
+    def asked(cls, requests: float, *others: float) -> Kept:
+        """The times that were asked for, but none that is too short for a client to notice what it has."""
+        # A request that no redo needs is nobody's but a replay's: it may go at once.
+        return cls(requests, *(max(seconds, LEAST_KEPT_SECONDS) for seconds in others))
+
 
 class Cutoffs(NamedTuple):
     """Of each kind, what belongs to the time before is kept only if something needs it."""
@@ -42,9 +48,7 @@ class Cutoffs(NamedTuple):
 
     @classmethod
     def at(cls, now: float, kept: Kept) -> Cutoffs:
-        # A request that no redo needs is nobody's but a replay's: it may go at once.
-        others = (now - max(seconds, LEAST_KEPT_SECONDS) for seconds in kept[1:])
-        return cls(now - kept.requests, *others)
+        return cls(*(now - seconds for seconds in kept))
 
     @property
     def bodies(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain, starmap
 from typing import Any
 
@@ -48,6 +48,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 def gives_results(turn: Turn) -> bool:
     """Whether there is something to compare."""
     return turn.filler is None and (turn.job.op == "optim_step" or turn.job.op in DATA_OPS)
+
+
+def pruned_results(turns: Iterable[Turn], stored: Collection[str]) -> int:
+    """How many of them gave a result that is not there any more. `stored`: the sha256 of those that are."""
+    results = (turn.job.result_sha256 for turn in turns if gives_results(turn))
+    return sum(digest is not None and digest not in stored for digest in results)
 
 
 def compare(

@@ -24,7 +24,7 @@ OLD = 10.0
 
 def _cutoffs(seconds: float) -> Cutoffs:
     """With one time for all kinds."""
-    return Cutoffs.at(NOW, Kept(seconds, seconds, seconds, seconds))
+    return Cutoffs.at(NOW, Kept.asked(seconds, seconds, seconds, seconds))
 
 
 def _ledger(*more: tuple[str, rows.Row], session: str = "open", model: str = "live") -> Ledger:
@@ -234,7 +234,7 @@ def test_a_request_that_was_received_again_is_as_young_as_if_it_were_new(
     received: float, needed: set[str]
 ) -> None:
     """Though its job is old, and though results go sooner."""
-    cutoffs = Cutoffs.at(NOW, Kept(requests=100, results=0, adapters=0, damaged=0))
+    cutoffs = Cutoffs.at(NOW, Kept(100, 0, 0, 0))
     assert retention.bodies_needed([_job(1)], {"body-1": received}, {MODEL: 9}, cutoffs) == needed
 
 

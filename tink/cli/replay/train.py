@@ -29,7 +29,7 @@ from tink.journal.recording import Recording, open_recording
 from tink.limits import REPLAY_SHOWN
 from tink.logs import configure_logs, write_line
 from tink.replay import adapter, bundle, server
-from tink.replay.comparison import Comparison
+from tink.replay.comparison import Comparison, pruned_results
 from tink.replay.reach import remains
 from tink.replay.rerun import Rerun
 from tink.replay.server import Server
@@ -181,7 +181,7 @@ def _run(arguments: argparse.Namespace, home: Home) -> int:
         tempfile.TemporaryDirectory(prefix="tink-replay-") as folder,
     ):
         plan = _plan(arguments, recording, settings)
-        _say_what_is_left_out(plan.schedule)
+        _say_what_is_left_out(plan.schedule, plan.stored)
         report = trio.run(_replay, arguments, plan, recording, settings, Path(folder), World())
     tell = _tell_json if arguments.format == "json" else _tell
     tell(report, arguments.compare)
@@ -246,7 +246,7 @@ def _try(made: Schedule, recording: Recording, ledger: Ledger) -> None:
             turn.operation(recording.request(turn.job), ledger, made.edits)
 
 
-def _say_what_is_left_out(made: Schedule) -> None:
+def _say_what_is_left_out(made: Schedule, stored: set[str]) -> None:
     """Before it begins."""
     if made.start is not None:
         write_line(
@@ -257,6 +257,11 @@ def _say_what_is_left_out(made: Schedule) -> None:
     pruned = [turn for turn in pruned if turn.job.state == "done" and turn.filler != "dropped"]
     if pruned:
         write_line(f"{PROGRAM}: {len(pruned)} forward left out, which changed nothing: {pruned[0].filler}")
+    if not made.edits and (results := pruned_results(made.turns, stored)):
+        write_line(
+            f"{PROGRAM}: {results} of the results were pruned: whether they are the same is told by their hashes, "
+            "and not by how much they differ"
+        )
 
 
 # -- doing it ---------------------------------------------------------------------------------------
