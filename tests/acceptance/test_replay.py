@@ -244,6 +244,15 @@ def test_where_bodies_were_pruned_it_begins_with_a_snapshot(copied: Recorded) ->
     assert 0 < said["compared"] < 3 * STEPS + 1
 
 
+def test_a_result_that_was_pruned_is_compared_by_its_hash_and_that_is_said_first(copied: Recorded) -> None:
+    job = copied.job("forward_backward", 1)
+    [(digest,)] = copied.query("SELECT result_sha256 FROM jobs WHERE job_id = ?", job)
+    copied.query("DELETE FROM bodies WHERE sha256 = ?", digest, database="bodies")
+    run = replay(copied, "--format", "json")
+    assert "tink replay train: 1 of the results were pruned: their hashes tell" in run.stderr
+    assert report(run)["different"] == 0
+
+
 def test_a_replay_whose_trainer_is_killed_says_so_in_one_line(copied: Recorded) -> None:
     run = replay(copied, TINK_CRASH_AT="trainer.applied:5")
     assert (run.returncode, run.stdout) == (2, "")

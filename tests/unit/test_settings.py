@@ -71,6 +71,19 @@ def test_every_setting_is_read_from_its_variable():
         )
 
 
+def test_each_kind_is_kept_as_long_as_all_are_unless_it_has_a_time_of_its_own():
+    hour = 3600.0
+    assert load().kept == (168 * hour,) * 4
+    assert load(TINK_RETENTION_HOURS="2").kept == (2 * hour,) * 4
+    short = load(TINK_RETENTION_HOURS="inf", TINK_KEEP_REQUESTS_HOURS="0", TINK_KEEP_RESULTS_HOURS="5")
+    assert short.kept == (0, 5 * hour, float("inf"), float("inf"))
+    assert load(TINK_KEEP_ADAPTERS_HOURS="9").kept.adapters == 9 * hour
+
+
+def test_none_but_requests_is_kept_for_less_than_an_hour():
+    assert load(TINK_RETENTION_HOURS="0").kept == (0, 3600, 3600, 3600)
+
+
 def test_an_unknown_tink_variable_is_named_with_the_closest_one():
     assert refusal(TINK_PROT="1") == ["TINK_PROT: there is no such setting; did you mean TINK_PORT?"]
     assert refusal(TINK_XYZZY="1") == ["TINK_XYZZY: there is no such setting"]
@@ -103,6 +116,9 @@ def test_every_mistake_has_a_line_of_its_own():
         ("TINK_TRAINER_THREADS", "few"),
         ("TINK_RETENTION_HOURS", "-1"),
         ("TINK_RETENTION_HOURS", "nan"),
+        ("TINK_KEEP_REQUESTS_HOURS", "-1"),
+        ("TINK_KEEP_RESULTS_HOURS", "nan"),
+        ("TINK_KEEP_ADAPTERS_HOURS", "a week"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(name, value):

@@ -48,7 +48,8 @@ class Cutoffs(NamedTuple):
 
     @classmethod
     def at(cls, now: float, kept: Kept) -> Cutoffs:
-        return cls(*(now - seconds for seconds in kept))
+        # For ever is since 1970: they are journaled, and JSON has no infinity.
+        return cls(*(max(0.0, now - seconds) for seconds in kept))
 
     @property
     def bodies(self) -> float:

@@ -259,7 +259,7 @@ def _say_what_is_left_out(made: Schedule, stored: set[str]) -> None:
         write_line(f"{PROGRAM}: {len(pruned)} forward left out, which changed nothing: {pruned[0].filler}")
     if not made.edits and (results := pruned_results(made.turns, stored)):
         write_line(
-            f"{PROGRAM}: {results} of the results were pruned: whether they are the same is told by their hashes, "
+            f"{PROGRAM}: {results} of the results were pruned: their hashes tell if they are the same, "
             "and not by how much they differ"
         )
 
