@@ -244,6 +244,30 @@ def test_where_bodies_were_pruned_it_begins_with_a_snapshot(copied: Recorded) ->
     assert 0 < said["compared"] < 3 * STEPS + 1
 
 
+def test_after_a_tink_gc_a_replay_begins_where_that_said_and_so_does_one_of_an_export(
+    copied: Recorded, tmp_path: Path
+) -> None:
+    tink = [sys.executable, "-m", "tink.cli.main"]
+    at, env = ["--home", str(copied.home)], environment(copied) | {"TINK_KEEP_REQUESTS_HOURS": "0"}
+    gc = subprocess.run([*tink, "gc", "--json", *at], capture_output=True, text=True, env=env)
+    told = report(gc)
+    assert told["garbage"]["requests"]["count"] > 0
+    [change] = told["replays"]
+    assert (change["model_id"], change["now"]) == (copied.model, "from its start")
+    assert change["then"].startswith("from the snapshot behind operation ")
+    begins = (
+        f"begins with {change['then'].removeprefix('from ').partition(' of ')[0]}): {change['because']}"
+    )
+    run = replay(copied, "--format", "json")
+    assert begins in run.stderr
+    assert report(run)["different"] == 0
+    file = tmp_path / "run.tink"
+    export = subprocess.run([*tink, "export", copied.model, str(file), *at], capture_output=True, text=True)
+    assert f"can be replayed {change['then']}: {change['because']}" in export.stderr
+    carried = subprocess.run([*tink, "replay", str(file)], capture_output=True, text=True, env=env)
+    assert (carried.returncode, begins in carried.stderr) == (0, True), carried.stdout
+
+
 def test_a_result_that_was_pruned_is_compared_by_its_hash_and_that_is_said_first(copied: Recorded) -> None:
     job = copied.job("forward_backward", 1)
     [(digest,)] = copied.query("SELECT result_sha256 FROM jobs WHERE job_id = ?", job)
