@@ -19,7 +19,7 @@ from trio.testing import MockClock
 from tests.simulation.chaos import SCRATCH, quiet
 from tests.simulation.cluster import Cluster
 from tests.simulation.scenario import answers, batch, events, long_run, train
-from tests.simulation.test_retention import Clock, sample, save
+from tests.simulation.test_retention import Clock, load, sample, save
 from tink.cli.main import main
 from tink.domain import ids
 from tink.home import Home
@@ -68,14 +68,16 @@ SHORT = {"TINK_RETENTION_HOURS": "0"}
 
 async def _live(folder: Path) -> None:
     """A worker that deletes nothing, until it is killed: a model that is covered by snapshots, one that is
-    not, and of each kind what may go."""
+    not, one that began with a state which has expired; and of each kind what may go."""
     async with Cluster.running(folder, snapshot_seconds=0.05, retention_hours=math.inf) as cluster:
         session = await cluster.session()
         covered, short = [await cluster.create(session, number) for number in range(2)]
         await long_run(cluster, covered, STEPS)
         await answers(cluster, await train(cluster, short, 1, 1))
         await save(cluster, covered, 2 * STEPS + 1, "save_weights", path="kept")
-        await save(cluster, covered, 2 * STEPS + 2, "save_weights", path="short", ttl_seconds=60)
+        expiring: dict[str, object] = {"path": "short", "ttl_seconds": int(DAY)}
+        path = await save(cluster, covered, 2 * STEPS + 2, "save_weights", **expiring)
+        await long_run(cluster, await load(cluster, session, 2, path), STEPS)
         unnamed = {"sampling_session_seq_id": 0}
         sampler = await save(cluster, covered, 2 * STEPS + 3, "save_weights_for_sampler", **unnamed)
         await sample(cluster, sampler, 0)
@@ -103,7 +105,7 @@ def home(lived: Path, tmp_path: Path) -> Home:
 
 
 def _models(home: Home) -> list[str]:
-    """The one with snapshots first."""
+    """The one that is covered, the short one, and the one that was loaded."""
     with closing(sqlite3.connect(home.journal)) as connection:
         return [row[0] for row in connection.execute("SELECT model_id FROM models ORDER BY model_id")]
 
@@ -201,27 +203,31 @@ def test_a_dry_run_changes_not_a_byte(tink: Tink, home: Home, options: tuple[str
 # -- replays ----------------------------------------------------------------------------------------
 
 
-def test_what_it_says_of_a_replay_is_what_there_is_before_and_after(tink: Tink, home: Home) -> None:
-    covered, short = _models(home)
-    before = {model: _reach(home, model) for model in (covered, short)}
-    told = json.loads(tink(home, "--dry-run", "--json", **SHORT)[1])["replays"]
-    assert [one["model_id"] for one in told] == [covered]
-    tink(home, **SHORT)
-    after = {model: _reach(home, model) for model in (covered, short)}
+@pytest.mark.parametrize(("settings", "changed"), [(SHORT, [0, 2]), ({"TINK_RETENTION_HOURS": "inf"}, [2])])
+def test_what_it_says_of_a_replay_is_what_there_is_before_and_after(
+    tink: Tink, home: Home, settings: dict[str, str], changed: list[int]
+) -> None:
+    covered, short, loaded = _models(home)
+    before = {model: _reach(home, model) for model in (covered, short, loaded)}
+    told = json.loads(tink(home, "--dry-run", "--json", **settings)[1])["replays"]
+    assert [one["model_id"] for one in told] == [_models(home)[number] for number in changed]
+    tink(home, **settings)
+    after = {model: _reach(home, model) for model in (covered, short, loaded)}
     assert after[short] == before[short]
-    was, now = before[covered], after[covered]
-    assert was is not None
-    assert now is not None
-    assert (told[0]["now"], told[0]["then"], told[0]["because"]) == (was.told, now.told, now.because)
-    assert was.told == "from its start"
-    assert now.told.startswith("from the snapshot behind operation ")
-    assert now.told.endswith(f" of {STEPS})")
+    for one in told:
+        was, now = before[one["model_id"]], after[one["model_id"]]
+        assert was is not None
+        assert now is not None
+        assert (one["now"], one["then"], one["because"]) == (was.told, now.told, now.because)
+        assert was.told == "from its start"
+        assert now.told.startswith("from the snapshot behind operation ")
+        assert now.told.endswith(f" of {STEPS})")
 
 
 def test_without_its_snapshots_a_model_cannot_be_replayed_until_the_next_one(
     tink: Tink, home: Home
 ) -> None:
-    covered, _ = _models(home)
+    covered = _models(home)[0]
     for snapshot in home.artifacts.rglob("*-snapshot"):
         shutil.rmtree(snapshot)
     _, out, _ = tink(home, "--dry-run", **SHORT)
@@ -252,11 +258,11 @@ def test_an_export_says_first_what_a_replay_of_the_file_cannot_do(
     for number, model in enumerate(_models(home)):
         assert main(["export", model, str(tmp_path / f"{number}.tink"), "--home", str(home.root)]) == 0
         said[model] = capsys.readouterr().err
-    covered, short = _models(home)
+    covered, short, _ = _models(home)
     reached = _reach(home, covered)
     assert reached is not None
     expected = f"tink export: the training can be replayed {reached.told}: {reached.because}\n"
-    assert said == {covered: expected, short: ""}
+    assert (said[covered], said[short]) == (expected, "")
 
 
 # -- the run ----------------------------------------------------------------------------------------
@@ -275,7 +281,7 @@ async def test_what_a_redo_needs_stays_and_it_gives_the_same_bits(
         clock = Clock(monkeypatch)
         clock.jump(11 * DAY)
         async with Cluster.running(folder, retention_hours=math.inf) as cluster:
-            covered, short = _models(cluster.home)
+            covered, short, _ = _models(cluster.home)
             jobs = [await batch(cluster, covered, 2 * STEPS + 4), *await train(cluster, short, 3, 1)]
             found.append(await answers(cluster, jobs))
             assert events(cluster, "diverged") == []
