@@ -22,7 +22,7 @@ from tink.errors import StartupError
 from tink.home import Home
 from tink.journal.journal import Journal
 from tink.journal.recording import Recording, open_recording
-from tink.limits import REPLAY_NAMED
+from tink.limits import REPLAY_NAMED, SHOWN_PROBLEMS
 from tink.logs import configure_logs
 from tink.replay import garbage
 from tink.replay.garbage import Change, Garbage
@@ -155,9 +155,11 @@ def _print_replays(report: Report) -> None:
     console = printing.console(printing.LIST_COLUMNS)
     console.print(facts)
     console.print()
-    for one in report.replays:
+    for one in report.replays[:SHOWN_PROBLEMS]:
         model = printing.text(one.model_id)
         console.print(f"{model} can be replayed {one.now} now, and then {one.then}", soft_wrap=True)
+    if (more := len(report.replays) - SHOWN_PROBLEMS) > 0:
+        console.print(f"and {more:,} models more begin elsewhere: --json has them all")
     if not report.replays:
         console.print("each model can be replayed then from where it can be now")
     console.print()

@@ -91,12 +91,13 @@ def changes(recording: Recording, artifacts: Path, gone: Iterable[Gone]) -> list
                 digests.add(one.sha256)
             case Directory():
                 directories.add(one.name)
+    without = digests | directories
     found = []
     for model_id in sorted(_touched(recording, digests, directories)):
         model = queries.model(recording.journal, model_id)
         assert model is not None, "its jobs refer to it"
         now = reach(model, remains(recording, artifacts, model))
-        then = reach(model, remains(recording, artifacts, model, without=digests | directories))
+        then = reach(model, remains(recording, artifacts, model, without=without))
         if now is not None and then is not None and then.told != now.told:
             found.append(Change(model_id, now.told, then.told, then.because))
     return found

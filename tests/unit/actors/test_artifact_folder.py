@@ -109,7 +109,9 @@ async def test_a_removal_that_is_cut_short_leaves_no_half_of_a_directory_and_is_
             await folder.remove(name)
     assert not (folder.root / name).exists()
     assert len(list((folder.root / ".tmp").iterdir())) == 1
-    await folder.clear([])
+    [left] = await folder.unfinished([])
+    assert await folder.size(left) == len("content")
+    await folder.clear(left)
     assert list((folder.root / ".tmp").iterdir()) == []
 
 
@@ -129,7 +131,20 @@ async def test_what_cannot_be_removed_is_left_and_hurts_nobody(
 
 
 async def test_only_dead_servers_scratch_is_cleared(folder: ArtifactFolder) -> None:
-    await folder.clear(["dead"])  # of a folder that is not there yet
+    assert await folder.unfinished(["dead"]) == []  # of a folder that is not there yet
     _make(folder, ".tmp/dead-0", ".tmp/dead-12", ".tmp/alive-0", ".tmp/deadly-0", ".tmp/removed-1")
-    await folder.clear(["dead"])
+    assert await folder.unfinished(["dead"]) == [".tmp/dead-0", ".tmp/dead-12", ".tmp/removed-1"]
+    for name in await folder.unfinished(["dead"]):
+        await folder.clear(name)
     assert {path.name for path in (folder.root / ".tmp").iterdir()} == {"alive-0", "deadly-0"}
+
+
+async def test_a_directory_is_as_large_as_its_files_and_one_that_is_gone_is_nothing(
+    folder: ArtifactFolder,
+) -> None:
+    name = f"{HERE}/00000001-snapshot"
+    _make(folder, name)
+    (folder.root / name / "inside").mkdir()
+    (folder.root / name / "inside" / "file").write_bytes(bytes(1000))
+    assert await folder.size(name) == 1000 + len("content")
+    assert await folder.size(f"{HERE}/00000002-snapshot") == 0
