@@ -34,6 +34,7 @@ POINTS = {
     "worker.snapshot-journaled": "a snapshot is journaled; the one it replaces is not dropped",
     "worker.snapshot-dropped": "a snapshot is dropped in the journal; its files are there",
     "worker.bodies-pruned": "bodies are pruned in the journal; they are still stored",
+    "worker.adopted": "a fork's files are in their place; it is not journaled",
     "worker.removing": "a directory is out of its place; its files are there",
     "trainer.bound": "the port is bound; the ready file is not written",
     "trainer.loading": "the ready file is written; the model is not loaded",

@@ -319,6 +319,10 @@ REPLAY_AHEAD = TRAINER_AHEAD
 REPLAY_ORPHAN_SECONDS = 120
 # Of the results that differ, so many are printed; --compare prints all.
 REPLAY_SHOWN = 10
+# The worker reads the files of a fork before it publishes them.
+FORK_SECONDS = 120.0
+# What a fork that was killed has left in the scratch folder is taken for such after so long.
+FORK_LEFT_SECONDS = 24 * 3600.0
 # Jobs that cannot be replayed are named in one line.
 REPLAY_NAMED = 3
 

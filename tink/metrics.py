@@ -19,7 +19,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tink.domain import events, rows
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.limits import IDLE_SECONDS_BUCKETS, RUN_SECONDS_BUCKETS
 
 # A second series beside each counter, which Prometheus does not use.

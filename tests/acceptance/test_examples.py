@@ -22,6 +22,7 @@ LAST_LINES = {
     "sft": r"sft: loss \d+\.\d+ -> 0\.\d+, 4 of 4 answers right",
     "rl": r"rl: reward 0\.\d+ -> 0\.\d+ in 12 steps",
     "dpo": r"dpo: margin -?0\.000 -> \d+\.\d+ in 10 steps",
+    "spike": r"spike: loss 0\.\d+ after step 12",
     "resume": r"resume: 8 of 8 losses the same, bit for bit, after kill -9 at step 6",
 }
 

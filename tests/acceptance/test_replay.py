@@ -335,6 +335,11 @@ REFUSED = {
     "a job that is not there": (("--drop", "nobody"), "nobody is none of the operations"),
     "an address that is none": (("--trainer", "localhost"), "a URL such as"),
     "an output in the home": (("--output", "{home}/artifacts/x"), "where a replay writes nothing"),
+    "a fork without a worker": (("--fork", "mended"), "needs the worker of this home to run"),
+    "a fork with a name that cannot be": (
+        ("--fork", "../up"),
+        "checkpoint name '../up' cannot be used",
+    ),
     "an output that is there": (("--output", "{home}/.."), "is not empty"),
 }
 

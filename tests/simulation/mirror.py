@@ -16,7 +16,8 @@ from sqlalchemy import JSON, Boolean
 
 from tink.domain import events, rows
 from tink.domain.events import AnyEvent, Record, Subject
-from tink.domain.projection import Change, Key, Ledger, Update, project
+from tink.domain.ledger import Ledger
+from tink.domain.projection import Change, Key, Update, project
 from tink.journal import schema
 from tink.limits import SEQ_GAP_SECONDS
 

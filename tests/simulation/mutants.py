@@ -23,7 +23,7 @@ from tink.backends.vllm import VllmClient
 from tink.domain import adapters, ids, messages, plans, rows, sampling
 from tink.domain.events import Entry, SnapshotTaken, Subject
 from tink.domain.lane import Lane
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import TinkError
 from tink.journal import database, queries
 from tink.journal.journal import Journal

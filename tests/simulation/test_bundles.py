@@ -14,7 +14,7 @@ from sqlalchemy import select
 import tink
 from tests.simulation import golden
 from tink.cli.main import main
-from tink.domain.projection import Ledger, fold
+from tink.domain.ledger import Ledger, fold
 from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal import schema, store

@@ -90,7 +90,7 @@ def test_the_golden_journals_have_every_kind_of_job_and_of_event_that_is_replaye
                     ops.add(record.event.op)
     assert ops == set(get_args(requests.OpName))
     assert set(get_args(events.AnyEvent)) - kinds <= {
-        *(events.BodiesPruned, events.Diverged),  # left out
+        *(events.BodiesPruned, events.CheckpointForked, events.Diverged),  # left out
         events.IncarnationStopped,  # left out; the simulation only crashes
     }
 

@@ -20,7 +20,8 @@ from tests.simulation.power import Storage
 from tink.backends.vllm import PROBE
 from tink.domain import events, messages, requests, rows
 from tink.domain.events import Record
-from tink.domain.projection import Key, Ledger
+from tink.domain.ledger import Ledger
+from tink.domain.projection import Key
 from tink.domain.requests import MUTATING
 from tink.errors import TinkError
 from tink.home import Home

@@ -21,7 +21,7 @@ MODULES = {
 }
 
 # part -> the parts that it may import beside itself. Every part is named here, so a new one must choose.
-BASE = frozenset({"crash", "errors", "files", "limits", "logs", "wire", "tink"})
+BASE = frozenset({"crash", "errors", "files", "limits", "logs", "manifest", "wire", "tink"})
 ALLOWED: dict[str, frozenset[str]] = {
     "tink": frozenset(),
     "crash": frozenset({"tink", "errors"}),
@@ -29,6 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "files": frozenset(),
     "limits": frozenset(),
     "logs": frozenset(),
+    "manifest": frozenset({"errors", "wire"}),
     "pretrained": frozenset({"errors", "home", "limits"}),
     "wire": frozenset(),
     # Below the settings, which have paths in it, and the trainer, whose home is the worker's.

@@ -22,7 +22,7 @@ from tink.api.tinker import unsupported
 from tink.cli import vllm
 from tink.cli.main import COMMANDS
 from tink.domain.events import AnyEvent
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.domain.requests import OpName
 from tink.domain.rows import JobState
 from tink.home import Home

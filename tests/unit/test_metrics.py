@@ -20,7 +20,8 @@ from tink.domain.events import (
     Subject,
     TrainerStarted,
 )
-from tink.domain.projection import Ledger, project
+from tink.domain.ledger import Ledger
+from tink.domain.projection import project
 from tink.metrics import Metrics
 
 SNAPSHOT: dict[str, Any] = {"op_no": 1, "directory": "d", "size_bytes": 1}

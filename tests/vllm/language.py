@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tink.trainer.artifacts import MANIFEST
+from tink import manifest
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,7 +29,7 @@ def digest(directory: Path) -> bytes:
     if not (directory / "adapter_config.json").is_file():
         raise FileNotFoundError(directory)
     for file in sorted(directory.rglob("*")):
-        if file.is_file() and file.name != MANIFEST:
+        if file.is_file() and file.name != manifest.NAME:
             whole.update(file.relative_to(directory).as_posix().encode() + b"\0" + file.read_bytes())
     return whole.digest()
 

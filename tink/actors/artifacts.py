@@ -18,15 +18,16 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from tink import crash
+from tink import crash, files, manifest
 from tink.domain import ids, rows
-from tink.errors import BackendError
+from tink.errors import BackendError, NotFound
+from tink.limits import FORK_LEFT_SECONDS
 from tink.world import World
 
 # A directory on its way out, under the scratch folder.
 REMOVED = "removed-"
 
-_NAME = re.compile(r"(\d{8,})-[a-z_]+")
+_NAME = re.compile(r"(\d{8,})-[a-z_]+(?:-[0-9a-f]{32})?")
 
 log = structlog.get_logger()
 
@@ -107,6 +108,12 @@ class ArtifactFolder:
         known = self._checked.get(directory, {})
         self._checked[directory] = await self._world.run_sync(_check, self.root / directory, files, known)
 
+    async def adopt(self, scratch: str, directory: str) -> int:
+        """Publishes what lies in the scratch folder under the name `scratch`, complete and with a manifest.
+        A repeat finds it published. Returns its size in bytes. NotFound if it is in neither place;
+        BackendError if it is not what was written. `use` has to be around it."""
+        return await self._world.run_sync(_adopt, self.root, self._scratch / scratch, directory)
+
     async def remove(self, directory: str) -> bool:
         """Removes a directory that nothing in the journal needs; False if it cannot be, or somebody is
         using it. It is renamed first: whatever dies meanwhile, it is there whole or not at all."""
@@ -122,14 +129,18 @@ class ArtifactFolder:
             self._going.discard(directory)
 
     async def unfinished(self, dead: Collection[str]) -> list[str]:
-        """What is left under the scratch folder of removals that were cut short, and of training servers
-        whose incarnations are `dead`. A server of another worker is not among them."""
+        """What is left under the scratch folder of removals that were cut short, of forks that nobody has
+        come for, and of training servers whose incarnations are `dead`. A server of another worker is not
+        among them."""
+        past = self._world.now() - FORK_LEFT_SECONDS
 
         def look() -> list[str]:
             return [
                 f"{ids.SCRATCH}/{name}"
                 for name in _names(self._scratch)
-                if name.startswith(REMOVED) or name.rpartition("-")[0] in dead
+                if name.startswith(REMOVED)
+                or name.rpartition("-")[0] in dead
+                or (name.startswith(ids.FORK) and _older(self._scratch / name, past))
             ]
 
         return await self._world.run_sync(look)
@@ -166,6 +177,18 @@ def _check(directory: Path, files: Mapping[str, str], known: Mapping[str, _Stamp
     return stamps
 
 
+def _adopt(root: Path, scratch: Path, directory: str) -> int:
+    target = root / directory
+    if not target.is_dir():
+        if not scratch.is_dir():
+            raise NotFound(f"{scratch} is not there: is that the artifact folder of this worker?")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch.rename(target)
+    crash.point("worker.adopted")
+    files.sync_names(target, root)
+    return sum(file.size for file in manifest.check(target).files)
+
+
 def _remove(directory: Path, removed: Path) -> bool:
     try:
         removed.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +209,13 @@ def _size(path: Path) -> int:
     except OSError:  # it has gone meanwhile
         return 0
     return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
+def _older(path: Path, than: float) -> bool:
+    try:
+        return path.stat().st_mtime < than
+    except OSError:
+        return False
 
 
 def _names(folder: Path) -> list[str]:

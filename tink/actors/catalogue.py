@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
+
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backends import Backends
 from tink.domain import ids, keys, messages, plans, rows
 from tink.domain.events import (
     CheckpointChanged,
     CheckpointDeleted,
+    CheckpointForked,
     ClientFailed,
     SamplerCreated,
     SessionCreated,
@@ -21,13 +24,14 @@ from tink.domain.events import (
     SessionMoved,
     Subject,
 )
-from tink.domain.projection import Key, Ledger
+from tink.domain.ledger import Ledger
+from tink.domain.projection import Key
 from tink.domain.routing import Routes
 from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal import queries
 from tink.journal.journal import Journal
-from tink.limits import LONGEST_TTL
+from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
 from tink.metrics import Metrics
 from tink.world import World
 
@@ -90,6 +94,8 @@ class Catalogue:
                 return self._list_checkpoints(ask)
             case messages.GetCheckpoint():
                 return await self._checkpoint_view(ask)
+            case messages.ForkCheckpoint():
+                return await self._fork_checkpoint(ask)
             case messages.ChangeCheckpoint():
                 return await self._change_checkpoint(ask)
             case messages.DeleteCheckpoint():
@@ -292,6 +298,47 @@ class Catalogue:
         if files is None:
             raise NotFound(f"the files of {ask.address} are not in the artifact folder {self._folder.root}")
         return messages.CheckpointView(row=row, model=model, files=files)
+
+    async def _fork_checkpoint(self, ask: messages.ForkCheckpoint) -> rows.Checkpoint:
+        model = _owned(self._ledger.models, ask.tenant, ask.model_id, "model")
+        if not (0 < ask.op_no <= model.op_no and 0 < ask.step <= model.steps):
+            raise UserError(
+                f"the model {ask.model_id} has not come to operation {ask.op_no}, optimizer step {ask.step}"
+            )
+        address = ids.Address(ask.model_id, "weights", ids.check_name(ask.name))
+        checkpoint_id = ids.fork(ask.fork_id)
+        directory = ids.directory(ask.model_id, ask.op_no, checkpoint_id)
+        if len(msgspec.json.encode(ask.edits)) > MAX_METADATA_BYTES:
+            raise UserError(f"edits is over {MAX_METADATA_BYTES} bytes")
+        with self._folder.use(directory):
+            size = 0
+            if await self._fork(address, checkpoint_id) is None:
+                size = await self._folder.adopt(checkpoint_id, directory)
+            async with self._journal.naming:
+                made = await self._fork(address, checkpoint_id)
+                if made is not None:
+                    return made
+                forked = CheckpointForked(
+                    checkpoint_id=checkpoint_id,
+                    name=ask.name,
+                    directory=directory,
+                    size_bytes=size,
+                    op_no=ask.op_no,
+                    step=ask.step,
+                    edits=ask.edits,
+                )
+                subject = Subject(tenant=model.tenant, session_id=model.session_id, model_id=model.model_id)
+                await self._journal.append((subject, forked))
+        return self._ledger.checkpoints[(checkpoint_id,)]
+
+    async def _fork(self, address: ids.Address, checkpoint_id: str) -> rows.Checkpoint | None:
+        """The fork, if it is made already. UserError if its name or its id is taken by another."""
+        made = await self._journal.read(partial(queries.checkpoint, checkpoint_id=checkpoint_id))
+        if made is not None and (made.state != "live" or made.address != str(address)):
+            raise UserError(f"{checkpoint_id} was published already, as {made.address}")
+        if made is None and self._ledger.checkpoint_at(*address) is not None:
+            raise UserError(f"{address} exists already: choose another name")
+        return made
 
     async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:
         if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= LONGEST_TTL:

@@ -22,7 +22,7 @@ from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
 from tink.domain import retention, rows
 from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Entry, Subject
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.domain.retention import Cutoffs, Kept
 from tink.errors import JournalUnavailable
 from tink.journal import queries

@@ -82,11 +82,14 @@ WITH RECURSIVE line (depth, source, model_id, op_no, last_step, loaded) AS (
   UNION ALL
   SELECT line.depth + 1, c.checkpoint_id, c.model_id, j.op_no, c.step, (
     SELECT max(l.op_no) FROM jobs l
-    WHERE l.model_id = c.model_id AND l.op = 'load_weights' AND l.state = 'done' AND l.op_no < j.op_no)
+    WHERE l.model_id = c.model_id AND l.op = 'load_weights' AND l.state = 'done'
+      AND l.op_no < coalesce(j.op_no, (
+        SELECT max(u.op_no) FROM jobs u
+        WHERE u.model_id = c.model_id AND u.op = 'optim_step' AND u.step = c.step)))
   FROM line
   JOIN jobs load ON load.model_id = line.model_id AND load.op_no = line.loaded
   JOIN checkpoints c ON c.directory = load.directory
-  JOIN jobs j ON j.job_id = c.checkpoint_id
+  LEFT JOIN jobs j ON j.job_id = c.checkpoint_id
 )
 SELECT line.depth, line.source, line.model_id, m.base_model, m.rank, line.last_step,
        count(s.step) AS steps, sum(s.tokens_in) AS tokens, sum(s.jobs) AS jobs

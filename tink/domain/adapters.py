@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from tink.domain import retention, rows
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 
 
 def served_name(home_id: str, adapter: rows.Adapter) -> str:

@@ -206,6 +206,19 @@ class CheckpointSaved(Event, frozen=True, kw_only=True, tag="checkpoint_saved"):
     step: int | None = None
 
 
+class CheckpointForked(Event, frozen=True, kw_only=True, tag="checkpoint_forked"):
+    """A saved state that no job of the model has made: a replay of it did, up to operation `op_no`, which
+    is optimizer step `step`. `edits`: what was not done as it was. It is published like any other."""
+
+    checkpoint_id: str
+    name: str
+    directory: str
+    size_bytes: int
+    op_no: int
+    step: int
+    edits: list[str] = []
+
+
 class CheckpointChanged(Event, frozen=True, kw_only=True, tag="checkpoint_changed"):
     """The whole of what may change: who may read it, and until when it lives."""
 
@@ -300,6 +313,7 @@ AnyEvent = (
     | ModelCreated
     | ModelRemoved
     | CheckpointSaved
+    | CheckpointForked
     | CheckpointChanged
     | CheckpointDeleted
     | AdapterExported

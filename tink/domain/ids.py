@@ -15,6 +15,7 @@ CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 KINDS: tuple[CheckpointKind, ...] = ("weights", "sampler_weights", "external_weights")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
+_FORK_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
@@ -57,6 +58,7 @@ def adapter_id(model: str, version: int) -> str:
 
 # Where directories of the artifact folder are written before they are published, and taken apart.
 SCRATCH = ".tmp"
+FORK = "fork-"
 
 
 def model_directory(model: str) -> str:
@@ -68,6 +70,13 @@ def model_directory(model: str) -> str:
 def directory(model: str, op_no: int, kind: str) -> str:
     """Where an operation's files go, relative to the artifact folder: made of ids that Tink gave."""
     return f"{model_directory(model)}/{op_no:08d}-{kind}"
+
+
+def fork(fork_id: str) -> str:
+    """What a fork is called, as a checkpoint and in the scratch folder. `fork_id`: 32 hex digits."""
+    if not _FORK_ID.fullmatch(fork_id):
+        raise UserError(f"{fork_id[:80]!r} is not the id of a fork: 32 hex digits are")
+    return f"{FORK}{fork_id}"
 
 
 def first_adapter(model: str, op_no: int) -> str:

@@ -173,6 +173,19 @@ class GetCheckpoint(Ask, frozen=True, tag="get_checkpoint"):
     address: str
 
 
+class ForkCheckpoint(Ask, frozen=True, tag="fork_checkpoint"):
+    """Publishes the state that a replay of the model left in the scratch folder as `ids.fork(fork_id)`:
+    after operation `op_no`, which is optimizer step `step`, with these `edits`. A repeat with the same id
+    is the same fork. -> rows.Checkpoint."""
+
+    model_id: str
+    name: str
+    fork_id: str
+    op_no: int
+    step: int
+    edits: list[str] = []
+
+
 class ChangeCheckpoint(Ask, frozen=True, tag="change_checkpoint"):
     """-> None. Idempotent. `ttl_seconds` counts from now; `set_ttl` says that it is meant, for None
     removes it."""
@@ -229,6 +242,7 @@ Question = (
     | GetSampler
     | ListCheckpoints
     | GetCheckpoint
+    | ForkCheckpoint
     | ChangeCheckpoint
     | DeleteCheckpoint
     | GetHealth

@@ -11,7 +11,7 @@ import msgspec
 
 from tink.domain import events, ids, requests, rows
 from tink.domain.events import Entry
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import UserError
 from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
 from tink.wire import tink_train

@@ -1,12 +1,11 @@
 """From an event to the rows it changes: one definition with two interpreters. The journal writes the
-changes to its tables in the event's own transaction; `Ledger` applies them in memory. So the fold of
-the events equals the tables by construction; that it does is checked, the end of it at every start."""
+changes to its tables in the event's own transaction; the `Ledger` of ledger.py applies them in memory. So
+the fold of the events equals the tables by construction; that it does is checked, the end of it at every
+start."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from copy import copy
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cache, singledispatch
 from operator import attrgetter
@@ -26,11 +25,9 @@ def _key_of(columns: tuple[str, ...]) -> Callable[[rows.Row], Key]:
 
 
 # table -> the primary key of one of its rows.
-_KEYS: dict[str, Callable[[rows.Row], Key]] = {
+KEYS: dict[str, Callable[[rows.Row], Key]] = {
     table: _key_of(columns) for table, (_, columns) in rows.TABLES.items()
 }
-# table -> its place among them.
-_ORDER = {table: place for place, table in enumerate(rows.TABLES)}
 
 
 class _OfRow(msgspec.Struct, frozen=True):
@@ -39,7 +36,7 @@ class _OfRow(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> Key:
-        return _KEYS[self.table](self.row)
+        return KEYS[self.table](self.row)
 
 
 class Insert(_OfRow, frozen=True):
@@ -308,6 +305,27 @@ def _(event: events.CheckpointSaved, record: Record) -> Iterator[Change]:
 
 
 @_changes.register
+def _(event: events.CheckpointForked, record: Record) -> Iterator[Change]:
+    yield Insert(
+        "checkpoints",
+        rows.Checkpoint(
+            checkpoint_id=event.checkpoint_id,
+            tenant=cast(str, record.subject.tenant),
+            model_id=cast(str, record.subject.model_id),
+            kind="weights",
+            name=event.name,
+            directory=event.directory,
+            size_bytes=event.size_bytes,
+            adapter_id=None,
+            step=event.step,
+            user_metadata={"fork": "; ".join(event.edits)} if event.edits else {},
+            created_at=record.at,
+            expires_at=None,
+        ),
+    )
+
+
+@_changes.register
 def _(event: events.CheckpointChanged, record: Record) -> Iterator[Change]:
     values = {"public": event.public, "expires_at": event.expires_at}
     yield Update("checkpoints", (event.checkpoint_id,), values)
@@ -395,186 +413,3 @@ def _(event: events.SamplerCreated, record: Record) -> Iterator[Change]:
             created_at=record.at,
         ),
     )
-
-
-class Difference(msgspec.Struct, frozen=True):
-    """A row of which two ledgers do not say the same. `old` is None where it is made, `new` where it is
-    gone."""
-
-    table: str
-    key: Key
-    old: rows.Row | None
-    new: rows.Row | None
-
-    @property
-    def columns(self) -> dict[str, tuple[Any, Any]]:
-        """What has changed in a row that is in both: column -> (old, new)."""
-        if self.old is None or self.new is None:
-            return {}
-        both = (
-            (name, getattr(self.old, name), getattr(self.new, name)) for name in self.old.__struct_fields__
-        )
-        return {name: (old, new) for name, old, new in both if old != new}
-
-    def reversed(self) -> Difference:
-        """The way back."""
-        return Difference(self.table, self.key, self.new, self.old)
-
-
-class Ledger:
-    """The projections in memory: each table is primary key -> row."""
-
-    def __init__(self) -> None:
-        self.incarnations: dict[Key, rows.Incarnation] = {}
-        self.sessions: dict[Key, rows.Session] = {}
-        self.models: dict[Key, rows.Model] = {}
-        self.jobs: dict[Key, rows.Job] = {}
-        self.samplers: dict[Key, rows.Sampler] = {}
-        self.adapters: dict[Key, rows.Adapter] = {}
-        self.adapter_placements: dict[Key, rows.AdapterPlacement] = {}
-        self.checkpoints: dict[Key, rows.Checkpoint] = {}
-        self.snapshots: dict[Key, rows.Snapshot] = {}
-        self.steps: dict[Key, rows.Step] = {}
-        self.usage: dict[Key, rows.Usage] = {}
-        # The same, by the tables' names.
-        self.tables: dict[str, dict[Key, Any]] = {name: getattr(self, name) for name in rows.TABLES}
-        # (model, kind, name) -> the checkpoint that lives there, or lived there last.
-        self._addresses: dict[Key, rows.Checkpoint] = {}
-        # By adapter version: a run makes one with each of its steps, and most of those are gone.
-        self._samplers_of: defaultdict[str, list[rows.Sampler]] = defaultdict(list)
-        # (tenant, idempotency key) -> the session that was made with it. They are never forgotten.
-        self._sessions_of: dict[Key, rows.Session] = {}
-
-    def checkpoint_at(self, model_id: str, kind: str, name: str) -> rows.Checkpoint | None:
-        """The live checkpoint of that address."""
-        found = self._addresses.get((model_id, kind, name))
-        return found if found is not None and found.state == "live" else None
-
-    def session_of(self, tenant: str, idempotency_key: str) -> rows.Session | None:
-        return self._sessions_of.get((tenant, idempotency_key))
-
-    def samplers_of(self, adapter_id: str) -> Iterable[rows.Sampler]:
-        """Those of an adapter version, and of a session that is open."""
-        samplers = self._samplers_of.get(adapter_id, ())
-        return (one for one in samplers if self.sessions[(one.session_id,)].state == "open")
-
-    def put(self, table: str, row: rows.Row) -> None:
-        self.tables[table][_KEYS[table](row)] = row
-        if isinstance(row, rows.Checkpoint):
-            address = (row.model_id, row.kind, row.name)
-            if row.state == "live" or address not in self._addresses:
-                self._addresses[address] = row
-        elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
-            self._samplers_of[row.adapter_id].append(row)
-        elif isinstance(row, rows.Session) and row.idempotency_key is not None:
-            self._sessions_of[row.tenant, row.idempotency_key] = row
-
-    def forget(self, table: str, key: Key) -> rows.Row | None:
-        """Takes a row out, and returns it."""
-        row: rows.Row | None = self.tables[table].pop(key, None)
-        if isinstance(row, rows.Checkpoint):
-            address = (row.model_id, row.kind, row.name)
-            if self._addresses.get(address) is row:
-                del self._addresses[address]
-        elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
-            self._samplers_of[row.adapter_id].remove(row)
-        return row
-
-    def apply(self, changes: Iterable[Change]) -> None:
-        for change in changes:
-            if isinstance(change, Update):
-                row = self.tables[change.table].get(change.key)
-                if row is None or (change.open and row.ended):
-                    raise LookupError(f"{change.table} has no {'open ' * change.open}row {change.key}")
-                for column, value in change.values.items():
-                    setattr(row, column, value)
-            elif isinstance(change, Add) and (row := self.tables[change.table].get(change.key)) is not None:
-                _add(row, change.row)
-            elif isinstance(change, Insert) and change.key in self.tables[change.table]:
-                raise LookupError(f"{change.table} has the row {change.key} already")
-            else:
-                self.put(change.table, change.row)
-
-    def compare(self, other: Ledger) -> Iterator[Difference]:
-        """Each row in which the two are not the same: `old` is this one's. By table and key."""
-        for name in rows.TABLES:
-            mine, theirs = self.tables[name], other.tables[name]
-            unlike = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
-            for key in sorted(unlike, key=repr):
-                yield Difference(name, key, mine.get(key), theirs.get(key))
-
-    def differences(self, other: Ledger) -> Iterator[str]:
-        """The same, a line for each row."""
-        for found in self.compare(other):
-            yield f"{found.table}{list(found.key)}: {found.old} is not {found.new}"
-
-    def follow(self, records: Iterable[Record]) -> list[Difference]:
-        """Applies the records, and tells what they changed in all: what `compare` would say of a copy from
-        before, but only the rows that they touch are looked at and copied. `new` is the ledger's own row.
-        LookupError as of `apply`."""
-        before: dict[tuple[str, Key], rows.Row | None] = {}
-        for record in records:
-            changes = project(record)
-            for change in changes:
-                place = change.table, change.key
-                if place not in before:
-                    before[place] = copy(self.tables[change.table].get(change.key))
-            self.apply(changes)
-        after = (
-            Difference(table, key, old, self.tables[table][key]) for (table, key), old in before.items()
-        )
-        unlike = [found for found in after if found.old != found.new]
-        return sorted(unlike, key=lambda found: (_ORDER[found.table], repr(found.key)))
-
-
-def fold(records: Iterable[Record]) -> Ledger:
-    """The state that a journal describes."""
-    ledger = Ledger()
-    for record in records:
-        ledger.apply(project(record))
-    return ledger
-
-
-# (table, key) -> column -> value.
-Written = dict[tuple[str, Key], dict[str, Any]]
-
-
-def last_written(records: Iterable[Record]) -> Written:
-    """What the last events of a journal must have left in its tables, whatever came before them: every
-    column that they wrote, and did not only add to. LookupError if one of them makes a row that another
-    has made."""
-    written: Written = {}
-    for record in records:
-        for change in project(record):
-            if isinstance(change, Update):
-                written.setdefault((change.table, change.key), {}).update(change.values)
-                continue
-            if isinstance(change, Add):
-                continue
-            place = change.table, change.key
-            if isinstance(change, Insert) and place in written:
-                raise LookupError(f"event {record.seq} makes {change.table}{list(place[1])} anew")
-            written[place] = msgspec.structs.asdict(change.row)
-    return written
-
-
-def missing(written: Written, stored: Ledger) -> Iterator[str]:
-    """One line for each row in which `stored` has not what was written."""
-    for (table, key), values in written.items():
-        row = stored.tables[table].get(key)
-        if row is None:
-            yield f"{table}{list(key)} is not there"
-            continue
-        wrong = {column: value for column, value in values.items() if getattr(row, column) != value}
-        if wrong:
-            found = {column: getattr(row, column) for column in wrong}
-            yield f"{table}{list(key)}: {wrong} is not {found}"
-
-
-def _add(row: rows.Row, more: rows.Row) -> None:
-    for column in row.__struct_fields__:
-        value = getattr(more, column)
-        if column in row.SUMS:
-            setattr(row, column, getattr(row, column) + value)
-        elif value is not None:
-            setattr(row, column, value)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from tink.domain import ids, rows
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.domain.requests import MUTATING
 from tink.limits import LEAST_KEPT_SECONDS, SNAPSHOTS_KEPT
 

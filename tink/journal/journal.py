@@ -36,7 +36,8 @@ from tink.domain.events import (
     Subject,
     TrainerStarted,
 )
-from tink.domain.projection import Key, Ledger, Update, project
+from tink.domain.ledger import Ledger
+from tink.domain.projection import Key, Update, project
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.home import Home
 from tink.journal import chain, queries, revisions, store

@@ -121,6 +121,11 @@ def model(connection: Connection, model_id: str) -> rows.Model | None:
     return next(iter(_rows(connection, query, rows.Model)), None)
 
 
+def checkpoint(connection: Connection, checkpoint_id: str) -> rows.Checkpoint | None:
+    query = select(schema.checkpoints).where(schema.checkpoints.c.checkpoint_id == checkpoint_id)
+    return next(iter(_rows(connection, query, rows.Checkpoint)), None)
+
+
 def snapshots(connection: Connection, model_id: str) -> list[rows.Snapshot]:
     """A model's live ones, the oldest first."""
     table = schema.snapshots

@@ -30,19 +30,9 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Record, Subject, TrainerStarted
-from tink.domain.projection import (
-    Add,
-    Change,
-    Insert,
-    Key,
-    Ledger,
-    Update,
-    Written,
-    fold,
-    last_written,
-    missing,
-    project,
-)
+from tink.domain.ledger import Ledger, fold
+from tink.domain.projection import Add, Change, Insert, Key, Update, project
+from tink.domain.written import Written, last_written, missing
 from tink.errors import UNREADABLE, StartupError
 from tink.journal import chain, schema
 from tink.limits import CHECKED_EVENTS, READ_ROWS, SQL_KEYS

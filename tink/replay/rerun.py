@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from tink.backends.trainer import TrainerGone, TrainerRefused
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import BackendError, UserError
 from tink.journal.recording import Recording
 from tink.limits import HOLD_SECONDS, POLL_SECONDS, REPLAY_AHEAD
@@ -47,6 +47,7 @@ class Rerun:
         self._ended = ended
         self._out: deque[tuple[Turn, tink_train.OpRequest]] = deque()
         self._acked = 0
+        self._also_done = 0
         self.comparisons: list[Comparison] = []
         self.seconds = 0.0
 
@@ -70,18 +71,31 @@ class Rerun:
 
     async def export(self) -> tuple[str, list[tink_train.File]]:
         """Writes the adapter as it is now, under the server's artifacts: where, and its files."""
-        path = f"replay/{self._world.new_id()}"
-        op_no = self._schedule.last + 1
-        request = self._op_request(
-            op_no, f"{self._schedule.model_id}:export", tink_train.ExportAdapter(path)
-        )
-        with self._translated("the export of the adapter"):
-            reply = await self._server.client.op(request)
-        if reply.result is None:
-            raise BackendError(f"the adapter cannot be exported: {_why(reply)}")
-        return path, reply.result.files
+        path = self._new_directory()
+        return path, await self._also("export", tink_train.ExportAdapter(path))
+
+    async def save(self) -> str:
+        """Writes weights and optimizer as they are now, under the server's artifacts: where."""
+        path = self._new_directory()
+        await self._also("save", tink_train.SaveState(path))
+        return path
 
     # -- the inside ---------------------------------------------------------------------------------
+
+    def _new_directory(self) -> str:
+        return f"replay/{self._world.new_id()}"
+
+    async def _also(self, name: str, op: tink_train.Op) -> list[tink_train.File]:
+        """An operation behind those of the schedule, and the files that it writes."""
+        self._also_done += 1
+        op_no = self._schedule.last + self._also_done
+        request = self._op_request(op_no, f"{self._schedule.model_id}:{name}", op)
+        with self._translated(f"the {name} behind the replay"):
+            reply = await self._server.client.op(request)
+        if reply.result is None:
+            raise BackendError(f"what the replay came to cannot be written: {_why(reply)}")
+        self._acked = op_no
+        return reply.result.files
 
     async def _restore(self) -> None:
         start = self._schedule.start

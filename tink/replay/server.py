@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from tink import pretrained
+from tink import manifest, pretrained
 from tink.actors.embedded import EmbeddedTrainer
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import TrainerClient
@@ -20,7 +20,6 @@ from tink.errors import StartupError
 from tink.home import Home
 from tink.limits import LOADING_SECONDS, REPLAY_ORPHAN_SECONDS
 from tink.settings import Settings
-from tink.trainer.artifacts import MANIFEST
 from tink.wire import tink_train
 from tink.world import World
 
@@ -94,7 +93,7 @@ def differences(served: TrainerStarted, info: tink_train.Info) -> dict[str, tupl
 
 def present(artifacts: Path, directory: str) -> bool:
     """Whether something is published there."""
-    return (artifacts / directory / MANIFEST).is_file()
+    return (artifacts / directory / manifest.NAME).is_file()
 
 
 def copy(source: Path, directories: Iterable[str], target: Path) -> None:

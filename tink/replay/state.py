@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from tink.domain import rows
-from tink.domain.projection import Difference, Ledger, fold
+from tink.domain.ledger import Difference, Ledger, fold
 from tink.errors import NotFound
 from tink.journal.recording import Recording
 

@@ -8,7 +8,8 @@ from typing import Literal, cast, get_args
 import msgspec
 
 from tink.domain.events import AnyEvent, Record
-from tink.domain.projection import Difference, Ledger, project
+from tink.domain.ledger import Difference, Ledger
+from tink.domain.projection import project
 from tink.errors import UserError
 from tink.journal.recording import Recording
 

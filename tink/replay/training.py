@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import msgspec
 
 from tink.domain import plans, requests, rows
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import UserError
 from tink.limits import REPLAY_NAMED
 from tink.wire import tink_train
@@ -52,6 +52,14 @@ class Edits(msgspec.Struct, frozen=True):
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.drops)
+
+    def said(self) -> Iterator[str]:
+        """In words."""
+        for change in self.changes:
+            where = "every step" if change.step is None else f"step {change.step}"
+            yield f"{change.name} {change.value:g} in {where}"
+        for job_id in sorted(self.drops):
+            yield f"without {job_id}"
 
     def optimizer(self, step: int, body: bytes) -> bytes:
         """The request of an optimizer step, changed."""

@@ -8,29 +8,17 @@ which operation made it (`origin`), what it holds (`about`) and the sha256 of ev
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import msgspec
-
-from tink import crash, files
+from tink import crash, files, manifest
 from tink.domain import ids
-from tink.errors import UNREADABLE, BackendError, NotFound, UserError
+from tink.errors import BackendError, NotFound, UserError
+from tink.manifest import Manifest
 from tink.wire.tink_train import File
-
-FORMAT = "tink-artifact/1"
-MANIFEST = "manifest.json"
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    format: str
-    origin: str
-    about: dict[str, Any]
-    files: list[File]
 
 
 class Artifacts:
@@ -61,20 +49,17 @@ class Artifacts:
         open. Made by another origin it is an error, and nothing is written."""
         target = self.locate(path)
         if target.exists():
-            manifest = self._manifest(target)
-            if manifest.origin == origin:
+            there = manifest.read(target)
+            if there.origin == origin:
                 # Whoever published it may have been killed before the names were synced.
                 files.sync_names(target, self.root)
-                return manifest.files
-            raise BackendError(f"{path} exists already, made by {manifest.origin}")
+                return there.files
+            raise BackendError(f"{path} exists already, made by {there.origin}")
         scratch = self._scratch / next(self._names)
         scratch.mkdir(parents=True)
         try:
             fill(scratch)
-            made = [_describe(file) for file in sorted(scratch.iterdir())]
-            manifest = Manifest(FORMAT, origin, about, made)
-            encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-            (scratch / MANIFEST).write_bytes(encoded + b"\n")
+            made = manifest.write(scratch, origin, about)
             files.sync_tree(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
             crash.point("trainer.synced")
@@ -84,7 +69,7 @@ class Artifacts:
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-        return made
+        return made.files
 
     def open(self, path: str) -> tuple[Path, Manifest]:
         """A published directory, every file of which has its size and hash. NotFound if there is
@@ -92,24 +77,4 @@ class Artifacts:
         target = self.locate(path)
         if not target.is_dir():
             raise NotFound(f"{path} is not in the artifact folder of this trainer")
-        manifest = self._manifest(target)
-        for file in manifest.files:
-            name = target / file.name
-            if not name.is_file() or _describe(name) != file:
-                raise BackendError(f"{path}/{file.name} is damaged: it is not what was published")
-        return target, manifest
-
-    def _manifest(self, target: Path) -> Manifest:
-        try:
-            manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=Manifest)
-        except (OSError, *UNREADABLE) as error:
-            raise BackendError(f"{target} has no readable {MANIFEST}: {error}") from error
-        if manifest.format != FORMAT or any("/" in file.name for file in manifest.files):
-            raise BackendError(f"{target} is not a {FORMAT} directory")
-        return manifest
-
-
-def _describe(file: Path) -> File:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(file.name, file.stat().st_size, digest)
+        return target, manifest.check(target)

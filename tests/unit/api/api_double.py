@@ -110,6 +110,8 @@ def _ordinary(q: messages.Question) -> Any:
             return sampler(q.sampler_id)
         case messages.ListCheckpoints():
             return [checkpoint(), checkpoint("sampler_weights")]
+        case messages.ForkCheckpoint():
+            return checkpoint()
         case messages.GetCheckpoint():
             address = ids.Address.parse(q.address)
             saved = checkpoint(address.kind, address.name)
@@ -283,6 +285,11 @@ BODIES: dict[tuple[str, str], Any] = {
     },
     ("POST", "/get_info"): {"model_id": RUN},
     ("POST", "/weights_info"): {"tinker_path": f"tinker://{RUN}/weights/final"},
+    ("POST", "/training_runs/{run_id}/checkpoints/weights/{name}/fork"): {
+        "fork_id": "a" * 32,
+        "op_no": 3,
+        "step": 1,
+    },
     ("PUT", "/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl"): {"ttl_seconds": 3600},
 }
 

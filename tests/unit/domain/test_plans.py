@@ -10,8 +10,9 @@ import pytest
 
 from tink.domain import events, ids, plans, requests, rows
 from tink.domain.events import JobAccepted, Record, Subject
+from tink.domain.ledger import Ledger, fold
 from tink.domain.plans import Context, Plan
-from tink.domain.projection import Ledger, fold, project
+from tink.domain.projection import project
 from tink.errors import UserError
 from tink.limits import MAX_METADATA_BYTES
 from tink.wire import tink_train

@@ -10,7 +10,8 @@ import pytest
 
 from tink.domain import events, rows
 from tink.domain.events import AnyEvent, Event, Record, Subject
-from tink.domain.projection import Insert, Ledger, Update, Upsert, fold, project
+from tink.domain.ledger import Ledger, fold
+from tink.domain.projection import Insert, Update, Upsert, project
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS: dict[str, type[Event]] = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyEvent)}
@@ -110,6 +111,18 @@ HISTORY: list[tuple[Subject, AnyEvent]] = [
             size_bytes=10,
             user_metadata={"step": "1"},
             expires_at=1.7e9,
+        ),
+    ),
+    (
+        MODEL,
+        events.CheckpointForked(
+            checkpoint_id="fork-f",
+            name="mended",
+            directory="d/2",
+            size_bytes=12,
+            op_no=1,
+            step=1,
+            edits=["without s:train:0:1"],
         ),
     ),
     (MODEL, events.CheckpointChanged(checkpoint_id="j", public=True, expires_at=None)),

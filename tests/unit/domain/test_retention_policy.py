@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tink.domain import adapters, ids, retention, rows
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.domain.requests import MUTATING
 from tink.domain.retention import Cutoffs, Kept, Load
 from tink.limits import LEAST_KEPT_SECONDS

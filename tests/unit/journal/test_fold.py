@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.unit.journal.histories import Entry, histories
 from tests.unit.journal.journal_kit import new_home, opened
 from tink.domain import events
-from tink.domain.projection import Ledger, fold, project
+from tink.domain.ledger import Ledger, fold
+from tink.domain.projection import project
 from tink.journal import store
 from tink.journal.database import reader_engine
 

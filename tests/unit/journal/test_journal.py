@@ -30,7 +30,7 @@ from tink.domain.events import (
     JobDone,
     Subject,
 )
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import JournalUnavailable, StartupError, tink_error
 from tink.home import Home
 from tink.journal import database, queries, store

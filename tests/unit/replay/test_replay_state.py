@@ -18,7 +18,7 @@ from tests.unit.journal.histories import Entry, histories
 from tests.unit.journal.journal_kit import new_home
 from tink.domain import events, rows
 from tink.domain.events import IncarnationStarted, JobFailed, Record, SessionCreated, SessionMoved, Subject
-from tink.domain.projection import Difference, Ledger, fold
+from tink.domain.ledger import Difference, Ledger, fold
 from tink.errors import NotFound, UserError
 from tink.journal import chain, schema, store
 from tink.journal.database import writer_engine

@@ -12,7 +12,7 @@ import pytest
 
 from tink.domain import rows
 from tink.domain.events import TrainerStarted
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import StartupError, UserError
 from tink.replay.comparison import compare, gives_results
 from tink.replay.server import differences

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from tink.api.call import Call, Table
 from tink.api.tinker.views import checkpoint, moment
 from tink.domain import messages, rows
@@ -19,6 +21,15 @@ class WeightsInfo(Request, frozen=True):
 
 class SetTtl(Request, frozen=True):
     ttl_seconds: int | None
+
+
+class Fork(Request, frozen=True):
+    """`messages.ForkCheckpoint` without whose and which."""
+
+    fork_id: str
+    op_no: int
+    step: int
+    edits: list[str] = msgspec.field(default_factory=list)
 
 
 def _address(call: Call, kind: str | None = None) -> str:
@@ -80,12 +91,27 @@ async def info(call: Call) -> dict[str, Any]:
     }
 
 
+async def fork(call: Call) -> dict[str, Any]:
+    """Not of the SDK: `tink replay train --fork` sends it."""
+    sent = await call.json(Fork)
+    forked: rows.Checkpoint = await call.ask(
+        messages.ForkCheckpoint(
+            tenant=call.tenant,
+            model_id=call.id("run_id"),
+            name=call.path("name"),
+            **msgspec.structs.asdict(sent),
+        )
+    )
+    return checkpoint(forked)
+
+
 _ONE = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 
 TABLE: Table = {
     "/checkpoints": {"GET": index},
     "/weights_info": {"POST": info},
     _ONE: {"DELETE": delete},
+    "/training_runs/{run_id}/checkpoints/weights/{name}/fork": {"POST": fork},
     f"{_ONE}/publish": {"POST": publish, "DELETE": unpublish},
     f"{_ONE}/ttl": {"PUT": set_ttl},
     "/training_runs/{run_id}/checkpoints/external_weights/{name}/external_weights_urls": {

@@ -11,7 +11,8 @@ from rich.markup import escape
 from tink.cli import printing
 from tink.domain import rows
 from tink.domain.events import Record
-from tink.domain.projection import Difference, Key
+from tink.domain.ledger import Difference
+from tink.domain.projection import Key
 from tink.journal.store import event_row
 
 # What is not worth a cell.

@@ -19,16 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tink.cli import printing
 from tink.cli.homes import readable_home
 from tink.cli.options import positive
-from tink.domain import rows
+from tink.domain import ids, rows
 from tink.domain.events import TrainerStarted
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.errors import UserError
 from tink.home import Home
 from tink.journal import queries, store
 from tink.journal.recording import Recording, open_recording
 from tink.limits import REPLAY_SHOWN
 from tink.logs import configure_logs, write_line
-from tink.replay import adapter, bundle, server
+from tink.replay import adapter, bundle, fork, server
 from tink.replay.comparison import Comparison, pruned_results
 from tink.replay.reach import remains
 from tink.replay.rerun import Rerun
@@ -52,6 +52,7 @@ examples:
   tink replay train MODEL --to 40 --output DIR   the adapter of step 40, for PEFT
   tink replay train MODEL --set learning_rate=1e-4 --set 3:grad_clip_norm=1
   tink replay train MODEL --drop MODEL:17        what if that job had not been?
+  tink replay train MODEL --drop MODEL:17 --fork mended    and train on without it
 
 exit status: 0 if everything is the same, and after a "what if"; 1 if something
 differs by more than --tolerance; 2 if it cannot be replayed"""
@@ -59,6 +60,8 @@ differs by more than --tolerance; 2 if it cannot be replayed"""
 PROGRAM = "tink replay train"
 # Of the other settings none matters here, so none of them can be wrong.
 VARIABLES = ("TINK_ARTIFACTS", "TINK_TRAINER_TOKEN", "TINK_CRASH_AT")
+# Whose key it is that a fork is published with: the SDK's name for it.
+KEY = "TINKER_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drop", action="append", default=[], metavar="JOB", help="what if: without this job"
+    )
+    parser.add_argument(
+        "--fork",
+        metavar="NAME",
+        help="make the state after step N, weights and optimizer, one that the running worker knows: "
+        "tinker://MODEL/weights/NAME, to train on from (TINKER_API_KEY)",
     )
     parser.add_argument(
         "--from-start",
@@ -142,7 +151,7 @@ class Plan(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """What came of it. `versions`: what of the server is other than it was, then and now. `seconds` are
     those of the operations, now and `recorded`. `others`: the files of the adapter that are not those of
-    `plan.export`; None: not compared."""
+    `plan.export`; None: not compared. `fork`: the address of the state that was made of it."""
 
     plan: Plan
     comparisons: list[Comparison]
@@ -152,6 +161,7 @@ class Report(msgspec.Struct, frozen=True):
     tolerance: float
     output: Path | None
     others: list[str] | None
+    fork: str | None
 
     @property
     def different(self) -> list[Comparison]:
@@ -182,7 +192,7 @@ def _run(arguments: argparse.Namespace, home: Home) -> int:
     ):
         plan = _plan(arguments, recording, settings)
         _say_what_is_left_out(plan.schedule, plan.stored)
-        report = trio.run(_replay, arguments, plan, recording, settings, Path(folder), World())
+        report = trio.run(_forked, arguments, plan, recording, settings, Path(folder), World(), home)
     tell = _tell_json if arguments.format == "json" else _tell
     tell(report, arguments.compare)
     return report.status
@@ -193,6 +203,12 @@ def _check(arguments: argparse.Namespace, home: Home, settings: Settings) -> Non
     if arguments.output is not None:
         arguments.output = arguments.output.resolve()
         adapter.check_free(arguments.output, home.root)
+    if arguments.fork is not None:
+        ids.check_name(arguments.fork)
+        if home.worker_record() is None:
+            raise UserError("--fork needs the worker of this home to run: start it with 'tink serve'")
+        if arguments.trainer is not None and arguments.artifacts is None:
+            raise UserError("--fork with --trainer needs --artifacts DIR, the folder of that trainer")
     if arguments.trainer is None:
         if arguments.artifacts is not None:
             raise UserError("--artifacts is the folder of a --trainer: the replay's own has one of its own")
@@ -267,6 +283,25 @@ def _say_what_is_left_out(made: Schedule, stored: set[str]) -> None:
 # -- doing it ---------------------------------------------------------------------------------------
 
 
+async def _forked(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    recording: Recording,
+    settings: Settings,
+    folder: Path,
+    world: World,
+    home: Home,
+) -> Report:
+    """What may be refused of a fork is asked before anything is started."""
+    record = home.worker_record()
+    if arguments.fork is None or record is None:
+        return await _replay(arguments, plan, recording, settings, folder, world, None)
+    key = os.environ.get(KEY, "")
+    async with fork.connect(record.url, key, plan.schedule.model_id, arguments.fork, world) as worker:
+        await worker.check()
+        return await _replay(arguments, plan, recording, settings, folder, world, worker)
+
+
 async def _replay(
     arguments: argparse.Namespace,
     plan: Plan,
@@ -274,6 +309,7 @@ async def _replay(
     settings: Settings,
     folder: Path,
     world: World,
+    worker: fork.Worker | None,
 ) -> Report:
     with _progress(len(plan.schedule.turns)) as advance:
         async with _server(arguments, plan, settings, folder, world) as trainer:
@@ -286,6 +322,8 @@ async def _replay(
             rerun = Rerun(plan.schedule, trainer, recording, plan.ledger, plan.stored, world, ended=advance)
             await rerun.run()
             others = await _adapter(arguments.output, plan, trainer, rerun, world)
+            if worker is not None and trainer.artifacts is not None:
+                await _fork(worker, trainer.artifacts / await rerun.save(), plan, world)
     return Report(
         plan=plan,
         comparisons=rerun.comparisons,
@@ -295,6 +333,7 @@ async def _replay(
         tolerance=arguments.tolerance,
         output=arguments.output,
         others=others,
+        fork=None if worker is None else str(worker.address),
     )
 
 
@@ -320,6 +359,15 @@ async def _adapter(
         names = [file.name for file in made]
         await world.run_sync(adapter.publish, trainer.artifacts / path, names, output)
     return None if plan.export is None else adapter.others(plan.export.files, made)
+
+
+async def _fork(worker: fork.Worker, source: Path, plan: Plan, world: World) -> None:
+    fork_id = world.new_id()
+    await world.run_sync(fork.stage, source, plan.artifacts, fork_id)
+    try:
+        await worker.publish(fork_id, plan.schedule)
+    finally:
+        fork.unstage(plan.artifacts, fork_id)
 
 
 @contextmanager
@@ -357,6 +405,7 @@ def _tell_json(report: Report, _every: bool) -> None:
                 "recorded": None if export is None else export.adapter_id,
                 "other_files": report.others,
             },
+            "fork": report.fork,
             "recorded_seconds": report.recorded,
             "seconds": report.seconds,
         }
@@ -370,7 +419,7 @@ def _tell(report: Report, every: bool) -> None:
     facts.add_row("model", printing.text(made.model_id))
     facts.add_row("replayed", f"to step {made.step} of {made.steps}: {len(made.turns)} operations{begins}")
     if made.edits:
-        facts.add_row("what if", printing.text(", ".join(_edits(made.edits))))
+        facts.add_row("what if", printing.text(", ".join(made.edits.said())))
     else:
         _tell_comparison(report, facts)
     if report.plan.export is not None and report.others is not None:
@@ -380,6 +429,10 @@ def _tell(report: Report, every: bool) -> None:
         )
     if report.output is not None:
         facts.add_row("written", printing.text(report.output))
+    if report.fork is not None:
+        facts.add_row("forked", printing.text(report.fork))
+        go_on = f"create_training_client_from_state_with_optimizer({report.fork!r})"
+        facts.add_row("train on", printing.text(go_on))
     facts.add_row("speed", _speed(report))
     shown = report.comparisons if every or made.edits else report.different[:REPLAY_SHOWN]
     if shown:
@@ -426,14 +479,6 @@ def _table(comparisons: list[Comparison], tolerance: float, *, compared: bool) -
             printing.text(one.detail) if one.detail else verdict if compared else "",
         )
     return made
-
-
-def _edits(edits: Edits) -> Iterator[str]:
-    for change in edits.changes:
-        where = "every step" if change.step is None else f"step {change.step}"
-        yield f"{change.name} {change.value:g} in {where}"
-    for job_id in sorted(edits.drops):
-        yield f"without {job_id}"
 
 
 def _speed(report: Report) -> str:

@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Entry, IncarnationStarted, JobAccepted, Record, Subject
-from tink.domain.projection import Key, Ledger
+from tink.domain.ledger import Ledger
+from tink.domain.projection import Key
 from tink.errors import JournalUnavailable, StartupError, UserError
 from tink.journal import queries, store
 from tink.journal.bodies import BodyStore, decompressed

@@ -15,7 +15,7 @@ from tink.domain.events import (
     SessionFinished,
     SessionMoved,
 )
-from tink.domain.projection import Ledger
+from tink.domain.ledger import Ledger
 from tink.replay.decisions.journal import Passed
 
 

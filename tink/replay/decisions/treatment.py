@@ -40,6 +40,7 @@ TREATMENTS: dict[type[AnyEvent], tuple[Treatment, str]] = {
     events.ModelCreated: (MADE, "comes with its job's end"),
     events.ModelRemoved: (MADE, "comes with its job's end"),
     events.CheckpointSaved: (MADE, "comes with its job's end; the size is given"),
+    events.CheckpointForked: (LEFT_OUT, "what a replay of the training made is not made again"),
     events.CheckpointChanged: (ASKED, "its owner says so"),
     events.CheckpointDeleted: (ASKED, "its owner says so; an expired one is retention's, and left out"),
     events.AdapterExported: (MADE, "comes with its job's end; files and size are given"),

@@ -1,0 +1,96 @@
+"""What a replay has come to, given to the run's worker as a saved state of the model: whoever trains on it
+goes on from there. The files go into the worker's artifact folder; the worker publishes them, for nobody
+else writes to the journal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from tink import files
+from tink.domain import ids
+from tink.errors import UNREADABLE, StartupError, UserError
+from tink.limits import FORK_SECONDS
+from tink.replay.training import Schedule
+from tink.world import World
+
+
+class Worker:
+    """The run's worker, which has to run. `key`: an API key of the model's owner, if it wants one. Its
+    methods raise StartupError for a worker that does not answer, UserError for what it refuses."""
+
+    def __init__(self, client: httpx.AsyncClient, model_id: str, name: str) -> None:
+        self._client, self._model_id, self._name = client, model_id, name
+
+    @property
+    def address(self) -> ids.Address:
+        return ids.Address(self._model_id, "weights", ids.check_name(self._name))
+
+    async def check(self) -> None:
+        """That the model is there, and the name is free: before anything is replayed."""
+        answer = await self._ask("GET", f"{self._path}")
+        if any(found.get("tinker_path") == str(self.address) for found in answer["checkpoints"]):
+            raise UserError(f"{self.address} exists already: choose another name")
+
+    async def publish(self, fork_id: str, schedule: Schedule) -> None:
+        """What `stage` has put there."""
+        content = {
+            "fork_id": fork_id,
+            "op_no": schedule.last,
+            "step": schedule.step,
+            "edits": list(schedule.edits.said()),
+        }
+        await self._ask("POST", f"{self._path}/weights/{self._name}/fork", content)
+
+    @property
+    def _path(self) -> str:
+        return f"/api/v1/training_runs/{self._model_id}/checkpoints"
+
+    async def _ask(self, method: str, path: str, content: Any = None) -> Any:
+        try:
+            response = await self._client.request(method, path, json=content)
+            answer = msgspec.json.decode(response.content)
+        except (httpx.HTTPError, *UNREADABLE) as error:
+            raise StartupError(
+                f"the worker at {self._client.base_url} does not answer: {error!r}"
+            ) from error
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise UserError("the worker wants an API key: set TINKER_API_KEY to one of the model's owner")
+        if response.is_error:
+            raise UserError(f"the worker refuses the fork: {answer.get('detail', answer)}")
+        return answer
+
+
+@asynccontextmanager
+async def connect(url: str, key: str, model_id: str, name: str, world: World) -> AsyncIterator[Worker]:
+    async with httpx.AsyncClient(
+        base_url=url,
+        headers={"X-API-Key": key} if key else {},
+        transport=world.http_transport(url, 1),
+        timeout=FORK_SECONDS,
+        trust_env=False,
+    ) as client:
+        yield Worker(client, model_id, name)
+
+
+def stage(source: Path, artifacts: Path, fork_id: str) -> None:
+    """Copies a published directory to where the worker takes a fork from, and syncs it. Blocks.
+    StartupError if it cannot be; then nothing is left."""
+    target = artifacts / ids.SCRATCH / ids.fork(fork_id)
+    try:
+        shutil.copytree(source, target)
+        files.sync_tree(target)
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise StartupError(f"the fork cannot be written to {target}: {error}") from error
+
+
+def unstage(artifacts: Path, fork_id: str) -> None:
+    """Takes away what the worker has not taken. Blocks."""
+    shutil.rmtree(artifacts / ids.SCRATCH / ids.fork(fork_id), ignore_errors=True)
