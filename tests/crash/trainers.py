@@ -61,5 +61,7 @@ ENGINES: dict[str, Callable[[LiveServer], Trainer]] = {"hf": Embedded, "megatron
 
 
 def points(engine: str) -> list[str]:
-    """The crash points that can be reached. A worker that starts no trainer never has just started one."""
-    return [point for point in POINTS if engine == "hf" or point != "worker.spawned"]
+    """The crash points that can be reached. Nobody forks here, and a worker that starts no trainer never
+    has just started one."""
+    never = {"worker.adopted"} | ({"worker.spawned"} if engine != "hf" else set())
+    return [point for point in POINTS if point not in never]
