@@ -35,6 +35,13 @@ def staged(cluster: Cluster, fork_id: str = FORK) -> Path:
     return path
 
 
+async def trained(cluster: Cluster) -> User:
+    """By one step: operation 3."""
+    user = await User.begin(cluster)
+    await user.train()
+    return user
+
+
 def fork(user: User, name: str = "mended", fork_id: str = FORK, **fields: Any) -> messages.ForkCheckpoint:
     asked = messages.ForkCheckpoint(
         TENANT, model_id=user.model, name=name, fork_id=fork_id, op_no=3, step=1, edits=["without a"]
@@ -44,8 +51,7 @@ def fork(user: User, name: str = "mended", fork_id: str = FORK, **fields: Any) -
 
 async def test_a_fork_is_a_saved_state_of_the_model(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         path = staged(cluster)
         made: rows.Checkpoint = await cluster.ask(fork(user))
         assert (made.kind, made.name, made.step, made.user_metadata) == (
@@ -67,8 +73,7 @@ async def test_a_fork_is_a_saved_state_of_the_model(tmp_path: Path, autojump_clo
 async def test_a_model_is_made_of_a_fork(tmp_path: Path, autojump_clock: MockClock) -> None:
     """Of a copy of a state that the trainer saved, so that it can be loaded."""
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         body = json(model_id=user.model, seq_id=3, path="saved")
         promise = await cluster.submit(user.model, 3, "save_weights", body)
         assert (await cluster.outcome(promise.request_id)).state == "done"
@@ -96,8 +101,7 @@ async def test_a_model_is_made_of_a_fork(tmp_path: Path, autojump_clock: MockClo
 
 async def test_an_id_is_one_fork_for_ever(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         staged(cluster)
         await cluster.ask(fork(user))
         with pytest.raises(UserError, match="published already, as"):
@@ -125,8 +129,7 @@ async def test_what_cannot_be_forked_changes_nothing(
 ) -> None:
     fields, kind, reason = REFUSED[what]
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         staged(cluster)
         taken = await cluster.ask(fork(user, "taken"))
         path = staged(cluster, OTHER)
@@ -140,8 +143,7 @@ async def test_files_that_are_not_what_was_written_are_refused(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         (staged(cluster) / "weights.safetensors").write_bytes(b"other")
         with pytest.raises(BackendError, match=r"weights\.safetensors is damaged"):
             await cluster.ask(fork(user))
@@ -152,8 +154,7 @@ async def test_a_crash_between_the_files_and_the_journal_leaves_a_fork_or_none(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         path = staged(cluster)
         made: list[rows.Checkpoint] = []
 
@@ -187,8 +188,7 @@ async def test_what_a_killed_fork_has_left_goes_in_time(tmp_path: Path, autojump
     """The files that nobody came for, and those that were never journaled; not those of one that is being
     made."""
     async with Cluster.running(tmp_path) as cluster:
-        user = await User.begin(cluster)
-        await user.train()
+        user = await trained(cluster)
         now = cluster.world.now()
         old, new = staged(cluster), staged(cluster, OTHER)
         os.utime(old, (0, now - FORK_LEFT_SECONDS - 1))

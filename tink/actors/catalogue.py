@@ -311,12 +311,11 @@ class Catalogue:
         if len(msgspec.json.encode(ask.edits)) > MAX_METADATA_BYTES:
             raise UserError(f"edits is over {MAX_METADATA_BYTES} bytes")
         with self._folder.use(directory):
-            size = 0
-            if await self._fork(address, checkpoint_id) is None:
-                size = await self._folder.adopt(checkpoint_id, directory)
+            if (made := await self._fork(address, checkpoint_id)) is not None:
+                return made
+            size = await self._folder.adopt(checkpoint_id, directory)
             async with self._journal.naming:
-                made = await self._fork(address, checkpoint_id)
-                if made is not None:
+                if (made := await self._fork(address, checkpoint_id)) is not None:
                     return made
                 forked = CheckpointForked(
                     checkpoint_id=checkpoint_id,

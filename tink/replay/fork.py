@@ -22,8 +22,8 @@ from tink.world import World
 
 
 class Worker:
-    """The run's worker, which has to run. `key`: an API key of the model's owner, if it wants one. Its
-    methods raise StartupError for a worker that does not answer, UserError for what it refuses."""
+    """The run's worker. Its methods raise StartupError for one that does not answer, UserError for what it
+    refuses."""
 
     def __init__(self, client: httpx.AsyncClient, model_id: str, name: str) -> None:
         self._client, self._model_id, self._name = client, model_id, name
@@ -34,7 +34,7 @@ class Worker:
 
     async def check(self) -> None:
         """That the model is there, and the name is free: before anything is replayed."""
-        answer = await self._ask("GET", f"{self._path}")
+        answer = await self._ask("GET", self._path)
         if any(found.get("tinker_path") == str(self.address) for found in answer["checkpoints"]):
             raise UserError(f"{self.address} exists already: choose another name")
 
@@ -69,6 +69,8 @@ class Worker:
 
 @asynccontextmanager
 async def connect(url: str, key: str, model_id: str, name: str, world: World) -> AsyncIterator[Worker]:
+    """Once it has been asked whether there can be a fork of the model with that name. `key`: an API key of
+    the model's owner, if the worker wants one."""
     async with httpx.AsyncClient(
         base_url=url,
         headers={"X-API-Key": key} if key else {},
@@ -76,7 +78,9 @@ async def connect(url: str, key: str, model_id: str, name: str, world: World) ->
         timeout=FORK_SECONDS,
         trust_env=False,
     ) as client:
-        yield Worker(client, model_id, name)
+        worker = Worker(client, model_id, name)
+        await worker.check()
+        yield worker
 
 
 def stage(source: Path, artifacts: Path, fork_id: str) -> None:

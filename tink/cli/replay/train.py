@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def _run(arguments: argparse.Namespace, home: Home) -> int:
     ):
         plan = _plan(arguments, recording, settings)
         _say_what_is_left_out(plan.schedule, plan.stored)
-        report = trio.run(_forked, arguments, plan, recording, settings, Path(folder), World(), home)
+        report = trio.run(_replay, arguments, plan, recording, settings, Path(folder), home)
     tell = _tell_json if arguments.format == "json" else _tell
     tell(report, arguments.compare)
     return report.status
@@ -205,8 +205,6 @@ def _check(arguments: argparse.Namespace, home: Home, settings: Settings) -> Non
         adapter.check_free(arguments.output, home.root)
     if arguments.fork is not None:
         ids.check_name(arguments.fork)
-        if home.worker_record() is None:
-            raise UserError("--fork needs the worker of this home to run: start it with 'tink serve'")
         if arguments.trainer is not None and arguments.artifacts is None:
             raise UserError("--fork with --trainer needs --artifacts DIR, the folder of that trainer")
     if arguments.trainer is None:
@@ -283,47 +281,31 @@ def _say_what_is_left_out(made: Schedule, stored: set[str]) -> None:
 # -- doing it ---------------------------------------------------------------------------------------
 
 
-async def _forked(
-    arguments: argparse.Namespace,
-    plan: Plan,
-    recording: Recording,
-    settings: Settings,
-    folder: Path,
-    world: World,
-    home: Home,
-) -> Report:
-    """What may be refused of a fork is asked before anything is started."""
-    record = home.worker_record()
-    if arguments.fork is None or record is None:
-        return await _replay(arguments, plan, recording, settings, folder, world, None)
-    key = os.environ.get(KEY, "")
-    async with fork.connect(record.url, key, plan.schedule.model_id, arguments.fork, world) as worker:
-        await worker.check()
-        return await _replay(arguments, plan, recording, settings, folder, world, worker)
-
-
 async def _replay(
     arguments: argparse.Namespace,
     plan: Plan,
     recording: Recording,
     settings: Settings,
     folder: Path,
-    world: World,
-    worker: fork.Worker | None,
+    home: Home,
 ) -> Report:
-    with _progress(len(plan.schedule.turns)) as advance:
-        async with _server(arguments, plan, settings, folder, world) as trainer:
-            versions = server.differences(plan.served, trainer.info)
-            for name, (then, now) in versions.items():
-                write_line(f"{PROGRAM}: another {name} than in the run: {then} -> {now}")
-            if trainer.artifacts is not None:
-                copies = plan.artifacts, plan.schedule.directories, trainer.artifacts
-                await world.run_sync(server.copy, *copies)
-            rerun = Rerun(plan.schedule, trainer, recording, plan.ledger, plan.stored, world, ended=advance)
-            await rerun.run()
-            others = await _adapter(arguments.output, plan, trainer, rerun, world)
-            if worker is not None and trainer.artifacts is not None:
-                await _fork(worker, trainer.artifacts / await rerun.save(), plan, world)
+    world = World()
+    async with _worker(arguments, plan, home, world) as worker:
+        with _progress(len(plan.schedule.turns)) as advance:
+            async with _server(arguments, plan, settings, folder, world) as trainer:
+                versions = server.differences(plan.served, trainer.info)
+                for name, (then, now) in versions.items():
+                    write_line(f"{PROGRAM}: another {name} than in the run: {then} -> {now}")
+                if trainer.artifacts is not None:
+                    copies = plan.artifacts, plan.schedule.directories, trainer.artifacts
+                    await world.run_sync(server.copy, *copies)
+                rerun = Rerun(
+                    plan.schedule, trainer, recording, plan.ledger, plan.stored, world, ended=advance
+                )
+                await rerun.run()
+                others = await _adapter(arguments.output, plan, trainer, rerun, world)
+                if worker is not None and trainer.artifacts is not None:
+                    await _fork(worker, trainer.artifacts / await rerun.save(), plan, world)
     return Report(
         plan=plan,
         comparisons=rerun.comparisons,
@@ -335,6 +317,19 @@ async def _replay(
         others=others,
         fork=None if worker is None else str(worker.address),
     )
+
+
+def _worker(
+    arguments: argparse.Namespace, plan: Plan, home: Home, world: World
+) -> AbstractAsyncContextManager[fork.Worker | None]:
+    """Of a fork: what it may refuse is known before anything is started."""
+    if arguments.fork is None:
+        return nullcontext()
+    record = home.worker_record()
+    if record is None:
+        raise UserError("--fork needs the worker of this home to run: start it with 'tink serve'")
+    key = os.environ.get(KEY, "")
+    return fork.connect(record.url, key, plan.schedule.model_id, arguments.fork, world)
 
 
 def _server(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -34,10 +35,11 @@ class HuggingFace(BaseModel):
 
     trunk: Any
     config: Any
+    cache_argument: str
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
-        out = self.trunk(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        return out.last_hidden_state
+        kept = {} if cache is None else {self.cache_argument: cache}
+        return self.trunk(input_ids=ids, use_cache=cache is not None, **kept).last_hidden_state
 
     def new_cache(self) -> Any:
         return transformers.DynamicCache(config=self.config)
@@ -70,6 +72,7 @@ def load(directory: Path, name: str, dtype: str | None = None) -> HuggingFace:
     config = model.config
     return HuggingFace(
         trunk=model.base_model,
+        cache_argument=_cache_argument(model.base_model),
         head=head,
         tokenizer=tokenizer,
         config=config,
@@ -106,6 +109,11 @@ def _add(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Te
         return None
     a, b, scale = pair
     return lora.add_(output, args[0] @ a.T, b, scale)
+
+
+def _cache_argument(trunk: Any) -> str:
+    """As the model's class names it: `past_key_values` was renamed in transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(trunk.forward).parameters else "past_key_values"
 
 
 def _check_head(model: Any, head: Head) -> None:
