@@ -4,12 +4,14 @@ file. Training servers write it, and whoever opens the directory reads it. All f
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tink.errors import UNREADABLE, BackendError
+from tink.errors import UNREADABLE, BackendError, StartupError
 from tink.wire.tink_train import File
 
 FORMAT = "tink-artifact/1"
@@ -50,6 +52,22 @@ def check(directory: Path) -> Manifest:
         if not path.is_file() or _describe(path) != file:
             raise BackendError(f"{path} is damaged: it is not what was published")
     return manifest
+
+
+def present(artifacts: Path, directory: str) -> bool:
+    """Whether something is published there."""
+    return (artifacts / directory / NAME).is_file()
+
+
+def copy(source: Path, directories: Iterable[str], target: Path) -> None:
+    """What was published in one artifact folder, into another. StartupError if it cannot be."""
+    for directory in directories:
+        if present(target, directory):
+            continue
+        try:
+            shutil.copytree(source / directory, target / directory, dirs_exist_ok=True)
+        except (OSError, shutil.Error) as error:
+            raise StartupError(f"{source / directory} cannot be copied: {error}") from error
 
 
 def _describe(file: Path) -> File:

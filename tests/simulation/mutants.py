@@ -102,7 +102,7 @@ def answer_before_commit(patch: Patch) -> None:
 
         async def at_once() -> messages.Promise:
             await trio.lowlevel.checkpoint()
-            seq = self._next_number(ask.model_id) if ask.seq_id is None else ask.seq_id
+            seq = self._next_number(ask) if ask.seq_id is None else ask.seq_id
             return messages.Promise(ids.job_id(ask.model_id, seq), model_id=ask.model_id)
 
         self._nursery.start_soon(later)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import zstandard
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 import tink
 from tests.simulation import golden
 from tink.cli.main import main
+from tink.cli.replay import MODES, spelled_out
 from tink.domain.ledger import Ledger, fold
 from tink.errors import StartupError, UserError
 from tink.home import Home
@@ -134,6 +142,91 @@ def test_a_file_that_is_there_is_never_written_over(home: Home, model: str, file
         bundle.write(home, home.artifacts, model, file, redact=False, now=5.0)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@contextmanager
+def _damaged(home: Home, folder: Path, database: str, statement: str) -> Iterator[Home]:
+    made = Home(folder)
+    shutil.copytree(home.root, made.root)
+    engine = writer_engine(getattr(made, database))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    engine.dispose()
+    yield made
+
+
+@pytest.mark.parametrize(
+    ("database", "statement", "told"),
+    [
+        ("bodies", "UPDATE bodies SET content = x'00'", "is damaged on disk"),
+        (
+            "journal",
+            "UPDATE events SET data = '{}' WHERE kind = 'job_accepted'",
+            "event",
+        ),
+    ],
+)
+def test_an_export_of_a_damaged_home_is_one_line_and_leaves_nothing(
+    home: Home, model: str, tmp_path: Path, database: str, statement: str, told: str
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with (
+        _damaged(home, tmp_path / "home", database, statement) as damaged,
+        pytest.raises(StartupError, match=rf"is damaged: .*{told}.*'tink db check' tells more"),
+    ):
+        bundle.write(damaged, damaged.artifacts, model, folder / "run.tink", redact=False, now=5.0)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    home: Home, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(StartupError, match=r"run\.tink cannot be written: No space left"):
+        bundle.write(home, home.artifacts, model, tmp_path / "run.tink", redact=False, now=5.0)
+
+
+def test_a_state_that_goes_while_it_is_packed_is_named(
+    home: Home, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "_directories", lambda *_: ["weights/gone"])
+    with pytest.raises(StartupError, match=r"weights/gone cannot be read: .*export once more"):
+        bundle.write(home, home.artifacts, model, tmp_path / "run.tink", redact=False, now=5.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_named_as_a_mode_is_not_taken_for_a_bundle(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for mode in MODES:
+        (tmp_path / mode).touch()
+        assert spelled_out([mode, "--help"]) == [mode, "--help"]
+    (tmp_path / "run").touch()
+    assert spelled_out(["run"]) == ["file", "run"]
+
+
+def test_what_needs_a_whole_home_says_so_of_a_bundle(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", "decisions", "--home", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not a folder, and this needs a whole home" in line
+
+
+def test_the_incidents_of_a_bundle_are_those_of_its_home(home: Home, file: Path) -> None:
+    """Though the events before them may be left out."""
+    query = text("SELECT kind, detail FROM v_incidents WHERE kind = 'worker_crash' ORDER BY seq")
+    with bundle.opened(file) as carried:
+        found = []
+        for one in (home, carried):
+            with open_recording(one) as recording:
+                found.append(recording.journal.execute(query).all())
+        assert found[0] == found[1] != []
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(home: Home, tmp_path: Path) -> None:

@@ -215,6 +215,8 @@ async def test_a_job_without_a_number_that_cannot_be_accepted_takes_none(
                 await cluster.submit(model, None, "optim_step", b" " * (MAX_COMMAND_BODY + 1), key=key)
         with pytest.raises(NotFound):
             await cluster.submit(f"{model}0", None, "optim_step", json(model_id=model))
+        assert cluster.router is not None
+        assert f"{model}0" not in cluster.router._lanes
         assert await _batch(cluster, model, 1, "a") == f"{model}:1"
         # One that counts to the end leaves none, and the worker as it was.
         await cluster.submit(model, MAX_SEQ, "forward_backward", b"the last one")
@@ -287,7 +289,7 @@ async def test_the_check_would_notice_a_number_that_is_given_twice(
     """What these tests rest on: a Router that forgets its keys is found out."""
 
     async def forgetful(self: Router, ask: messages.SubmitTraining, key: str) -> messages.Promise:
-        return await self._submit_as(ask, self._next_number(ask.model_id), f"{key} {self._world.new_id()}")
+        return await self._submit_as(ask, self._next_number(ask), f"{key} {self._world.new_id()}")
 
     monkeypatch.setattr(Router, "_submit_once", forgetful)
     with pytest.RaisesGroup(pytest.RaisesExc(AssertionError, match="X4: a of")):

@@ -175,7 +175,7 @@ class Router:
         if ask.seq_id is not None:
             return self._submit_as(ask, ask.seq_id)
         # A number of the Router's always has a key: by that it is told from one that its client counts.
-        return self._submit_as(ask, self._next_number(ask.model_id), self._world.new_id())
+        return self._submit_as(ask, self._next_number(ask), self._world.new_id())
 
     async def _submit_once(self, ask: Submit, key: str) -> messages.Promise:
         """The first job of that key, or this one as the first."""
@@ -195,7 +195,7 @@ class Router:
                 return _promise(known)
             if isinstance(ask, messages.SubmitSample):
                 return await self._submit_sample_as(ask, ids.number(key), key)
-            seq = ask.seq_id if ask.seq_id is not None else self._next_number(ask.model_id)
+            seq = ask.seq_id if ask.seq_id is not None else self._next_number(ask)
             return await self._submit_as(ask, seq, key)
         finally:
             self._by_key.pop(place).set()
@@ -219,11 +219,12 @@ class Router:
                 "use a new key for each request, and an old one to repeat it as it was"
             )
 
-    def _next_number(self, model_id: str) -> int:
-        """The one behind all that have come. Raises UserError if there is none."""
-        seq = self._lane(model_id).end()
+    def _next_number(self, ask: messages.SubmitTraining) -> int:
+        """The one behind all that have come. Raises UserError if there is none, or no such model."""
+        self._making(ask)
+        seq = self._lane(ask.model_id).end()
         if seq > MAX_SEQ:
-            raise UserError(f"{model_id} has no numbers left, for its client counted to {seq - 1}")
+            raise UserError(f"{ask.model_id} has no numbers left, for its client counted to {seq - 1}")
         return seq
 
     def _submit_as(
@@ -233,11 +234,7 @@ class Router:
         promise = messages.Promise(job_id, model_id=ask.model_id)
         if self._is_known(job_id):
             return self._when_accepted(promise, key)
-        making = None
-        if ask.model_seq_id is None:
-            making = self._accepting.get(ids.job_id(ask.model_id, 0))
-            if making is None:
-                self._model(ask.tenant, ask.model_id)
+        making = self._making(ask)
         self.catalogue.routes.check_training()
         invalid = ask.invalid
         if ask.op not in DATA_OPS and len(ask.body) > MAX_COMMAND_BODY:
@@ -263,6 +260,15 @@ class Router:
         self._reserve(job_id, awaited=seq == lane.next_seq)
         lane.expect(seq)
         return self._accept_training(subject, accepted, ask.body, promise, making)
+
+    def _making(self, ask: messages.SubmitTraining) -> trio.Event | None:
+        """Set once the model is there, if it is being made. NotFound for one that is not."""
+        if ask.model_seq_id is not None:
+            return None
+        making = self._accepting.get(ids.job_id(ask.model_id, 0))
+        if making is None:
+            self._model(ask.tenant, ask.model_id)
+        return making
 
     def _model(self, tenant: str, model_id: str) -> rows.Model:
         model = self._journal.ledger.models.get((model_id,))

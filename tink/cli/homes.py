@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tink.errors import StartupError
 from tink.home import Home
-from tink.replay import bundle
 from tink.settings import Settings
 
 
@@ -17,6 +16,8 @@ from tink.settings import Settings
 def readable_home(option: Path | None) -> Iterator[Home]:
     """The same; or, if the option names a file of 'tink export', the home that is in it."""
     if option is not None and option.is_file():
+        from tink.replay import bundle  # few have one, and it takes a while
+
         with bundle.opened(option) as home:
             yield home
     else:
@@ -33,7 +34,7 @@ def find_home(option: Path | None) -> Home:
     if not home.root.exists():
         raise StartupError(f"there is no home {home.root}: {advice}")
     if not home.root.is_dir():
-        raise StartupError(f"{home.root} is not a folder: {advice}")
+        raise StartupError(f"{home.root} is not a folder, and this needs a whole home: {advice}")
     if not home.journal.is_file():
         raise StartupError(f"{home.root} has no journal: {advice}")
     return home

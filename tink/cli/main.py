@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 import tink
+from tink.cli import replay
 from tink.errors import JournalUnavailable, TinkError, tink_error
 from tink.logs import write_line
 
@@ -62,9 +62,9 @@ def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status. What a user did wrong is a line, never a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["replay"]:
+        arguments = ["replay", *replay.spelled_out(arguments[1:])]
     # The command that is named, and no other: a start should not wait for what `db` imports.
-    if len(arguments) > 1 and arguments[0] == "replay" and Path(arguments[1]).is_file():
-        arguments = ["replay", "file", *arguments[1:]]
     chosen = parser(arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS).parse_args(
         arguments
     )

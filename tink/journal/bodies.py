@@ -138,10 +138,11 @@ class BodyStore:
     async def get(self, digest: str) -> bytes:
         """The content of that name. LookupError if it is not stored any more, or if what is
         on disk is not what was put."""
-        if digest in self._recent:
+        hot = self._recent.get(digest)
+        if hot is not None:
             self._recent.move_to_end(digest)
             await trio.lowlevel.checkpoint()
-            return self._recent[digest]
+            return hot
 
         try:
             return await self._read(partial(read_body, digest=digest))

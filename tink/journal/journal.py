@@ -156,9 +156,10 @@ class Journal:
 
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         """The event that accepted a job: it holds the request of a command."""
-        if job.job_id in self._acceptances:
+        hot = self._acceptances.get(job.job_id)
+        if hot is not None:
             await trio.lowlevel.checkpoint()
-            return self._acceptances[job.job_id]
+            return hot
 
         def event(connection: Connection) -> JobAccepted:
             found = store.event_of(connection, job.accepted_seq).event
@@ -278,7 +279,7 @@ def prepare(home: Home) -> None:
                     # Alembic takes longer to be imported than all the rest of a start.
                     from tink.journal import migrations
 
-                    migrations.upgrade(connection, database, path)
+                    migrations.upgrade(connection, database, path, whole=not home.bundle.exists())
         except JournalUnavailable as error:
             raise StartupError(str(error)) from error
         finally:

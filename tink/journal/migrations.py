@@ -19,9 +19,10 @@ from tink.journal.revisions import HEADS, Database
 METADATA: dict[Database, MetaData] = {"journal": schema.metadata, "bodies": schema.bodies_metadata}
 
 
-def upgrade(connection: Connection, database: Database, path: Path) -> None:
+def upgrade(connection: Connection, database: Database, path: Path, *, whole: bool = True) -> None:
     """Brings the database, the file `path`, to the newest schema, wholly or not at all. Raises StartupError
-    for one that a newer Tink wrote, and for a journal whose tables are then not what its events say."""
+    for one that a newer Tink wrote, and for a journal whose tables are then not what its events say.
+    `whole`: false for a part of a journal, from a bundle."""
     before = revisions.current(connection, database)
     if before == HEADS[database]:
         return
@@ -31,6 +32,9 @@ def upgrade(connection: Connection, database: Database, path: Path) -> None:
             f"({tink.__version__}) does not know: it was written by a newer one; install that"
         )
     if connection.dialect.name == "sqlite":
+        if not whole:  # a sampler's session may be missing
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            connection.commit()
         # Its driver begins no transaction for DDL: a crash would leave half a schema behind.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     if database == "journal":
@@ -40,7 +44,7 @@ def upgrade(connection: Connection, database: Database, path: Path) -> None:
         views.create(connection)
     if database == "journal" and before is not None:
         # It may have rewritten any row: the one start that looks at all of them.
-        wrong = store.check(connection)
+        wrong = store.check(connection, whole=whole)
         if wrong:
             connection.rollback()
             raise store.damaged(path, wrong)

@@ -80,7 +80,12 @@ def put(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
     """Inserts rows of `raw_events` as they are, with their projections, in the connection's transaction.
     LookupError for one that is damaged."""
     connection.execute(insert(schema.events), events)
-    _project(connection, (_record([*_head(row), *(row[name] for name in _SUBJECT)]) for row in events))
+    _project(connection, map(decoded, events))
+
+
+def decoded(row: dict[str, Any]) -> Record:
+    """What a row of `raw_events` says. LookupError if it is damaged."""
+    return _record([*_head(row), *(row[name] for name in _SUBJECT)])
 
 
 def _head(row: dict[str, Any]) -> Iterator[Any]:
@@ -324,12 +329,13 @@ def _statement(kind: type[Change], name: str, columns: tuple[str, ...], is_open:
     return putting.on_conflict_do_update(index_elements=list(keys), set_=values)
 
 
-def check(connection: Connection) -> list[str]:
+def check(connection: Connection, *, whole: bool = True) -> list[str]:
     """Where the tables are not the fold of the events; empty when all is well. Takes the longer the more
-    has happened."""
+    has happened. `whole`: false for a part of a journal, where events may be missing."""
     try:
         stored = read_tables(connection)
-        return list(fold(gapless(read_events(connection))).differences(stored))
+        events = read_events(connection)
+        return list(fold(gapless(events) if whole else events).differences(stored))
     except (LookupError, *UNREADABLE) as error:
         return [str(error)]
 

@@ -59,7 +59,7 @@ LEFT JOIN adapters a ON a.adapter_id = s.adapter_id
     "v_incidents": """
 SELECT e.seq, e.at, UTC[e.at] AS happened, 'worker_crash' AS kind, e.tenant, e.model_id, e.job_id,
        e.replica, (e.at - p.at) * 1000 AS lost_ms, 'worker ' || p.incarnation || ' left no stop' AS detail
-FROM events e JOIN events p ON p.seq = e.seq - 1
+FROM events e JOIN events p ON p.seq = (SELECT max(b.seq) FROM events b WHERE b.seq < e.seq)
 WHERE e.kind = 'incarnation_started' AND p.kind <> 'incarnation_stopped'
 UNION ALL
 SELECT e.seq, e.at, UTC[e.at], 'trainer_restart', e.tenant, e.model_id, e.job_id, e.replica, NULL,
@@ -72,7 +72,9 @@ WHERE e.kind = 'trainer_started'
 UNION ALL
 SELECT e.seq, e.at, UTC[e.at], 'redo', e.tenant, e.model_id, e.job_id, e.replica,
        CAST(e.data ->> 'run_ms' AS DOUBLE PRECISION),
-       'operations ' || (e.data ->> 'first') || ' to ' || (e.data ->> 'last') || ' once more'
+       CASE WHEN CAST(e.data ->> 'first' AS BIGINT) > CAST(e.data ->> 'last' AS BIGINT)
+            THEN 'a snapshot was restored, with all that was applied'
+            ELSE 'operations ' || (e.data ->> 'first') || ' to ' || (e.data ->> 'last') || ' once more' END
 FROM events e WHERE e.kind = 'redone'
 UNION ALL
 SELECT e.seq, e.at, UTC[e.at], 'divergence', e.tenant, e.model_id, e.job_id, e.replica, NULL,

@@ -20,7 +20,8 @@ import zstandard
 from sqlalchemy import insert
 
 import tink
-from tink.domain.events import TrainerStarted
+from tink import manifest
+from tink.domain.events import JobAccepted, TrainerStarted
 from tink.domain.requests import OpName
 from tink.errors import UNREADABLE, StartupError, UserError
 from tink.home import Home
@@ -30,7 +31,6 @@ from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
 from tink.journal.recording import Recording, open_recording
 from tink.limits import BUNDLE_BATCH, BUNDLE_LEVEL
-from tink.replay import server
 from tink.replay.shapes import Part, shape
 
 FORMAT = "tink-bundle/1"
@@ -64,40 +64,59 @@ def write(home: Home, artifacts: Path, model_id: str, file: Path, *, redact: boo
     and for a file that is; StartupError for what cannot be read or written."""
     if file.exists():
         raise UserError(f"{file} is there already: name another file, or delete it")
-    with (
-        open_recording(home) as recording,
-        tempfile.TemporaryDirectory(prefix=".tink-export-", dir=_folder(file)) as folder,
-    ):
-        if queries.model(recording.journal, model_id) is None:
-            raise UserError(f"there is no model {model_id} in this journal: 'tink status' lists them")
-        made = Home(Path(folder) / "home")
-        made.make()
-        prepare(made)
-        before, count, named = _copy_events(recording, made, model_id)
-        stored = recording.stored(named)
-        if redact:
-            _write_shapes(recording, made, {digest: named[digest] for digest in sorted(stored)})
-        else:
-            _copy_bodies(recording, made, sorted(stored))
-        directories = _directories(recording, artifacts, model_id)
-        about = About(
-            format=FORMAT,
-            version=tink.__version__,
-            revision=revisions.HEADS["journal"],
-            model_id=model_id,
-            exported_at=now,
-            head=str(chain.head(recording.journal)),
-            redacted=redact,
-            events=count,
-            bodies=len(stored),
-            pruned=len(named) - len(stored),
-            directories=directories,
-            trainer=store.last_trainer(recording.journal),
-            before=before,
-        )
-        encoded = msgspec.json.format(msgspec.json.encode(about), indent=1)
-        made.bundle.write_bytes(encoded + b"\n")
-        _pack(made, artifacts, directories, Path(folder) / "packed", file)
+    try:
+        with (
+            open_recording(home) as recording,
+            tempfile.TemporaryDirectory(prefix=".tink-export-", dir=_folder(file)) as folder,
+        ):
+            return _write(recording, artifacts, model_id, file, Path(folder), redact=redact, now=now)
+    except LookupError as error:
+        raise StartupError(f"{home.root} is damaged: {error}; 'tink db check' tells more") from error
+    except OSError as error:
+        raise StartupError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def _write(
+    recording: Recording,
+    artifacts: Path,
+    model_id: str,
+    file: Path,
+    scratch: Path,
+    *,
+    redact: bool,
+    now: float,
+) -> About:
+    if queries.model(recording.journal, model_id) is None:
+        raise UserError(f"there is no model {model_id} in this journal: 'tink status' lists them")
+    made = Home(scratch / "home")
+    made.make()
+    prepare(made)
+    before, count, named = _copy_events(recording, made, model_id)
+    stored = recording.stored(named)
+    if redact:
+        _write_shapes(recording, made, {digest: named[digest] for digest in sorted(stored)})
+    else:
+        _copy_bodies(recording, made, sorted(stored))
+    directories = _directories(recording, artifacts, model_id)
+    about = About(
+        format=FORMAT,
+        version=tink.__version__,
+        revision=revisions.HEADS["journal"],
+        model_id=model_id,
+        exported_at=now,
+        head=str(chain.head(recording.journal)),
+        redacted=redact,
+        events=count,
+        bodies=len(stored),
+        pruned=len(named) - len(stored),
+        directories=directories,
+        trainer=store.last_trainer(recording.journal),
+        before=before,
+    )
+    encoded = msgspec.json.format(msgspec.json.encode(about), indent=1)
+    made.bundle.write_bytes(encoded + b"\n")
+    _pack(made, artifacts, directories, scratch / "packed")
+    os.link(scratch / "packed", file)  # not over one that has come meanwhile
     return about
 
 
@@ -172,12 +191,13 @@ def _copy_events(recording: Recording, made: Home, model_id: str) -> tuple[dict[
                         before[row["seq"]] = chain.hash_of(recording.journal, row["seq"] - 1).hex()
                     last = row["seq"]
                     count += 1
-                    data, job_id = row["data"], row["job_id"]
-                    if row["kind"] == "job_accepted":
-                        ops[job_id] = data["op"]
+                    event, job_id = store.decoded(row).event, row["job_id"]
+                    if isinstance(event, JobAccepted):
+                        ops[job_id] = event.op
                     for name, part in PARTS.items():
-                        if data.get(name) is not None:
-                            named[data[name]] = ops[job_id], part, data.get("codec", "identity")
+                        digest: str | None = getattr(event, name, None)
+                        if digest is not None:
+                            named[digest] = ops[job_id], part, getattr(event, "codec", "identity")
                     batch.append(row)
                     if len(batch) == BUNDLE_BATCH:
                         store.put(connection, batch)
@@ -214,23 +234,27 @@ def _directories(recording: Recording, artifacts: Path, model_id: str) -> list[s
     loads = [load.directory for load in queries.loads(recording.journal) if load.model_id == model_id]
     snapshots = [one.directory for one in queries.snapshots(recording.journal, model_id)]
     found = dict.fromkeys(loads + snapshots)
-    return [directory for directory in found if server.present(artifacts, directory)]
+    return [directory for directory in found if manifest.present(artifacts, directory)]
 
 
-def _pack(made: Home, artifacts: Path, directories: list[str], scratch: Path, file: Path) -> None:
-    try:
-        with (
-            zstandard.open(scratch, "wb", cctx=zstandard.ZstdCompressor(level=BUNDLE_LEVEL)) as stream,
-            tarfile.open(fileobj=stream, mode="w|") as archive,
-        ):
-            for path in (made.bundle, made.journal, made.bodies, made.root / SHAPES):
-                if path.exists():
-                    archive.add(path, path.name, filter=_anonymous)
-            for directory in directories:
+def _pack(made: Home, artifacts: Path, directories: list[str], file: Path) -> None:
+    with (
+        zstandard.open(file, "wb", cctx=zstandard.ZstdCompressor(level=BUNDLE_LEVEL)) as stream,
+        tarfile.open(fileobj=stream, mode="w|") as archive,
+    ):
+        for path in (made.bundle, made.journal, made.bodies, made.root / SHAPES):
+            if path.exists():
+                archive.add(path, path.name, filter=_anonymous)
+        for directory in directories:
+            try:
                 archive.add(artifacts / directory, f"artifacts/{directory}", filter=_anonymous)
-        os.link(scratch, file)  # not over one that has come meanwhile
-    except OSError as error:
-        raise StartupError(f"{file} cannot be written: {error.strerror or error}") from error
+            except OSError as error:
+                if error.filename is None:  # it is not the source
+                    raise
+                raise StartupError(
+                    f"{error.filename} cannot be read: {error.strerror}; if its checkpoint was deleted "
+                    "meanwhile, export once more"
+                ) from error
 
 
 def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
+from tink import manifest
 from tink.domain import rows
 from tink.domain.retention import ENDED
 from tink.errors import UserError
 from tink.journal import queries
 from tink.journal.recording import Recording
-from tink.replay import server
 from tink.replay.training import Schedule, schedule, steps_of
 
 
@@ -33,7 +33,7 @@ def remains(
     """`without`: the sha256 of bodies and the names of directories that count as gone. Blocks."""
 
     def present(directory: str) -> bool:
-        return directory not in without and server.present(artifacts, directory)
+        return directory not in without and manifest.present(artifacts, directory)
 
     jobs = queries.ops(recording.journal, model.model_id, after=0, upto=model.op_no)
     digests = {d for job in jobs for d in (job.body_sha256, job.result_sha256) if d is not None}

@@ -3,7 +3,6 @@ saved is copied there; the home and the artifacts of the run are only read."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from tink import manifest, pretrained
+from tink import pretrained
 from tink.actors.embedded import EmbeddedTrainer
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import TrainerClient
@@ -89,22 +88,6 @@ def differences(served: TrainerStarted, info: tink_train.Info) -> dict[str, tupl
         for name in names
         if then.get(name) != now.get(name)
     }
-
-
-def present(artifacts: Path, directory: str) -> bool:
-    """Whether something is published there."""
-    return (artifacts / directory / manifest.NAME).is_file()
-
-
-def copy(source: Path, directories: Iterable[str], target: Path) -> None:
-    """What was published in one artifact folder, into another. Blocks. StartupError if it cannot be."""
-    for directory in directories:
-        if present(target, directory):
-            continue
-        try:
-            shutil.copytree(source / directory, target / directory, dirs_exist_ok=True)
-        except (OSError, shutil.Error) as error:
-            raise StartupError(f"{source / directory} cannot be copied: {error}") from error
 
 
 def _settings(served: TrainerStarted, home: Home, crash_at: str) -> Settings:

@@ -83,9 +83,10 @@ def _is_of_model(row: rows.Row, model: str, ledger: Ledger) -> bool:
         case rows.Sampler() | rows.AdapterPlacement():
             adapter = ledger.adapters.get((row.adapter_id,))
             return adapter is not None and adapter.model_id == model
-        case rows.Model() | rows.Job() | rows.Adapter() | rows.Checkpoint() | rows.Snapshot():
-            return row.model_id == model
-    return False
+        case rows.Incarnation() | rows.Usage():
+            return False  # of everybody
+    model_id: str | None = getattr(row, "model_id")  # noqa: B009  every other row has one
+    return model_id == model
 
 
 def _jobs_of(row: rows.Row) -> Iterator[str]:

@@ -130,6 +130,24 @@ async def test_put_and_get_are_checkpoints(autojump_clock: MockClock, tmp_path: 
             await journal.bodies.get(digest)
 
 
+async def test_a_body_that_leaves_memory_while_it_is_read_is_read_all_the_same(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tink.journal.bodies.BODY_CACHE_BYTES", 100)
+    async with opened(new_home(tmp_path)) as journal:
+        digest = await journal.bodies.put(b"a" * 80)
+        found: list[bytes] = []
+
+        async def get() -> None:
+            found.append(await journal.bodies.get(digest))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(get)
+            await trio.lowlevel.checkpoint()  # it waits at its own now
+            journal.bodies._remember("other", b"b" * 80)
+        assert found == [b"a" * 80]
+
+
 async def test_a_body_store_that_cannot_commit_stops_the_journal(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

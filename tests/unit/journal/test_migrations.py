@@ -14,6 +14,8 @@ import pytest
 from sqlalchemy import Connection
 from trio.testing import MockClock
 
+import tink
+from tests.simulation import golden
 from tests.unit.journal.journal_kit import new_home, opened, session
 from tink.domain.events import JobAccepted, JobDone, Subject
 from tink.errors import StartupError
@@ -22,6 +24,7 @@ from tink.journal import chain, migrations, revisions, store, views
 from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
 from tink.journal.revisions import Database
+from tink.replay import bundle
 
 both = pytest.mark.parametrize("database", ["journal", "bodies"])
 
@@ -157,6 +160,19 @@ async def test_a_start_after_a_migration_looks_at_all_of_the_journal(
     async with opened(home) as journal:
         assert len(journal.ledger.sessions) == 19
     assert "added" in _tables(home)
+
+
+def test_a_bundle_of_an_older_tink_is_read(tmp_path: Path, write_next: Callable[[str], object]) -> None:
+    """Though it is no whole journal, and has samples whose sessions it has not."""
+    home = Home(tmp_path / "home")
+    golden.read(golden.GOLDEN / tink.__version__ / "trainer", home)
+    with _connected(home.journal) as connection:
+        query = "SELECT model_id FROM models ORDER BY steps DESC"
+        model = str(connection.exec_driver_sql(query).scalars().first())
+    bundle.write(home, home.artifacts, model, tmp_path / "run.tink", redact=False, now=5.0)
+    write_next("5")
+    with bundle.opened(tmp_path / "run.tink") as carried:
+        assert "added" in _tables(carried)
 
 
 @both

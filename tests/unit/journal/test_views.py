@@ -109,6 +109,7 @@ def _history() -> list[tuple[Subject, AnyEvent]]:
         (lost, events.JobAccepted(op="sample", seq_id=1, sampler_id=SAMPLER)),
         (lost, events.JobFailed(category="server", error="it broke")),
         (_about(MODEL), events.Redone(first=1, last=3, run_ms=70.0)),
+        (_about(MODEL), events.Redone(first=4, last=3, run_ms=5.0)),
         (_about(MODEL, saved), events.Diverged(op_no=3, detail="other bits")),
         (_about(MODEL), events.SeqSkipped(first=40, last=41)),
         (_about(), events.ClientFailed(exception_type="ValueError")),
@@ -183,18 +184,22 @@ def test_a_sample_names_the_version_that_gave_it(asked: Connection) -> None:
 
 
 def test_every_incident_is_there_once(asked: Connection) -> None:
-    found = _rows(asked, "SELECT kind, detail FROM v_incidents ORDER BY kind")
+    found = _rows(asked, "SELECT kind, detail FROM v_incidents ORDER BY kind, detail")
     assert found == [
         ("client_failure", "ValueError"),
         ("divergence", "other bits"),
         ("failure", "server: it broke"),
         ("gap", "numbers 40 to 41 never came"),
+        ("redo", "a snapshot was restored, with all that was applied"),
         ("redo", "operations 1 to 3 once more"),
         ("retry", "started 3 times"),
         ("trainer_restart", "another training server: three"),
         ("worker_crash", "worker 1 left no stop"),
     ]
-    assert _rows(asked, "SELECT lost_ms FROM v_incidents WHERE kind = 'redo'") == [(70.0,)]
+    assert _rows(asked, "SELECT lost_ms FROM v_incidents WHERE kind = 'redo' ORDER BY seq") == [
+        (70.0,),
+        (5.0,),
+    ]
 
 
 def test_usage_adds_up_what_ended(asked: Connection) -> None:

@@ -179,6 +179,16 @@ def test_a_models_part_has_its_samples_of_every_session() -> None:
         assert read == [2, 3, 4, 8, 9, 10, 11, 14, 15]
 
 
+@pytest.mark.parametrize("table", sorted(rows.TABLES.keys() - {"incarnations", "usage"}))
+def test_of_every_table_the_rows_of_a_model_are_known(table: str) -> None:
+    """A table that is added is not left out in silence; those two are of everybody."""
+    ledger = fold(_models())
+    kind = rows.TABLES[table][0]
+    owned = {"model_id": "a:train:0", "adapter_id": "a:train:0@1", "session_id": "a"}
+    row = kind(**{name: owned.get(name) for name in kind.__struct_fields__})
+    assert Scope(model="a:train:0").has(table, row, ledger)
+
+
 def test_a_models_events_are_found_by_indexes_alone() -> None:
     with _recorded(_models()) as recording:
         where = schema.events.select().where(store._of_model("a:train:0"))

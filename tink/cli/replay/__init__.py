@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 HELP = "go through what happened again: the state, the decisions, the training"
 DESCRIPTION = """\
@@ -25,6 +27,13 @@ or it cannot be replayed
 
 # Each is a module here with HELP, DESCRIPTION, EPILOG and add_arguments.
 MODES: tuple[str, ...] = ("state", "decisions", "train", "file")
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """`tink replay FILE` is short for `tink replay file FILE`; a file named as a mode is not meant."""
+    if arguments and arguments[0] not in MODES and Path(arguments[0]).is_file():
+        return ["file", *arguments]
+    return [*arguments]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ the extra hf, and the base model where it is not the built-in one."""
 EPILOG = """\
 examples:
   tink replay run.tink
-  tink replay state --home run.tink --diff 40 end     the other modes take it as a home
+  tink replay state --home run.tink --diff 40 end     so do state, train, sql and audit take it
 
 exit status: 0 if everything is as it was; 1 if not; 2 if it cannot be read or
 replayed"""

@@ -16,6 +16,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tink import manifest
 from tink.cli import printing
 from tink.cli.homes import readable_home
 from tink.cli.options import positive
@@ -298,7 +299,7 @@ async def _replay(
                     write_line(f"{PROGRAM}: another {name} than in the run: {then} -> {now}")
                 if trainer.artifacts is not None:
                     copies = plan.artifacts, plan.schedule.directories, trainer.artifacts
-                    await world.run_sync(server.copy, *copies)
+                    await world.run_sync(manifest.copy, *copies)
                 rerun = Rerun(
                     plan.schedule, trainer, recording, plan.ledger, plan.stored, world, ended=advance
                 )
