@@ -16,6 +16,8 @@ from tink.journal import schema
 
 # Before the first event.
 START = bytes(32)
+# Whole numbers up to here are the same as floats.
+EXACT = 2**53
 
 # What is hashed, in this order: what a journal says must not depend on how its database keeps it.
 COLUMNS = (
@@ -46,9 +48,29 @@ class Head(NamedTuple):
         return found
 
 
+# Of an empty journal.
+NONE = Head(0, START)
+
+
 def link(before: bytes, row: Mapping[str, Any]) -> bytes:
     """The hash of an event whose columns are in `row`, behind the one whose hash is `before`."""
-    return hashlib.sha256(before + _ENCODER.encode([row[name] for name in COLUMNS])).digest()
+    *head, data = (row[name] for name in COLUMNS)
+    return hashlib.sha256(before + _ENCODER.encode([*head, _canonical(data)])).digest()
+
+
+def _canonical(value: Any) -> Any:
+    """The same for numbers that are the same: a database may give a 5 for a 5.0, and for a 1e30 all of its
+    digits."""
+    match value:
+        case dict():
+            return {name: _canonical(part) for name, part in value.items()}
+        case list():
+            return [_canonical(part) for part in value]
+        case float():
+            return int(value) if value.is_integer() and abs(value) < EXACT else value
+        case int() if abs(value) >= EXACT:
+            return float(value)
+    return value
 
 
 def head(connection: Connection) -> Head:
@@ -56,7 +78,7 @@ def head(connection: Connection) -> Head:
     table = schema.events
     query = select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1)
     row = connection.execute(query).one_or_none()
-    return Head(0, START) if row is None else Head(row.seq, bytes(row.hash or b""))
+    return NONE if row is None else Head(row.seq, bytes(row.hash or b""))
 
 
 def hash_of(connection: Connection, seq: int) -> bytes:
@@ -69,7 +91,7 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     which must be in the chain."""
     table = schema.events
     columns = [table.c[name] for name in (*COLUMNS, "hash")]
-    last = Head(0, START)
+    last = NONE
     read = connection.execution_options(yield_per=1000).execute(select(*columns).order_by(table.c.seq))
     found = False
     try:

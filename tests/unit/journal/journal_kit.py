@@ -15,8 +15,8 @@ import trio
 from tink.domain.events import AnyEvent, SessionCreated, Subject
 from tink.errors import JournalUnavailable, tink_error
 from tink.home import Home
-from tink.journal.database import reader_engine
 from tink.journal.journal import Journal, prepare
+from tink.journal.sqlite import reader_engine
 from tink.journal.store import check
 from tink.world import World
 

@@ -13,7 +13,7 @@ from tink.errors import UserError
 from tink.home import Home
 from tink.journal import chain, schema
 from tink.journal.chain import Head
-from tink.journal.database import writer_engine
+from tink.journal.sqlite import writer_engine
 
 
 async def _written(folder: Path) -> Home:

@@ -17,7 +17,7 @@ from tink.domain import events
 from tink.domain.ledger import Ledger, fold
 from tink.domain.projection import project
 from tink.journal import store
-from tink.journal.database import reader_engine
+from tink.journal.sqlite import reader_engine
 
 # In memory where there is such a folder: syncs to a disk are what takes the time here.
 FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None

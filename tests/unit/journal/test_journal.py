@@ -33,10 +33,10 @@ from tink.domain.events import (
 from tink.domain.ledger import Ledger
 from tink.errors import JournalUnavailable, StartupError, tink_error
 from tink.home import Home
-from tink.journal import database, queries, store
+from tink.journal import queries, sqlite, store
 from tink.journal.bodies import Stored
-from tink.journal.database import reader_engine, writer_engine
 from tink.journal.journal import prepare
+from tink.journal.sqlite import reader_engine, writer_engine
 
 
 def _seqs(home: Home) -> list[int]:
@@ -197,8 +197,7 @@ class FailingCalls:
             event.listen(engine, "commit", self._commit)
             return engine
 
-        monkeypatch.setattr("tink.journal.journal.writer_engine", failing)
-        monkeypatch.setattr("tink.journal.bodies.writer_engine", failing)
+        monkeypatch.setattr("tink.journal.sqlite.writer_engine", failing)
 
     @property
     def failed(self) -> bool:
@@ -301,10 +300,10 @@ async def test_commits_are_synced_and_the_settings_are_read_back(tmp_path: Path)
 async def test_a_database_that_does_not_honour_a_setting_stops_the_start(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pragma: str
 ) -> None:
-    asked = dict(database._WRITER_PRAGMAS)
+    asked = dict(sqlite._WRITER_PRAGMAS)
     other = {"journal_mode": "MEMORY", "synchronous": "NORMAL", "foreign_keys": "OFF", "busy_timeout": "0"}
     asked[pragma] = (other[pragma], asked[pragma][1])
-    monkeypatch.setattr(database, "_WRITER_PRAGMAS", asked)
+    monkeypatch.setattr(sqlite, "_WRITER_PRAGMAS", asked)
     with pytest.raises(StartupError, match=pragma):
         async with opened(new_home(tmp_path)):
             pass
