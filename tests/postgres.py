@@ -107,10 +107,12 @@ class PostgresServer:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
-    def create_database(self) -> str:
-        """The URL of a new and empty one, whose name nobody had before."""
+    def create_database(self, like: str | None = None) -> str:
+        """The URL of a new one, whose name nobody had before: empty, or a copy of the one with that URL,
+        which nobody may be using."""
         name = f"test_{uuid.uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        template = "template0" if like is None else like.rpartition("/")[2]
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
 
     def drop_database(self, url: str) -> None:

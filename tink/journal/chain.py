@@ -55,17 +55,17 @@ NONE = Head(0, START)
 def link(before: bytes, row: Mapping[str, Any]) -> bytes:
     """The hash of an event whose columns are in `row`, behind the one whose hash is `before`."""
     *head, data = (row[name] for name in COLUMNS)
-    return hashlib.sha256(before + _ENCODER.encode([*head, _canonical(data)])).digest()
+    return hashlib.sha256(before + _ENCODER.encode([*head, canonical(data)])).digest()
 
 
-def _canonical(value: Any) -> Any:
+def canonical(value: Any) -> Any:
     """The same for numbers that are the same: a database may give a 5 for a 5.0, and for a 1e30 all of its
     digits."""
     match value:
         case dict():
-            return {name: _canonical(part) for name, part in value.items()}
+            return {name: canonical(part) for name, part in value.items()}
         case list():
-            return [_canonical(part) for part in value]
+            return [canonical(part) for part in value]
         case float():
             return int(value) if value.is_integer() and abs(value) < EXACT else value
         case int() if abs(value) >= EXACT:
@@ -92,20 +92,21 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     table = schema.events
     columns = [table.c[name] for name in (*COLUMNS, "hash")]
     last = NONE
-    read = connection.execution_options(yield_per=1000).execute(select(*columns).order_by(table.c.seq))
+    query = select(*columns).order_by(table.c.seq)
     found = False
     try:
-        for row in map(dict, read.mappings()):
-            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
-            if seq != last.seq + 1:
-                yield f"no events from {last.seq + 1} to {seq - 1}"
-            elif link(last.hash, row) != kept:
-                yield f"event {seq} is not what was written behind event {last.seq}"
-            if noted is not None and seq == noted.seq:
-                found = True
-                if kept != noted.hash:
-                    yield f"event {seq} has the hash {kept.hex()}, not the noted {noted.hash.hex()}"
-            last = Head(seq, kept)
+        with connection.execute(query, execution_options={"yield_per": 1000}) as read:
+            for row in map(dict, read.mappings()):
+                seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
+                if seq != last.seq + 1:
+                    yield f"no events from {last.seq + 1} to {seq - 1}"
+                elif link(last.hash, row) != kept:
+                    yield f"event {seq} is not what was written behind event {last.seq}"
+                if noted is not None and seq == noted.seq:
+                    found = True
+                    if kept != noted.hash:
+                        yield f"event {seq} has the hash {kept.hex()}, not the noted {noted.hash.hex()}"
+                last = Head(seq, kept)
     except UNREADABLE as error:
         yield f"an event behind {last.seq} cannot be read: {error}"
     if noted is not None and not found:

@@ -109,7 +109,7 @@ def _bodies(connection: Connection, due: dict[str, str], quick: bool, named: Dat
     total = 0
     missing = dict(due)
     columns = [table.c.sha256, table.c.size] if quick else [table.c.sha256, table.c.size, table.c.content]
-    bodies = connection.execution_options(yield_per=CHECKED_BODIES).execute(select(*columns))
+    bodies = connection.execute(select(*columns), execution_options={"yield_per": CHECKED_BODIES})
     for count, (digest, size, *content) in enumerate(bodies, 1):
         total = count
         missing.pop(digest, None)

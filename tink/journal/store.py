@@ -71,8 +71,9 @@ def raw_events(connection: Connection, *, model: str | None = None) -> Iterator[
     query = select(table).order_by(table.c.seq)
     if model is not None:
         query = query.where(or_(_of_model(model), table.c.kind.in_(_PROCESS_KINDS)))
-    for row in connection.execution_options(stream_results=True).execute(query).mappings():
-        yield dict(row)
+    with connection.execute(query, execution_options={"stream_results": True}) as found:
+        for row in found.mappings():
+            yield dict(row)
 
 
 def put(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
@@ -134,10 +135,10 @@ def read_events(
         query = query.where(table.c.seq <= until)
     if model is not None:
         query = query.where(_of_model(model))
-    found = connection.execution_options(stream_results=True).execute(query)
-    for part in found.partitions(READ_ROWS):
-        for row in part:
-            yield _record(row)
+    with connection.execute(query, execution_options={"stream_results": True}) as found:
+        for part in found.partitions(READ_ROWS):
+            for row in part:
+                yield _record(row)
 
 
 def _of_model(model: str) -> ColumnElement[bool]:

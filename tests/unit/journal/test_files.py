@@ -15,6 +15,8 @@ from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import sqlite
 
+pytestmark = pytest.mark.on_files
+
 
 def delete(path: Path) -> None:
     path.unlink()

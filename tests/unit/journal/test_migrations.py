@@ -26,6 +26,8 @@ from tink.journal.revisions import Schema
 from tink.journal.sqlite import SQLite, writer_engine
 from tink.replay import bundle
 
+pytestmark = pytest.mark.on_files
+
 both = pytest.mark.parametrize("database", ["journal", "bodies"])
 
 
