@@ -25,7 +25,7 @@ from tink.domain.events import Entry, SnapshotTaken, Subject
 from tink.domain.lane import Lane
 from tink.domain.ledger import Ledger
 from tink.errors import TinkError
-from tink.journal import queries
+from tink.journal import queries, sqlite
 from tink.journal.journal import Journal
 from tink.trainer import artifacts, lanes
 from tink.trainer.bodies import Bodies
