@@ -112,6 +112,16 @@ class Home:
             return self.database.read_text().strip() or None
         return None
 
+    def note_database(self, place: str | None) -> None:
+        """Says for good in which PostgreSQL database the journal is (without its password); None: in its
+        own files. Raises StartupError if it cannot."""
+        with self.writing():
+            if place is None:
+                self.database.unlink(missing_ok=True)
+            else:
+                files.write(self.database, f"{place}\n".encode())
+            files.sync(self.root)
+
     def lock_owner(self) -> int | None:
         """The process that took the lock last, which may have ended since."""
         with contextlib.suppress(OSError, ValueError):
