@@ -99,6 +99,9 @@ SHOWN_PROBLEMS = 100
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
 
+# Events that `tink db move` copies in one go.
+COPY_EVENTS = 2_000
+
 # -- tink sql --------------------------------------------------------------------------------------
 
 # One value of an answer, and all of it.

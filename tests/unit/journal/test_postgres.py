@@ -195,10 +195,8 @@ def test_a_statement_that_waits_for_a_lock_ends_and_says_so(
     monkeypatch.setattr("tink.journal.postgres.LOCK_SECONDS", 0.2)
     home = new_home(tmp_path)
     other = database(home, "bodies").reader()
-    event.listen(
-        other, "begin", lambda connection: connection.exec_driver_sql("SET TRANSACTION READ WRITE")
-    )
     with other.connect() as connection:
+        connection.exec_driver_sql("SET TRANSACTION READ WRITE")
         connection.exec_driver_sql("LOCK TABLE events")
 
         async def append() -> None:
