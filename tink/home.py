@@ -112,6 +112,12 @@ class Home:
             return self.database.read_text().strip() or None
         return None
 
+    def note_database(self, url: str) -> None:
+        """`url`: without its password. StartupError if it cannot be."""
+        with self.writing():
+            files.write(self.database, url.encode() + b"\n")
+            files.sync(self.root)
+
     def lock_owner(self) -> int | None:
         """The process that took the lock last, which may have ended since."""
         with contextlib.suppress(OSError, ValueError):
