@@ -13,7 +13,10 @@ DATABASES = ("sqlite", "postgresql")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "on_database" in metafunc.fixturenames and metafunc.definition.get_closest_marker("on_files") is None:
+    if (
+        "on_database" in metafunc.fixturenames
+        and metafunc.definition.get_closest_marker("on_files") is None
+    ):
         metafunc.parametrize("on_database", DATABASES, indirect=True)
 
 

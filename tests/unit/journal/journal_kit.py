@@ -129,7 +129,7 @@ def copy_of(write: Callable[[Home], None], folder: Path) -> Home:
         return Home(folder)
     _made.append(_server.create_database(made.database_url))
     home = Home(folder, _made[-1])
-    home.database.write_text(home.database_url)
+    home.note_database(home.database_url)
     return home
 
 
