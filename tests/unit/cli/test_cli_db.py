@@ -14,6 +14,8 @@ from tink.home import Home
 from tink.journal import checks
 from tink.journal.journal import Journal
 
+pytestmark = pytest.mark.on_files
+
 
 def alter(path, *statements):
     """What a bad disk or a curious hand does to the file."""
