@@ -109,7 +109,7 @@ def _tell(chosen: str, output: Path | None, answer: Answer) -> int:
         sys.stdout.write(content.decode())
     if answer.cut is None:
         return 0
-    write_line(f"{answer.cut}: ask for less, or for more with --max-rows")
+    write_line(answer.cut)
     return 1
 
 

@@ -58,10 +58,10 @@ def _read(cursor: sqlite3.Cursor, most: int) -> tuple[list[tuple[Any, ...]], str
     size = 0
     for row in cursor:
         if len(found) == most:
-            return found, f"there are more than {most} rows"
+            return found, f"there are more than {most} rows: ask for less, or for more with --max-rows"
         size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
         if size > SQL_ANSWER_BYTES:
-            return found, f"there are more than {SQL_ANSWER_BYTES} bytes"
+            return found, f"there are more than {SQL_ANSWER_BYTES} bytes: ask for less"
         found.append(row)
     return found, None
 
