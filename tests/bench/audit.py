@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
         yield Figure("jobs", jobs, "jobs")
         yield Figure("journal_size", home.journal.stat().st_size / 1e6, "MB")
         before = _forget if arguments.cold else _nothing
-        for kind, questions in (("hot", hot(asked)), ("whole", whole())):
+        for slow, questions in (("slowest", hot(asked)), ("slowest_whole", whole())):
             slowest = 0.0
             for name, query in questions.items():
                 command = _command(home, name, query, asked)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
                 found, alone = (median(seconds) for seconds in zip(*some, strict=True))
                 slowest = max(slowest, found)
                 yield Figure(name.replace(" ", "_"), found, "s", alone)
-            yield Figure(f"slowest_{kind}", slowest, "s")
+            yield Figure(slow, slowest, "s")
 
 
 def _opened(home: Home) -> sqlite3.Connection:

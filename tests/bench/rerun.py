@@ -1,9 +1,10 @@
 """How fast `tink replay train` trains a model again, against the run itself.
 
-A real worker with its embedded engine trains a model through the SDK, and then the command trains it again, on
-a server of its own, while the worker has nothing to do: in turn, a new model each time. Compared are the
-seconds of the same operations: for the run what the journal says of each (`run_ms`), without the pauses between
-them; for the replay all of it, from the first operation to the last. Every result must be the same, bit for bit.
+A real worker with its embedded engine trains a model through the SDK, and then the command trains it again,
+on a server of its own, while the worker has nothing to do: in turn, a new model each time. Compared are the
+seconds of the same operations: for the run what the journal says of each (`run_ms`), without the pauses
+between them; for the replay all of it, from the first operation to the last. Every result must be the same,
+bit for bit.
 """
 
 from __future__ import annotations

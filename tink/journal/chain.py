@@ -100,8 +100,8 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
 
 
 def _is_plain(row: Mapping[str, Any]) -> bool:
-    """Whether SQL finds in the row what was hashed. Another one may have the same hash: with bytes, of which
-    the text that was there is the base64, or with a key twice, of which SQLite takes the first one."""
+    """Whether SQL finds in the row what was hashed. Another one may have the same hash: with bytes, of
+    which the text that was there is the base64, or with a key twice, of which SQLite takes the first."""
     texts = [row[name] for name in _TEXTS if row[name] is not None]
     texts.append(row.get("text", ""))
     if not all(isinstance(text, str) for text in texts):

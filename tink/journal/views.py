@@ -15,7 +15,8 @@ _UTC = {
 }
 _STRINGS = {"sqlite": "group_concat({}, ' ')", "postgresql": "string_agg({}, ' ')"}
 
-# `kind || ''` keeps SQLite from the index of the kinds where that of the jobs is the better one.
+# `kind || ''` keeps SQLite from the index of the kinds where that of the jobs is the better one. That what
+# has a sampler is a sample it finds in the index of the jobs by time: `op` is in it.
 _TEMPLATES = {
     "v_jobs": """
 SELECT job_id, tenant, op, state, session_id, model_id, sampler_id, seq_id, op_no, step, attempts, backend,
@@ -55,6 +56,7 @@ SELECT j.job_id, j.tenant, j.session_id, j.sampler_id, s.base_model, a.model_id,
 FROM jobs j
 JOIN samplers s ON s.sampler_id = j.sampler_id
 LEFT JOIN adapters a ON a.adapter_id = s.adapter_id
+WHERE j.op = 'sample'
 """,
     "v_incidents": """
 SELECT e.seq, e.at, UTC[e.at] AS happened, 'worker_crash' AS kind, e.tenant, e.model_id, e.job_id,
