@@ -137,7 +137,9 @@ WHERE coalesce(made.steps, 0) <> m.steps OR coalesce(made.last, 0) <> m.steps
 SELECT step, loss_per_token, loss_per_token - before AS jump, grad_norm, learning_rate, tokens, jobs,
        finished
 FROM (
-  SELECT *, lag(loss_per_token) OVER (ORDER BY step) AS before FROM v_steps WHERE model_id = :model
+  SELECT step, loss_per_token, grad_norm, learning_rate, tokens, jobs, finished,
+         lag(loss_per_token) OVER (ORDER BY step) AS before
+  FROM v_steps WHERE model_id = :model
 ) AS compared
 WHERE before IS NOT NULL
 ORDER BY abs(loss_per_token - before) DESC
