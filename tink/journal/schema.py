@@ -227,6 +227,7 @@ adapters = Table(
     Column("deleted_at", Double),
     Index(None, "model_id", "version", unique=True),
     Index("ix_adapters_live", "adapter_id", **_where(LIVE)),
+    Index(None, "created_at"),
 )
 
 adapter_placements = Table(

@@ -13,6 +13,7 @@ from cli_home import MODEL, TRAINED
 from trio.testing import MockClock
 
 from tink.cli import answers as command
+from tink.cli import printing
 from tink.journal import sql
 from tink.limits import SQL_CELL
 
@@ -139,6 +140,24 @@ def test_an_answer_that_was_cut_is_told_from_a_whole_one(tink, home):
     assert "there are more than 3 rows: ask for less, or for more with --max-rows" in err
     code, out, err = tink("sql", "--home", home.root, "--max-rows", "3", f"{query} LIMIT 3")
     assert (code, err) == (0, "")
+
+
+def test_a_long_table_looks_as_all_tables_do_and_rich_is_not_asked_for_each_row(tink, home, monkeypatch):
+    columns = ["id", "na\u00efve \u6570", "n", "[b]x[/b]", "last"]
+    rows = [
+        ["a", "\u6570\u5b57", "1", "[red]", "x"],
+        ["bb", "\u00e9", "22", "-", "y"],
+        ["-", "z", "-", "q", "[link"],
+    ]
+    made = printing.table(*map(printing.text, columns), right=("n",))
+    for row in rows:
+        made.add_row(*map(printing.text, row))
+    assert printing.listing(columns, rows, [2]) == printing.wide(made)
+
+    monkeypatch.delattr(printing.Table, "__rich_console__")
+    code, out, _ = tink("sql", "--home", home.root, "SELECT * FROM v_jobs")
+    assert code == 0
+    assert len(out.splitlines()) > 2
 
 
 def test_an_answer_that_would_fill_the_memory_is_cut(tink, home, monkeypatch):

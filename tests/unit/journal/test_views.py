@@ -301,8 +301,8 @@ def test_no_hot_question_goes_through_a_long_table(asked: Connection, name: str)
 
 def _is_partial(line: str) -> bool:
     """Through an index that has few rows, or little of each: that by time has what is asked for."""
-    few = ("INDEX ix_jobs_retried", "COVERING INDEX ix_jobs_model_id_step", "INDEX ix_jobs_submitted_at")
-    return any(index in line for index in few)
+    few = ("ix_jobs_retried", "ix_jobs_submitted_at", "ix_adapters_created_at")
+    return "COVERING INDEX ix_jobs_model_id_step" in line or any(f"INDEX {name}" in line for name in few)
 
 
 def test_the_views_have_the_same_names_and_columns_on_every_database() -> None:
