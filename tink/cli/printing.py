@@ -101,8 +101,8 @@ def wide(made: Table) -> str:
 
 
 def listing(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]) -> str:
-    """Such a table of plain texts, as `wide` gives it: rich would take seconds for a thousand rows. `right`:
-    the indexes of the columns that stand there."""
+    """Such a table of plain texts, as `wide` gives it: rich would take seconds for a thousand rows.
+    `right`: the indexes of the columns that stand there."""
     widths = [max(map(_cells, column)) for column in zip(columns, *rows, strict=True)]
 
     def line(texts: Sequence[str]) -> str:
