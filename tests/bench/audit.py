@@ -86,10 +86,10 @@ def _command(home: Home, name: str, query: str, asked: Asked) -> list[str]:
     words = ["sql", query]
     if name.startswith(AUDIT):
         question = name.removeprefix(AUDIT)
-        given = [
-            str(getattr(asked, one.name)) for one in QUESTIONS[question].parameters if one.default is None
-        ]
-        words = ["audit", question, *given]
+        words = ["audit", question]
+        for one in QUESTIONS[question].parameters:
+            value = str(getattr(asked, one.name))
+            words += [value] if one.default is None else [f"--{one.name}", value]
     return [*words, "--home", str(home.root), "--seconds", SECONDS]
 
 

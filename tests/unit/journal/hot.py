@@ -9,19 +9,20 @@ from tink.audit.questions import QUESTIONS
 
 
 class Asked(NamedTuple):
-    """What the questions are about. `since`: a time, of which few rows are younger."""
+    """What the questions are about. `since`: a time, of which few rows are younger. `days`: of those at the end."""
 
     model: str = "m"
     adapter: str = "a"
     tenant: str = "t"
     step: int = 1
     since: float = 5.0
+    days: int = 30
 
 
 def hot(asked: Asked) -> dict[str, str]:
     """None of them goes through a table that is long."""
-    model, adapter, tenant, step, since = asked
-    about: dict[str, str | int] = {"model": model, "adapter": adapter, "step": step, "days": 100}
+    model, adapter, tenant, step, since, days = asked
+    about: dict[str, str | int] = {"model": model, "adapter": adapter, "step": step, "days": days}
     newest = "ORDER BY submitted_at DESC LIMIT 20"
     of_model = f"WHERE model_id = '{model}'"
     return {
