@@ -9,7 +9,8 @@ from tink.audit.questions import QUESTIONS
 
 
 class Asked(NamedTuple):
-    """What the questions are about. `since`: a time, of which few rows are younger. `days`: of those at the end."""
+    """What the questions are about. `since`: a time, of which few rows are younger. `days`: of those at the
+    end."""
 
     model: str = "m"
     adapter: str = "a"
