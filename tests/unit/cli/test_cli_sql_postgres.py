@@ -32,7 +32,8 @@ CREATE FUNCTION liar(a INT DEFAULT 1) RETURNS INT LANGUAGE plpgsql IMMUTABLE AS 
 CREATE FUNCTION liar_text(a INT) RETURNS TEXT LANGUAGE sql IMMUTABLE AS $$ SELECT liar(a)::text $$;
 CREATE FUNCTION liars(a INT, b INT) RETURNS INT LANGUAGE sql IMMUTABLE AS $$ SELECT liar(a) $$;
 CREATE AGGREGATE lying_sum(INT) (sfunc = liars, stype = INT, initcond = '0');
-CREATE OPERATOR ~~~ (leftarg = INT, rightarg = INT, function = liars);
+CREATE FUNCTION lies(a INT, b INT) RETURNS BOOL LANGUAGE sql IMMUTABLE AS $$ SELECT liar(a) = 1 $$;
+CREATE OPERATOR ~~~ (leftarg = INT, rightarg = INT, function = lies);
 CREATE DOMAIN lie AS INT CHECK (liar(value) = 1);
 CREATE TYPE mood AS ENUM ('well');
 CREATE FUNCTION lying_cast(mood) RETURNS INT LANGUAGE sql IMMUTABLE AS $$ SELECT liar() $$;
@@ -242,7 +243,7 @@ def test_what_does_more_than_read_is_refused_in_one_line(tink, home, unharmed, n
     code, out, err = _sql(tink, home, ATTACKS[name].format(pid=_pid(home)))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
-    assert "only reading is allowed here" in err or "PostgreSQL says" in err
+    assert "only reading is allowed here" in err
     assert time.monotonic() - began < 20
 
 
