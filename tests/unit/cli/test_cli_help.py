@@ -47,6 +47,7 @@ def test_the_commands_are_these():
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),
+        ("db", "move"),
         ("gc",),
         ("trainer",),
         ("vllm",),
