@@ -139,7 +139,7 @@ FROM (
   SELECT *, lag(loss_per_token) OVER (ORDER BY step) AS before FROM v_steps WHERE model_id = :model
 ) AS compared
 WHERE before IS NOT NULL
-ORDER BY abs(loss_per_token - before) DESC
+ORDER BY abs(loss_per_token - before) DESC NULLS LAST
 LIMIT 20
 """,
         (_MODEL,),

@@ -236,9 +236,12 @@ def parse(url: str) -> URL:
 
 def shown(url: str) -> str:
     """The URL as people may see it: without its password, in whichever part."""
-    parsed = parse(url).set(drivername="postgresql", password=None)
+    parsed = parse(url)
     query = {name: value for name, value in parsed.query.items() if "password" not in name}
-    return parsed.set(query=query).render_as_string(hide_password=False)
+    found = URL.create(
+        "postgresql", parsed.username, None, parsed.host, parsed.port, parsed.database, query
+    )
+    return found.render_as_string(hide_password=False)
 
 
 def cause(error: SQLAlchemyError) -> object:
