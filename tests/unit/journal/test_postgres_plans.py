@@ -102,8 +102,8 @@ def _plans(connection: Connection, ask: Callable[[Connection], object]) -> list[
     return plans
 
 
-# PostgreSQL guesses that a third of the jobs is younger than a time that it has yet to find out, and a third
-# of so few jobs is faster to be had from all of them.
+# PostgreSQL guesses that a third of the jobs is younger than a time that it has yet to find out, and that
+# much of so few jobs is faster to be had from all of them.
 GUESSED = {"tink audit slow-jobs"}
 
 
