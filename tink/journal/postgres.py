@@ -246,9 +246,10 @@ def parse(url: str) -> URL:
 
 def shown(url: str) -> str:
     """The URL as people may see it: without its password, in whichever part."""
-    parsed = parse(url).set(drivername="postgresql", password=None)
-    query = {name: value for name, value in parsed.query.items() if "password" not in name}
-    return parsed.set(query=query).render_as_string(hide_password=False)
+    whole = parse(url)
+    query = {name: value for name, value in whole.query.items() if "password" not in name}
+    part = URL.create("postgresql", whole.username, None, whole.host, whole.port, whole.database, query)
+    return part.render_as_string(hide_password=False)
 
 
 def cause(error: SQLAlchemyError) -> object:
