@@ -111,6 +111,8 @@ BACKUP_TRIES = 5
 # One value of an answer, and all of it.
 SQL_VALUE_BYTES = 64 * 1024 * 1024
 SQL_ANSWER_BYTES = 256 * 1024 * 1024
+# What PostgreSQL may put on its disk meanwhile, where Tink may say so.
+SQL_SPILL_BYTES = 1024 * 1024 * 1024
 # Steps of SQLite's machine between two looks at the clock: a fraction of a millisecond.
 SQL_STEPS = 10_000
 # Characters of a cell in a table that is printed.

@@ -94,9 +94,9 @@ class PostgreSQL(Database):
 
     def bytes(self) -> int:
         tables = schema.metadata if self.schema == "journal" else schema.bodies_metadata
-        query = (
-            "SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(:names) name"
-        )
+        query = """
+SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(CAST(:names AS text[])) name
+"""
         with self._asking() as connection:
             return int(connection.execute(text(query), {"names": list(tables.tables)}).scalar_one())
 

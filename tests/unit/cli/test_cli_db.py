@@ -18,6 +18,8 @@ from tink.journal import backups, checks
 from tink.journal.journal import Journal
 from tink.journal.postgres import PostgreSQL, shown
 
+pytestmark = pytest.mark.on_files
+
 
 def alter(path, *statements):
     """What a bad disk or a curious hand does to the file."""

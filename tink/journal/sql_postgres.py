@@ -1,0 +1,178 @@
+"""A user's own SQL over PostgreSQL, where a SELECT may do whatever its role may: end the worker's
+connection, take its lock, read a file. So the server first has to say what the question consists of, as a
+view that is made and taken back; it is run if all of that is known to do no more than compute
+(docs/decisions/0024-postgresql.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, Literal
+
+import psycopg
+from psycopg.adapt import Buffer, Loader
+from psycopg.types.string import TextLoader
+from sqlalchemy import Connection
+
+from tink.errors import UserError
+from tink.journal import revisions, schema
+from tink.journal.database import one_line
+from tink.journal.sql import Answer, read
+from tink.journal.views import VIEWS
+from tink.limits import SQL_SPILL_BYTES
+
+ONLY_READING = "only reading is allowed here, one statement at a time: SELECT, VALUES or WITH"
+
+# What may be asked; of the rest of the server, nothing. Not the bodies, though they are in this database.
+_RELATIONS = [
+    "pg_temp.tink_question",  # older servers note it in itself
+    *schema.metadata.tables,
+    revisions.version_table("journal"),
+    *VIEWS,
+    *(f"information_schema.{name}" for name in ("tables", "views", "columns")),
+]
+# PostgreSQL's own functions that are VOLATILE may do anything; these only give another answer each time.
+_FICKLE = [
+    *("random", "random_normal", "array_sample", "array_shuffle", "clock_timestamp", "timeofday"),
+    *("gen_random_uuid", "uuidv4", "uuidv7"),
+]
+# The others change nothing; but these look elsewhere: at the server, at its settings, at any table.
+_ELSEWHERE = "^(pg_(?!typeof$)|txid_|fmgr_|current_setting$|(table|schema|database)_to_xml)"
+# In a parse tree as text, where what the user wrote has a backslash before each space.
+_FUNCTION = re.compile(r":(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)")
+_RELATION = re.compile(r":relid (\d+)")
+
+# Whatever has a number below 16384 was made with the server: that a view stands on it is not noted, and so
+# is read in the parse tree. All else (also a type, a cast, an operator) is among the noted dependencies.
+_REFUSED = """
+WITH given AS (
+  SELECT %(functions)s::oid[] AS functions, %(relations)s::oid[] AS relations,
+         array(SELECT to_regclass(name)::oid FROM unnest(%(known)s::text[]) name) AS known
+)
+SELECT pg_describe_object('pg_proc'::regclass, p.oid, 0) FROM pg_proc p, given
+WHERE p.oid = ANY (functions) AND NOT (p.oid < 16384 AND CASE p.provolatile
+  WHEN 'i' THEN true WHEN 's' THEN p.proname !~ %(elsewhere)s ELSE p.proname = ANY (%(fickle)s) END)
+UNION ALL
+SELECT pg_describe_object('pg_class'::regclass, c.oid, 0) FROM pg_class c, given
+WHERE c.oid = ANY (relations) AND NOT c.oid = ANY (array_remove(known, NULL))
+UNION ALL
+SELECT pg_describe_object(d.refclassid, d.refobjid, 0) FROM pg_depend d, given
+WHERE d.classid = 'pg_rewrite'::regclass AND d.objid = ANY (%(rules)s::oid[]) AND d.deptype = 'n'
+  AND d.refobjid >= 16384
+  AND NOT (d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (array_remove(known, NULL)))
+LIMIT 1
+"""
+# The views as well: what they stand on is run, too.
+_RULES = """
+SELECT oid, ev_action::text FROM pg_rewrite
+WHERE ev_class = 'pg_temp.tink_question'::regclass
+   OR ev_class IN (SELECT to_regclass(name) FROM unnest(%(views)s::text[]) name)
+"""
+_BOUNDS = """
+SELECT set_config('statement_timeout', %(milliseconds)s, true),
+       CASE current_setting('is_superuser')
+       WHEN 'on' THEN set_config('temp_file_limit', %(spill)s, true) END
+"""
+
+
+class _Number(Loader):
+    """NUMERIC, which sums and averages are, as SQLite has it."""
+
+    def load(self, data: Buffer) -> int | float:
+        text = bytes(data).decode()
+        return float(text) if re.search("[^0-9-]", text) else int(text)
+
+
+class _Truth(Loader):
+    def load(self, data: Buffer) -> int:
+        return int(bytes(data) == b"t")
+
+
+# What there is for each on SQLite, too. All else is text, as PostgreSQL writes it.
+_KEPT = frozenset({"int2", "int4", "int8", "oid", "float4", "float8", "bytea"})
+
+
+def ask(
+    connection: Connection, query: str, *, rows: int, seconds: float, clock: Callable[[], float]
+) -> Answer:
+    database = connection.connection.dbapi_connection
+    assert isinstance(database, psycopg.Connection)
+    if not re.sub(r"--[^\n]*|/\*.*?\*/", "", query, flags=re.DOTALL).strip(" \t\r\n;"):
+        raise UserError("there is no statement in it: give a SELECT")
+    if "\0" in query:
+        raise UserError("it has a NUL in it, which PostgreSQL takes for its end")
+    # Whatever stands in it, this is checked and the same is run.
+    source = f"FROM (\n{query.rstrip().removesuffix(';')}\n) AS answer"
+    deadline = clock() + seconds
+    connection.rollback()
+    try:
+        _begin(database, "WRITE", deadline - clock())
+        _check(database, source)
+        database.rollback()
+        _begin(database, "ONLY", deadline - clock())
+        described = _one_statement(database, f"SELECT * {source} LIMIT 0").description
+        columns = [column.name for column in described or ()]
+        with closing(_cursor(database).stream(f"SELECT * {source}")) as answered:
+            return Answer(columns, *read(answered, rows))
+    # ValueError: text that is no Unicode, or a number that is too long.
+    except (psycopg.Error, ValueError) as error:
+        raise UserError(_told(error, seconds)) from None
+
+
+def _begin(database: psycopg.Connection[Any], mode: Literal["WRITE", "ONLY"], seconds: float) -> None:
+    """A transaction, of which each statement may take so long."""
+    try:
+        database.execute(f"SET TRANSACTION READ {mode}")
+    except psycopg.errors.FeatureNotSupported:
+        raise UserError(
+            "this is a replica, which cannot check a question: ask the server that it follows"
+        ) from None
+    milliseconds = min(max(int(seconds * 1000), 1), 2**31 - 1)
+    database.execute(_BOUNDS, {"milliseconds": f"{milliseconds}", "spill": f"{SQL_SPILL_BYTES // 1024}kB"})
+
+
+def _check(database: psycopg.Connection[Any], source: str) -> None:
+    """UserError if what stands there would do more than read the journal. Whoever calls takes back what it
+    has done: nothing was run."""
+    _one_statement(database, f"CREATE TEMP VIEW tink_question AS SELECT 1 {source}")
+    rules = database.execute(_RULES, {"views": list(VIEWS)}).fetchall()
+    trees = "\n".join(tree for _, tree in rules)
+    given = {
+        "rules": [rule for rule, _ in rules],
+        "functions": [int(number) for number in set(_FUNCTION.findall(trees))],
+        "relations": [int(number) for number in set(_RELATION.findall(trees))],
+        "known": _RELATIONS,
+        "fickle": _FICKLE,
+        "elsewhere": _ELSEWHERE,
+    }
+    for (refused,) in database.execute(_REFUSED, given):
+        raise UserError(f"only reading is allowed here, and of the journal alone: not {refused}")
+
+
+def _one_statement(database: psycopg.Connection[Any], statement: str) -> psycopg.Cursor[Any]:
+    """Binary answers are asked for by the extended protocol alone, which takes no second statement."""
+    return database.execute(statement, binary=True)
+
+
+def _cursor(database: psycopg.Connection[Any]) -> psycopg.Cursor[Any]:
+    cursor = database.cursor()
+    for kind in cursor.adapters.types:
+        if kind.name not in _KEPT:
+            cursor.adapters.register_loader(kind.oid, TextLoader)
+        cursor.adapters.register_loader(kind.array_oid, TextLoader)
+    cursor.adapters.register_loader("numeric", _Number)
+    cursor.adapters.register_loader("bool", _Truth)
+    return cursor
+
+
+def _told(error: Exception, seconds: float) -> str:
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return f"it was not answered within {seconds:g} s: ask for less, or give it longer"
+    told = f"PostgreSQL says: {one_line(error)}"
+    if isinstance(error, psycopg.Error):
+        told = f"PostgreSQL says: {one_line(error.diag.message_primary or error)}"
+        refusals = (psycopg.errors.SyntaxError, psycopg.errors.FeatureNotSupported)
+        if isinstance(error, (*refusals, psycopg.errors.ReadOnlySqlTransaction)):
+            return f"{ONLY_READING} ({told})"
+    return told
