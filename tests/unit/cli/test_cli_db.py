@@ -249,7 +249,7 @@ def test_a_journal_is_moved_to_a_server_and_back(home, postgres_url, tink, tink_
 def test_the_url_of_what_comes_after_may_be_set_already(home, postgres_url, tink, monkeypatch):
     monkeypatch.setenv("TINK_DATABASE_URL", postgres_url)
     assert tink("db", "move", "--home", home.root, "--to", postgres_url)[0] == 0
-    assert tink("status", "--home", home.root)[::2] == (0, "")
+    assert tink("jobs", "--home", home.root)[::2] == (0, "")
     code, _, err = tink("db", "move", "--home", home.root, "--to", postgres_url, "--from", postgres_url)
     assert (code, err) == (2, f"tink db: the journal is in {shown(postgres_url)} already\n")
 
