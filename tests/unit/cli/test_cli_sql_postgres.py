@@ -12,7 +12,7 @@ import uuid
 
 import psycopg
 import pytest
-from cli_home import BEGAN, SECRET, TRAINED, alter, write
+from cli_home import SECRET, write
 
 from tests import postgres as postgres_kit
 from tests.unit.journal import journal_kit
