@@ -101,6 +101,10 @@ CHECKED_BODIES = 4
 
 # Events that `tink db move` copies in one go.
 COPY_EVENTS = 2_000
+# Pages of a file that `tink db backup` copies in one go: a megabyte or so. And how often it looks for a
+# moment at which no body was being deleted.
+BACKUP_PAGES = 256
+BACKUP_TRIES = 5
 
 # -- tink sql --------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tink.cli.homes import find_home, moving_homes
 from tink.errors import DatabaseInUse, StartupError
 from tink.home import Home
 from tink.journal import moves, revisions
+from tink.journal.backups import back_up
 from tink.journal.checks import Check, check
 from tink.journal.copies import Advance
 from tink.journal.database import database
@@ -58,6 +59,11 @@ from them. Files that were moved away are renamed, tables on a server are marked
 so that no worker goes on with them by mistake. A move that was interrupted has
 changed nothing: run it again."""
 
+BACKUP = """\
+Copies the home's files into a new folder while the worker goes on, and checks
+the copy. It is a home again, but for the artifacts: copy their folder after it.
+A journal in PostgreSQL is backed up with its own tools."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="what to do")
@@ -84,6 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where it is now (default: TINK_DATABASE_URL unless it is --to, or what the home says)",
     )
     moving.set_defaults(run=run_move)
+    backing = actions.add_parser("backup", help="copy the files, checked", description=BACKUP)
+    _add_common(backing)
+    backing.add_argument("folder", type=Path, metavar="DIR", help="the new folder")
+    backing.set_defaults(run=run_backup)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +154,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     for part in check(home, quick=arguments.quick):
         found.append(part)
         if not arguments.json:
-            _print(part)
+            _tell(part)
     ok = all(part.ok for part in found)
     if arguments.json:
         document: dict[str, Any] = {"home": str(home.root), "ok": ok, "checks": found}
@@ -156,7 +166,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _print(part: Check) -> None:
+def _tell(part: Check) -> None:
     console = printing.console()
     word = printing.state("ok" if part.ok else "wrong")
     console.print(f"{word:<4} {part.database} {part.name}: {printing.text(part.detail)}")
@@ -213,9 +223,46 @@ def _rate(count: int, seconds: float) -> str:
 
 @contextlib.contextmanager
 def _stage(name: str, total: int) -> Iterator[Advance]:
+    with _progress() as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _progress() -> Progress:
     """On a terminal alone, and beside what is printed."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda count: progress.advance(task, count)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def run_backup(arguments: argparse.Namespace) -> int:
+    home = find_home(arguments.home)
+    with _progress() as progress:
+
+        def told(name: str) -> Callable[[int, int], None]:
+            task = progress.add_task(name, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        made = back_up(home, arguments.folder, told)
+    found = list(check(Home(arguments.folder), quick=False))
+    ok = all(part.ok for part in found)
+    if arguments.json:
+        document: dict[str, Any] = {
+            "home": str(home.root),
+            "folder": str(arguments.folder),
+            "events": made.head.seq,
+            "bytes": made.bytes,
+            "head": str(made.head) if made.head.seq else None,
+            "ok": ok,
+            "checks": found,
+        }
+        printing.print_document(document)
+        return 0 if ok else 1
+    for part in found:
+        if not part.ok:
+            _tell(part)
+    print(f"{arguments.folder}: {made.head.seq:,} events, {printing.size(made.bytes)}")
+    if made.head.seq:
+        print(f"head   {made.head}")
+    print("all is well" if ok else "something is wrong in it: was it before? 'tink db check' says so")
+    return 0 if ok else 1

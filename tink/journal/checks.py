@@ -69,7 +69,7 @@ def _file(connection: Connection, database: Schema, quick: bool) -> Check:
         from tink.journal.postgres import unsafe  # an extra
 
         version = connection.exec_driver_sql("SHOW server_version").scalar_one()
-        detail = f"PostgreSQL {version} keeps what it commits; its files are its own to check (pg_amcheck)"
+        detail = f"PostgreSQL {version}, whose files are its own to check (pg_amcheck)"
         return _found(database, "file", detail, list(unsafe(connection)))
     pragma = "quick_check" if quick else "integrity_check"
     answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()

@@ -76,8 +76,9 @@ def verify_events(target: Connection, into: Database, expected: chain.Head, adva
         wrong = list(fold(records()).differences(store.read_tables(target)))
     except (LookupError, *UNREADABLE) as error:
         wrong = [str(error)]
-    if not wrong and last != expected:
-        wrong = [f"it ends with event {last.seq}, not {expected.seq}"]
+    else:
+        if last != expected:
+            wrong.insert(0, f"it ends with event {last.seq}, not {expected.seq}")
     if wrong:
         raise StartupError(
             f"the copy in {into.place} is not what was copied ({len(wrong)} differences, the first: "

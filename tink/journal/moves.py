@@ -152,9 +152,11 @@ def _check_revision(journal: Connection, place: str, *, moved: bool) -> None:
 
 
 class _End(ABC):
-    """Where the journal is, or will be. `note`: what the home says of it."""
+    """Where the journal is, or will be. `note`: what the home says of it. `advice`: if something else is
+    there."""
 
     note: str | None = None
+    advice = "name a database that is empty"
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -177,16 +179,14 @@ class _End(ABC):
             found = revisions.current(connection, "journal")
             if found is not None and found != revisions.HEADS["journal"]:
                 raise StartupError(
-                    f"{self.place} has a journal already, of schema revision {found}: name a database that "
-                    "is empty"
+                    f"{self.place} has a journal already, of schema revision {found}: {self.advice}"
                 )
             last = chain.head(connection) if found else chain.NONE
             if last.seq == 0:
                 return False
             if not head.seq or chain.hash_of(connection, head.seq) != head.hash:
                 raise StartupError(
-                    f"{self.place} has a journal already, of {last.seq:,} events: name a database that is "
-                    "empty"
+                    f"{self.place} has another journal already, of {last.seq:,} events: {self.advice}"
                 )
         return True
 
@@ -262,6 +262,8 @@ class _Server(_End):
 
 class _Files(_End):
     """In the home. What is copied into files is in a folder of its own until it is whole."""
+
+    advice = "put it elsewhere, with the files beside it"
 
     def __init__(self, home: Home) -> None:
         super().__init__(home)

@@ -48,6 +48,7 @@ def test_the_commands_are_these():
         ("db", "upgrade"),
         ("db", "check"),
         ("db", "move"),
+        ("db", "backup"),
         ("gc",),
         ("trainer",),
         ("vllm",),

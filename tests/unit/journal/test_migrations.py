@@ -105,7 +105,7 @@ MIGRATION = """
 from alembic import op
 revision, down_revision = "9000", "{head}"
 def upgrade():
-    op.execute("CREATE TABLE added (x)")
+    op.execute("CREATE TABLE added (x int)")
     op.execute("UPDATE sessions SET sdk_version = '{version}' WHERE session_id = 's1'")
 """
 
