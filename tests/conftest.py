@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import structlog
 
+from tests import postgres as postgres_kit
 from tests.live import LiveServer
+from tests.postgres import PostgresServer
 from tests.vllm.fixtures import tiny_model, vllm_python, vllm_replica
 
 __all__ = ["tiny_model", "vllm_python", "vllm_replica"]
@@ -78,3 +80,18 @@ def own_server(tmp_path: Path) -> Iterator[LiveServer]:
     server = LiveServer(tmp_path / "home")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL that many tests share: none of them may stop it."""
+    with postgres_kit.running() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> Iterator[str]:
+    """A new and empty database, which goes after the test."""
+    url = postgres.create_database()
+    yield url
+    postgres.drop_database(url)

@@ -32,7 +32,7 @@ def server_of(home: Path) -> int | None:
 
 def cpu_seconds(pid: int) -> float:
     """What it has used until now, without its children."""
-    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    times = _stat(Path(f"/proc/{pid}/stat"))[11:13]
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -43,10 +43,33 @@ def kill_trainers(home: Path) -> None:
             kill(pid)
 
 
+def children_of(pid: int) -> list[int]:
+    """Of this one itself, not of its children."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(_stat(entry)[1]) == pid:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is dead: it only waits for its parent to look."""
+    try:
+        return _stat(Path(f"/proc/{pid}/stat"))[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
 def kill(pid: int) -> None:
     """kill -9, of one that may be dead by now."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _stat(path: Path) -> list[str]:
+    """What follows the name, which may have any character in it: the state, the parent, and so on."""
+    return path.read_text().rpartition(")")[2].split()
 
 
 def _running() -> dict[int, list[bytes]]:

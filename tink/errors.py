@@ -17,6 +17,7 @@ once; `category` is what the SDK is told when the error is the durable result of
     │                        callers tell apart (TrainerGone, ReplicaGone, ReplicaRefused, ...)
     ├── JournalUnavailable   the journal could not commit; the process stops
     └── StartupError         the configuration or the home cannot be used
+        └── DatabaseInUse        another worker writes to the database
 """
 
 from __future__ import annotations
@@ -105,6 +106,11 @@ class JournalUnavailable(TinkError):
 
 class StartupError(TinkError):
     """Tink cannot start with this configuration. The text names the setting and the remedy."""
+
+
+class DatabaseInUse(StartupError):
+    """Another worker writes to the PostgreSQL database. Stop it, or name another database; `tink serve`
+    waits for its turn instead."""
 
 
 def tink_error(error: BaseException) -> TinkError | None:

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +36,8 @@ class Home:
     the trainer that it started."""
 
     root: Path
+    # Of the PostgreSQL database that the journal is in; empty: it is in the files below.
+    database_url: str = field(default="", repr=False)
 
     @property
     def journal(self) -> Path:
@@ -64,6 +66,11 @@ class Home:
     def trainer_command(self) -> Path:
         """How the embedded trainer was started: one of another configuration is not adopted."""
         return self.root / "trainer.command"
+
+    @property
+    def database(self) -> Path:
+        """Which PostgreSQL database the journal is in, if it is in one; without the password."""
+        return self.root / "database"
 
     @property
     def secret(self) -> Path:
@@ -97,6 +104,19 @@ class Home:
     def trainer_record(self) -> Ready | None:
         """None if no trainer has said so, or it cannot be read. The one that did may have been killed."""
         return _read(self.trainer, Ready)
+
+    def noted_database(self) -> str | None:
+        """The URL, without its password, of the PostgreSQL database that the worker of this home wrote to;
+        None if it has its own files."""
+        with contextlib.suppress(OSError, *UNREADABLE):
+            return self.database.read_text().strip() or None
+        return None
+
+    def note_database(self, url: str) -> None:
+        """`url`: without its password. StartupError if it cannot be."""
+        with self.writing():
+            files.write(self.database, url.encode() + b"\n")
+            files.sync(self.root)
 
     def lock_owner(self) -> int | None:
         """The process that took the lock last, which may have ended since."""

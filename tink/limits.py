@@ -135,6 +135,17 @@ CLOCK_SLACK_SECONDS = 2.0
 LOCK_SECONDS = 60.0
 # And a read, which a worker's writer does not block.
 READ_LOCK_SECONDS = 5.0
+# To be let in by a PostgreSQL server; for what a reader asks of it; and without a sign of life, after which
+# a connection is taken for lost (whole seconds, and even).
+DATABASE_CONNECT_SECONDS = 5
+DATABASE_READ_SECONDS = 300.0
+DATABASE_LOST_SECONDS = 8
+# A worker says so often that it is alive, to the server that it writes to; one that waits for its place
+# takes it after so long a silence.
+DATABASE_BEAT_SECONDS = 1.0
+DATABASE_SILENT_SECONDS = 10.0
+# Between two looks whether it is one's turn, and before a server that was lost is tried again.
+DATABASE_LOOK_SECONDS = 0.5
 # A commit that takes longer is told of while it lasts.
 SLOW_COMMIT_SECONDS = 10.0
 

@@ -20,6 +20,9 @@ from tink.domain.routing import Routes, routes
 from tink.errors import StartupError
 from tink.home import Home
 
+# Of the URLs of databases.
+DATABASES = ("postgresql+psycopg", "postgresql", "postgres")
+
 Switch = Literal["auto", "true", "false"]
 
 
@@ -43,6 +46,13 @@ class Settings:
     port: int = _setting(8400, "TINK_PORT PORT", "port to listen on; 0 takes a free one")
     home: Path = _setting(
         Path("~/.tink"), "TINK_HOME", "folder of the journal, models and artifacts; a local disk"
+    )
+    database_url: str = _setting(
+        "",
+        "TINK_DATABASE_URL",
+        "the journal's database, postgresql+psycopg://USER:PASSWORD@HOST/DATABASE",
+        secret=True,
+        otherwise="SQLite files in the home",
     )
     artifacts: Path | None = _setting(
         None, "TINK_ARTIFACTS", "folder of checkpoints and adapters", otherwise="artifacts under the home"
@@ -181,8 +191,12 @@ class Settings:
         return list(dict.fromkeys(found)) or [f"http://{named}:{self.vllm_port}"]
 
     @property
+    def home_folder(self) -> Home:
+        return Home(self.home, self.database_url)
+
+    @property
     def artifact_root(self) -> Path:
-        return self.artifacts or Home(self.home).artifacts
+        return self.artifacts or self.home_folder.artifacts
 
     @property
     def tenants(self) -> dict[str, str]:
@@ -291,6 +305,12 @@ class Settings:
             )
         if not 0 < self.lora_alpha < float("inf"):
             yield f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0"
+        scheme, separator, _ = self.database_url.partition("://")
+        if self.database_url and (scheme not in DATABASES or not separator):
+            yield (
+                "TINK_DATABASE_URL: it is not like postgresql+psycopg://USER:PASSWORD@HOST/DATABASE "
+                "(leave it empty for SQLite files in the home)"
+            )
         if self.log_level not in {"debug", "info", "warning", "error"}:
             yield f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error"
         if self.hf_model.startswith("/") and not Path(self.hf_model).is_dir():

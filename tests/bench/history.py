@@ -21,8 +21,8 @@ from tink.domain.events import AnyEvent, Record, Subject
 from tink.domain.requests import DATA_OPS, OpName
 from tink.home import Home
 from tink.journal import chain, schema, store
-from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
+from tink.journal.sqlite import writer_engine
 
 Entry = tuple[Subject, AnyEvent]
 # Keeps a body and returns its sha256.

@@ -20,7 +20,7 @@ from tests.bench.figures import Figure
 from tests.unit.journal.journal_kit import InlineWorld, opened
 from tink.home import Home
 from tink.journal import store
-from tink.journal.database import reader_engine
+from tink.journal.sqlite import reader_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 OPEN = 60

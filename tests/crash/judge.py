@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import logging
 import math
-import sqlite3
 import statistics
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.crash.killer import Done
 from tests.crash.runs import Numbers, say
+from tink.home import Home
+from tink.journal import chain, store
+from tink.journal.reader import open_journal
 
 
 class ClientErrors(logging.Handler):
@@ -31,28 +31,30 @@ class ClientErrors(logging.Handler):
 ENDS = "'job_done', 'job_failed', 'job_cancelled'"
 QUERIES = {
     "endless": f"""
-        SELECT count(*) FROM (SELECT DISTINCT job_id FROM events WHERE kind = 'job_accepted')
+        SELECT count(*) FROM (SELECT DISTINCT job_id FROM events WHERE kind = 'job_accepted') AS accepted
         WHERE job_id NOT IN (SELECT job_id FROM events WHERE kind IN ({ENDS}))""",
     "ended twice": f"""
         SELECT count(*) FROM (
-            SELECT job_id FROM events WHERE kind IN ({ENDS}) GROUP BY job_id HAVING count(*) > 1)""",
+            SELECT job_id FROM events WHERE kind IN ({ENDS}) GROUP BY job_id
+            HAVING count(*) > 1) AS twice""",
     "accepted twice": """
         SELECT count(*) FROM (
-            SELECT job_id FROM events WHERE kind = 'job_accepted' GROUP BY job_id HAVING count(*) > 1)""",
+            SELECT job_id FROM events WHERE kind = 'job_accepted' GROUP BY job_id
+            HAVING count(*) > 1) AS twice""",
     "numbers used twice": """
         SELECT count(*) FROM (
             SELECT model_id FROM events
-            WHERE kind = 'job_started' AND json_extract(data, '$.op_no') IS NOT NULL
-            GROUP BY model_id, json_extract(data, '$.op_no') HAVING count(DISTINCT job_id) > 1)""",
+            WHERE kind = 'job_started' AND data ->> 'op_no' IS NOT NULL
+            GROUP BY model_id, data ->> 'op_no' HAVING count(DISTINCT job_id) > 1) AS twice""",
     "numbers changed": """
         SELECT count(*) FROM (
             SELECT job_id FROM events WHERE kind = 'job_started'
-            GROUP BY job_id HAVING count(DISTINCT json_extract(data, '$.op_no')) > 1)""",
+            GROUP BY job_id HAVING count(DISTINCT data ->> 'op_no') > 1) AS changed""",
     # The trainer counts the steps of a model: each result says the next number.
     "steps miscounted": """
         SELECT coalesce(sum(abs(counted - steps)), 0) FROM (
-            SELECT count(*) AS steps, max(json_extract(result, '$.metrics.step')) AS counted
-            FROM jobs WHERE op = 'optim_step' AND state = 'done' GROUP BY model_id)""",
+            SELECT count(*) AS steps, max(CAST(result -> 'metrics' ->> 'step' AS REAL)) AS counted
+            FROM jobs WHERE op = 'optim_step' AND state = 'done' GROUP BY model_id) AS made""",
     "diverged": "SELECT count(*) FROM events WHERE kind = 'diverged'",
 }
 DOUBLED = ("ended twice", "accepted twice", "numbers used twice", "numbers changed", "steps miscounted")
@@ -69,17 +71,23 @@ class Played:
     kills: list[tuple[Done, float]]
 
 
-def examine(home: Path) -> dict[str, int]:
-    """What the journal says. Beside the queries: how many jobs of each kind there are, and snapshots."""
-    with closing(sqlite3.connect(f"file:{home / 'journal.sqlite'}?mode=ro", uri=True)) as journal:
+def examine(home: Home) -> dict[str, int]:
+    """What the journal says. Beside the queries: how many jobs of each kind there are, and snapshots; and
+    whether it is whole."""
+    with open_journal(home) as journal:
 
-        def ask(query: str, *values: str) -> int:
-            return int(journal.execute(query, values).fetchone()[0])
+        def ask(query: str) -> int:
+            return int(journal.exec_driver_sql(query).scalar_one())
 
         found = {name: ask(query) for name, query in QUERIES.items()}
-        for op, jobs in journal.execute("SELECT op, count(*) FROM jobs GROUP BY op"):
+        for op, jobs in journal.exec_driver_sql("SELECT op, count(*) FROM jobs GROUP BY op"):
             found[f"jobs {op}"] = int(jobs)
-        return found | {kind: ask("SELECT count(*) FROM events WHERE kind = ?", kind) for kind in COUNTED}
+        for kind in COUNTED:
+            found[kind] = ask(f"SELECT count(*) FROM events WHERE kind = '{kind}'")
+        wrong = [*store.check(journal), *chain.breaks(journal)]
+        for line in wrong:
+            say(f"journal: {line}")
+        return found | {"wrong": len(wrong)}
 
 
 def difference(one: Numbers, other: Numbers) -> float:
@@ -117,7 +125,8 @@ def judge(disturbed: Played, undisturbed: Played, logged: int) -> tuple[str, boo
         f"recovery_p50={statistics.median(recoveries):.1f}s recovery_max={max(recoveries):.1f}s"
     )
     diverged = sum(journal["diverged"] for journal in journals)
-    return line, not (lost or doubled or errors or largest or diverged)
+    wrong = sum(journal["wrong"] for journal in journals)
+    return line, not (lost or doubled or errors or largest or diverged or wrong)
 
 
 def table(kills: list[tuple[Done, float]]) -> str:

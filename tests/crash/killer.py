@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tests.crash.runs import Run, say
 from tests.crash.trainers import Trainer
 from tests.live import LiveServer
+from tests.postgres import PostgresServer
 from tests.processes import kill as kill_process
 from tools.megatron_trainer import RANKS
 
@@ -41,8 +42,10 @@ LOOK_SECONDS = 0.01
 
 # "trainer" is the training server, or one process of it; "both" it and the worker; "all" its parent as
 # well, by which the next one would be started.
-Victim = Literal["worker", "trainer", "both", "all"]
+Victim = Literal["worker", "trainer", "both", "all", "database"]
 VICTIMS: tuple[Victim, ...] = ("worker", "trainer", "both", "worker", "trainer", "both", "all")
+# Where it is a server's: it dies as often as all others together.
+WITH_DATABASE: tuple[Victim, ...] = (*VICTIMS, *["database"] * len(VICTIMS))  # type: ignore[arg-type]
 How = Literal["at a random time", "during a recovery", "at a crash point"]
 
 
@@ -65,13 +68,13 @@ class Kill:
     rank: int = 0
 
 
-def drawn(kills: int, seed: int, points: Sequence[str]) -> list[Kill]:
+def drawn(kills: int, seed: int, points: Sequence[str], victims: Sequence[Victim] = VICTIMS) -> list[Kill]:
     draw, ranks = random.Random(seed), random.Random(f"{seed} rank")
     planned: list[Kill] = []
     while len(planned) < kills:
         rank = ranks.randrange(RANKS)
         point = draw.choice(points) if draw.random() < POINTED else None
-        victim = _before(point) if point else draw.choice(VICTIMS)
+        victim = _before(point) if point else draw.choice(victims)
         if planned and draw.random() < OVERLAP:
             planned.append(Kill(victim, None, draw.uniform(0, OVERLAP_SECONDS), rank=rank))
         else:
@@ -120,6 +123,7 @@ class Killer:
     server: LiveServer
     trainer: Trainer
     runs: list[Run]
+    database: PostgresServer | None = None
     done: list[Done] = field(default_factory=list)
     # How long the logs were when the worker was started last; whether it is about to kill itself.
     _logged: dict[Path, int] = field(default_factory=dict)
@@ -175,7 +179,11 @@ class Killer:
             kill_process(process)
         if kill.victim == "all":
             self.trainer.kill()
-        if kill.victim != "trainer":
+        if kill.victim == "database":
+            assert self.database is not None
+            self.database.kill()
+            self.database.start()
+        elif kill.victim != "trainer":
             self.server.kill()
         if kill.victim == "all":
             self.trainer.kill()  # the worker may have been quick

@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # and at crash points of worker and trainer. With megatron few end the trainer, whose start takes seconds.
 EMBEDDED = ["--kills", "20", "--seed", "14"]
 MEGATRON = ["--kills", "10", "--seed", "1781", "--engine", "megatron"]
+# And of the database, at random times and while another kill is being recovered from.
+POSTGRESQL = ["--kills", "14", "--seed", "3908", "--database", "postgresql"]
 ENGINES = [
     pytest.param(EMBEDDED, id="hf"),
+    pytest.param(POSTGRESQL, id="postgresql"),
     pytest.param(
         MEGATRON,
         id="megatron",

@@ -14,7 +14,7 @@ import trio
 from tests.unit.journal.journal_kit import new_home, opened
 from tink.home import Home
 from tink.journal import store
-from tink.journal.database import reader_engine
+from tink.journal.sqlite import reader_engine
 from tink.world import World
 
 KILLS = 15

@@ -23,8 +23,8 @@ from tink.domain.requests import OpName
 from tink.errors import JournalUnavailable, Overloaded, tink_error
 from tink.home import Home
 from tink.journal import store
-from tink.journal.database import reader_engine
 from tink.journal.journal import Journal, prepare
+from tink.journal.sqlite import reader_engine
 from tink.settings import Settings
 
 T = TypeVar("T")

@@ -5,6 +5,7 @@ job's life, and folded; the rows that it changed are then compared with those in
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable
@@ -170,13 +171,20 @@ def _read(reader: sqlite3.Connection, after: int) -> list[tuple[Record, bytes, b
 
 
 def _record(columns: dict[str, Any]) -> tuple[Record, bytes, bytes]:
-    kept, data = columns.pop("hash"), msgspec.json.decode(columns.pop("data"))
+    kept, text = columns.pop("hash"), columns.pop("data")
+    data, numbers = msgspec.json.decode(text), json.loads(text, parse_float=_number, parse_int=_number)
     head = {name: columns.pop(name) for name in ("seq", "at", "incarnation")}
     kind = columns.pop("kind")
-    content = [*head.values(), kind, *columns.values(), data]
+    content = [*head.values(), kind, *columns.values(), numbers]
     event: AnyEvent = msgspec.convert({**data, "kind": kind}, AnyEvent)  # type: ignore[arg-type]
     record = Record(subject=Subject(**columns), event=event, **head)
     return record, msgspec.json.encode(content, order="sorted"), kept
+
+
+def _number(text: str) -> float | int:
+    """As it is hashed: whole as a whole number, where those are exact."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def _stored(reader: sqlite3.Connection, name: str, key: Key) -> rows.Row | None:

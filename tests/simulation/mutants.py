@@ -25,7 +25,7 @@ from tink.domain.events import Entry, SnapshotTaken, Subject
 from tink.domain.lane import Lane
 from tink.domain.ledger import Ledger
 from tink.errors import TinkError
-from tink.journal import database, queries
+from tink.journal import queries, sqlite
 from tink.journal.journal import Journal
 from tink.trainer import artifacts, lanes
 from tink.trainer.bodies import Bodies
@@ -77,7 +77,7 @@ def no_dedupe(patch: Patch) -> None:
 @mutant
 def no_fsync(patch: Patch) -> None:
     """A commit returns before it is on the disk."""
-    patch.setitem(database._WRITER_PRAGMAS, "synchronous", ("OFF", 0))
+    patch.setitem(sqlite._WRITER_PRAGMAS, "synchronous", ("OFF", 0))
 
 
 # -- answering and committing -----------------------------------------------------------------------
@@ -86,7 +86,7 @@ def no_fsync(patch: Patch) -> None:
 @mutant
 def no_fsync_but_at_checkpoints(patch: Patch) -> None:
     """SQLite's own default for a WAL, in many builds."""
-    patch.setitem(database._WRITER_PRAGMAS, "synchronous", ("NORMAL", 1))
+    patch.setitem(sqlite._WRITER_PRAGMAS, "synchronous", ("NORMAL", 1))
 
 
 @mutant

@@ -26,8 +26,8 @@ from tink.domain.ledger import Ledger, fold
 from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal import schema, store
-from tink.journal.database import writer_engine
 from tink.journal.recording import open_recording
+from tink.journal.sqlite import writer_engine
 from tink.replay import bundle
 
 

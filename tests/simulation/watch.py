@@ -95,7 +95,7 @@ class Watch:
         self._worker, self._touched = worker, []
         for storage, connection in (
             (self.journal, worker._connection),
-            (self.bodies, worker.bodies._connection),
+            (self.bodies, worker.bodies._writer.connection),
         ):
             storage.attach(connection.connection.driver_connection)  # type: ignore[arg-type]
         self._mirror.begin_again(self.journal.reader, self._least)

@@ -62,6 +62,7 @@ def test_every_setting_is_read_from_its_variable():
     special = {"api_keys": "key=tenant", "log_level": "debug", "crash_at": "worker.body:2"}
     special |= {"vllm_base_url": "http://gpu-1:8000", "vllm_enable_lora": "false"}
     special["vllm_wait_seconds"] = "5"
+    special["database_url"] = "postgresql+psycopg://somebody@here/tink"
     for field in fields(Settings):
         name = field.metadata["names"][0]
         default = getattr(load(), field.name)

@@ -13,9 +13,10 @@ from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import revisions
 from tink.journal.checks import Check, check
+from tink.journal.database import database
 from tink.journal.journal import prepare
 from tink.journal.reader import open_snapshot
-from tink.journal.revisions import Database
+from tink.journal.revisions import Schema
 
 HELP = "upgrade the journal's schema, or check the journal"
 DESCRIPTION = "The journal's databases (journal.sqlite and bodies.sqlite in the home)."
@@ -79,13 +80,14 @@ def run_upgrade(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _revisions(home: Home) -> dict[Database, str | None]:
-    databases: dict[Database, Path] = {"journal": home.journal, "bodies": home.bodies}
-    found: dict[Database, str | None] = dict.fromkeys(databases)
-    for name, path in databases.items():
-        if path.is_file():
-            with open_snapshot(path) as connection:
-                found[name] = revisions.current(connection, name)
+def _revisions(home: Home) -> dict[Schema, str | None]:
+    schemas: tuple[Schema, ...] = ("journal", "bodies")
+    found: dict[Schema, str | None] = dict.fromkeys(schemas)
+    for schema in schemas:
+        one = database(home, schema)
+        if one.exists():
+            with open_snapshot(one) as connection:
+                found[schema] = revisions.current(connection, schema)
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tink.errors import StartupError
 from tink.home import Home
+from tink.journal.database import database
 from tink.settings import Settings
 
 
@@ -26,10 +27,16 @@ def readable_home(option: Path | None) -> Iterator[Home]:
 
 def find_home(option: Path | None) -> Home:
     """The home that --home or TINK_HOME names, else the default one. StartupError unless a journal is
-    there."""
+    there, or in the PostgreSQL database that TINK_DATABASE_URL names or the home's worker has noted."""
     # Of the other settings none matters to a reader, so none of them can be wrong.
-    named = {"TINK_HOME": os.environ.get("TINK_HOME", "")}
-    home = Home(Settings.load(named, home=option).home)
+    named = {name: os.environ.get(name, "") for name in ("TINK_HOME", "TINK_DATABASE_URL")}
+    home = Settings.load(named, home=option).home_folder
+    if not home.database_url:
+        home = Home(home.root, home.noted_database() or "")
+    if home.database_url:
+        if not database(home, "journal").exists():
+            raise StartupError(f"{database(home, 'journal').place} has no journal: 'tink serve' makes one")
+        return home
     advice = "pass --home DIR or set TINK_HOME; 'tink serve' makes a new one"
     if not home.root.exists():
         raise StartupError(f"there is no home {home.root}: {advice}")

@@ -31,6 +31,10 @@ examples:
   TINK_HF_MODEL=Qwen/Qwen3-0.6B tink serve    a hub id or a directory
   TINK_API_KEYS=tml-s3cret=alice tink serve --host 0.0.0.0
 
+With TINK_DATABASE_URL the journal is in PostgreSQL. A second worker on the same
+database waits and takes over when the first one ends, dies or hangs; when the
+server is away, the worker waits for it, and its clients with it.
+
 signals: SIGTERM or Ctrl-C lets requests in flight finish; a second one stops at
 once. Neither loses a job.
 
@@ -58,15 +62,37 @@ def run(arguments: argparse.Namespace) -> int:
         raise StartupError("\n".join(wrong))
     crash.arm(settings.crash_at)
     _raise_file_limit()
-    home, world = Home(settings.home), World()
+    home, world = settings.home_folder, World()
     home.make()
-    # The port first: if it is taken, nothing has been started that would have to be stopped. The rest takes
-    # a second to import: clients that come meanwhile wait that long, instead of being refused.
-    with home.lock(), world.listen(settings.host, settings.port) as listener:
-        from tink.cli.serving import serve
+    with home.lock():
+        _check_place(home)
+        # The port first: if it is taken, nothing has been started that would have to be stopped. The rest
+        # takes a second to import: clients that come meanwhile wait that long, instead of being refused.
+        with world.listen(settings.host, settings.port) as listener:
+            if not home.database_url:
+                from tink.cli.serving import serve
 
-        trio.run(serve, settings, home, world, listener)
+                trio.run(serve, settings, home, world, listener)
+                return 0
+        from tink.cli.standby import keep_serving
+
+        keep_serving(settings, home, world)
     return 0
+
+
+def _check_place(home: Home) -> None:
+    """StartupError if the home has its journal in another kind of place than the settings say: a worker
+    would begin a new one."""
+    noted = home.noted_database()
+    if home.database_url and home.journal.exists():
+        raise StartupError(
+            f"the journal of {home.root} is in SQLite files, and TINK_DATABASE_URL names another place: "
+            "'tink db move' takes it there, or pass another --home"
+        )
+    if not home.database_url and noted is not None:
+        raise StartupError(
+            f"the journal of {home.root} is in {noted}: set TINK_DATABASE_URL, or pass another --home"
+        )
 
 
 def problems(settings: Settings, *, no_auth: bool) -> Iterator[str]:

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import hypercorn.config
@@ -22,6 +24,8 @@ from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.cli.external import external
 from tink.home import Home, WorkerRecord
+from tink.journal import chain
+from tink.journal.database import database
 from tink.journal.journal import Journal
 from tink.limits import (
     BACKLOG,
@@ -36,26 +40,55 @@ from tink.world import World
 log = structlog.get_logger()
 
 
-async def serve(settings: Settings, home: Home, world: World, listener: socket.socket) -> None:
+class Past:
+    """What the workers before in this process have acknowledged."""
+
+    def __init__(self) -> None:
+        self.head = chain.NONE
+
+    @contextmanager
+    def of(self, journal: Journal) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.head = journal.head
+
+
+async def serve(
+    settings: Settings, home: Home, world: World, listener: socket.socket, past: Past | None = None
+) -> None:
     """The caller holds the home's lock. Raises StartupError, and JournalUnavailable at any time."""
     configure_logs(settings.log_level)
-    async with Journal.open(
-        home, world, version=tink.__version__, settings_digest=settings.digest
-    ) as journal:
-        embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
-        find = external(settings).find if embedded is None else embedded.find
-        async with open_worker(journal, find, settings, world) as router:
-            app = create_app(
-                router.ask,
-                auth=Auth(settings.tenants),
-                artifacts=settings.artifact_root,
-                secret=home.load_secret(),
-                world=world,
-            )
-            await _listen(app, listener, router, settings, home)
-        if embedded is not None:
-            await embedded.stop()
+    past = past or Past()
+    opening = Journal.open(
+        home,
+        world,
+        version=tink.__version__,
+        settings_digest=settings.digest,
+        acknowledged=past.head,
+    )
+    async with opening as journal:
+        with past.of(journal):
+            await _run(journal, settings, home, world, listener)
     log.info("stopped")
+
+
+async def _run(
+    journal: Journal, settings: Settings, home: Home, world: World, listener: socket.socket
+) -> None:
+    embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
+    find = external(settings).find if embedded is None else embedded.find
+    async with open_worker(journal, find, settings, world) as router:
+        app = create_app(
+            router.ask,
+            auth=Auth(settings.tenants),
+            artifacts=settings.artifact_root,
+            secret=home.load_secret(),
+            world=world,
+        )
+        await _listen(app, listener, router, settings, home)
+    if embedded is not None:
+        await embedded.stop()
 
 
 async def _listen(
@@ -126,7 +159,7 @@ def _banner(settings: Settings, home: Home, url: str) -> str:
     if settings.routes.sampling == "vllm":
         rows.append(("vllm", ", ".join(settings.vllm_urls)))
     rows += [
-        ("database", f"SQLite, {home.journal}"),
+        ("database", database(home, "journal").place),
         ("artifacts", str(settings.artifact_root)),
         ("auth", auth),
         ("address", url),

@@ -16,6 +16,7 @@ from tink.doctor.processes import TrainerStatus, WorkerStatus
 from tink.domain import rows
 from tink.domain.events import Diverged
 from tink.journal import queries, store
+from tink.journal.database import database
 from tink.journal.reader import open_journal
 from tink.world import World
 
@@ -121,18 +122,16 @@ def collect(option: Path | None, world: World) -> Status:
         events=events,
         diverged=diverged,
         queue=_queue(open_jobs, now),
-        disk=Disk(journal=_size(home.journal), bodies=_size(home.bodies), **sizes._asdict()),
+        disk=Disk(
+            journal=database(home, "journal").bytes(),
+            bodies=database(home, "bodies").bytes(),
+            **sizes._asdict(),
+        ),
         last_models=models,
         last_sessions=sessions,
         last_jobs=[job_line(job, now) for job in last_jobs],
         **counts,
     )
-
-
-def _size(database: Path) -> int:
-    """With what is not yet written back into it."""
-    files = (database, database.with_name(f"{database.name}-wal"))
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _queue(groups: list[queries.OpenJobs], now: float) -> Queue:

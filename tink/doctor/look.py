@@ -15,6 +15,7 @@ from tink.domain import rows
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import queries
+from tink.journal.database import database
 from tink.journal.reader import open_journal
 from tink.settings import Reading, Settings
 from tink.world import World
@@ -29,7 +30,7 @@ def look(
     yield from machine.settings(reading, problems)
     yield from machine.engine(settings)
     yield from machine.folders(settings)
-    yield from machine.journal(Home(settings.home), world)
+    yield from machine.journal(settings.home_folder, world)
     yield machine.versions()
     yield from _worker(settings, world)
     if not reading.problems:
@@ -38,7 +39,7 @@ def look(
 
 def _worker(settings: Settings, world: World) -> Iterator[Finding]:
     """The one that runs on the home; without one, whether its port can be had."""
-    home = Home(settings.home)
+    home = settings.home_folder
     last = _last(home)
     worker, trainer = processes.look(home, last, world)
     if worker.state in ("new", "stopped", "crashed"):
@@ -70,9 +71,9 @@ def _running(worker: WorkerStatus) -> Finding:
 
 
 def _last(home: Home) -> rows.Incarnation | None:
-    if not home.journal.is_file():
-        return None
     try:
+        if not database(home, "journal").exists():
+            return None
         with open_journal(home) as connection:
             return queries.last_incarnation(connection)
     except StartupError:  # it is a finding of its own

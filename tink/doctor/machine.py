@@ -18,6 +18,7 @@ from tink.domain.routing import HOW_TO_SAMPLE, NO_SAMPLING
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import queries, revisions
+from tink.journal.database import database
 from tink.journal.reader import open_snapshot
 from tink.limits import CLOCK_SLACK_SECONDS, DISK_FEW_BYTES, DISK_LEAST_BYTES
 from tink.settings import Reading, Settings
@@ -130,24 +131,31 @@ def _room(folder: Path) -> Finding:
 
 def journal(home: Home, world: World) -> Iterator[Finding]:
     """Whether this Tink can read it, and the clock that its times were made by."""
-    if not home.journal.is_file():
+    journal = database(home, "journal")
+    try:
+        there = journal.exists()
+    except StartupError as error:
+        remedy = "start the server, or correct TINK_DATABASE_URL; the worker waits for it meanwhile"
+        yield wrong("journal", str(error), remedy)
+        return
+    if not there:
         yield ok("journal", "none yet: 'tink serve' makes it")
         yield ok("clock", "nothing to compare it with yet")
         return
     try:
-        with open_snapshot(home.journal) as connection:
+        with open_snapshot(journal) as connection:
             current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
             if current is not None and current > head:
                 yield wrong(
                     "journal",
-                    f"{home.journal} has schema revision {current}, and this Tink knows {head}",
+                    f"{journal.place} has schema revision {current}, and this Tink knows {head}",
                     "install the Tink that wrote it, or a newer one",
                 )
                 return
             if current != head:
                 yield warning(
                     "journal",
-                    f"{home.journal} has schema revision {current or 'none'}, not {head}",
+                    f"{journal.place} has schema revision {current or 'none'}, not {head}",
                     "tink db upgrade",
                 )
                 return
@@ -155,7 +163,7 @@ def journal(home: Home, world: World) -> Iterator[Finding]:
     except StartupError as error:
         yield wrong("journal", str(error), "tink db check, and restore a backup if it finds damage")
         return
-    yield ok("journal", f"SQLite, {count:,} events, {home.journal}")
+    yield ok("journal", f"{count:,} events in {journal.place}")
     behind = 0.0 if newest is None else newest - world.now()
     if behind > CLOCK_SLACK_SECONDS:
         yield wrong(

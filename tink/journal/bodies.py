@@ -8,18 +8,16 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import trio
 import zstandard
-from sqlalchemy import Connection, bindparam, delete, func, select, tuple_
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, bindparam, case, delete, select, tuple_
 
 from tink.errors import JournalUnavailable
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
-from tink.journal.database import OpenFiles, database_errors, is_damage, reader_engine, writer_engine
+from tink.journal.database import Database, database_errors, upsert
 from tink.limits import (
     BODY_BATCH_BYTES,
     BODY_CACHE_BYTES,
@@ -101,12 +99,11 @@ def decompressed(body: bytes, codec: str) -> bytes:
 class BodyStore:
     """Put is durable when it returns; get reads what was put. Run `run()` in a nursery."""
 
-    def __init__(self, path: Path, world: World) -> None:
-        self._world = world
-        self._engine = writer_engine(path)
-        self._connection = self._engine.connect()
-        self._files = OpenFiles(path)
-        self._reader = reader_engine(path)
+    def __init__(self, database: Database, world: World) -> None:
+        self._world, self._database = world, database
+        self._writer = database.writer()
+        self._statements = _statements(self._writer.connection.dialect.name)
+        self._reader = database.reader()
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._recent_bytes = 0
@@ -147,7 +144,7 @@ class BodyStore:
         try:
             return await self._read(partial(read_body, digest=digest))
         except JournalUnavailable as error:
-            if not is_damage(error):
+            if not self._database.is_damage(error):
                 raise
             raise LookupError(f"the body {digest} is damaged on disk") from error
 
@@ -200,28 +197,24 @@ class BodyStore:
         await self._commits.watch()
 
     def close(self) -> None:
-        self._connection.close()
-        self._engine.dispose()
+        self._writer.close()
         self._reader.dispose()
 
     def _commit(self, items: list[_Put | _Drop]) -> None:
-        with database_errors("the body store could not commit"), self._connection.begin():
+        connection = self._writer.connection
+        with database_errors("the body store could not commit"), connection.begin():
             for kind, run in groupby(items, key=type):
-                self._connection.execute(_STATEMENTS[kind], [item._asdict() for item in run])
-        self._files.check()
+                connection.execute(self._statements[kind], [item._asdict() for item in run])
+        self._writer.check()
 
 
-def _put() -> Any:
-    put = insert(schema.bodies)
+def _statements(dialect: str) -> dict[type, Any]:
+    put, table = upsert(dialect, schema.bodies), schema.bodies
     # A copy that is there already may be damaged: this one is not. And it may be old: another job needs
     # it now.
-    young = func.max(schema.bodies.c.stored_at, put.excluded.stored_at)
-    return put.on_conflict_do_update(
-        index_elements=["sha256"], set_={"content": put.excluded.content, "stored_at": young}
+    new, old = put.excluded.stored_at, table.c.stored_at
+    put = put.on_conflict_do_update(
+        index_elements=["sha256"],
+        set_={"content": put.excluded.content, "stored_at": case((new > old, new), else_=old)},
     )
-
-
-_STATEMENTS: dict[type, Any] = {
-    _Put: _put(),
-    _Drop: delete(schema.bodies).where(schema.bodies.c.sha256 == bindparam("sha256")),
-}
+    return {_Put: put, _Drop: delete(table).where(table.c.sha256 == bindparam("sha256"))}

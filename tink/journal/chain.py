@@ -16,6 +16,8 @@ from tink.journal import schema
 
 # Before the first event.
 START = bytes(32)
+# Whole numbers up to here are the same as floats.
+EXACT = 2**53
 
 # What is hashed, in this order: what a journal says must not depend on how its database keeps it.
 COLUMNS = (
@@ -46,9 +48,29 @@ class Head(NamedTuple):
         return found
 
 
+# Of an empty journal.
+NONE = Head(0, START)
+
+
 def link(before: bytes, row: Mapping[str, Any]) -> bytes:
     """The hash of an event whose columns are in `row`, behind the one whose hash is `before`."""
-    return hashlib.sha256(before + _ENCODER.encode([row[name] for name in COLUMNS])).digest()
+    *head, data = (row[name] for name in COLUMNS)
+    return hashlib.sha256(before + _ENCODER.encode([*head, canonical(data)])).digest()
+
+
+def canonical(value: Any) -> Any:
+    """The same for numbers that are the same: a database may give a 5 for a 5.0, and for a 1e30 all of its
+    digits."""
+    match value:
+        case dict():
+            return {name: canonical(part) for name, part in value.items()}
+        case list():
+            return [canonical(part) for part in value]
+        case float():
+            return int(value) if value.is_integer() and abs(value) < EXACT else value
+        case int() if abs(value) >= EXACT:
+            return float(value)
+    return value
 
 
 def head(connection: Connection) -> Head:
@@ -56,7 +78,7 @@ def head(connection: Connection) -> Head:
     table = schema.events
     query = select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1)
     row = connection.execute(query).one_or_none()
-    return Head(0, START) if row is None else Head(row.seq, bytes(row.hash or b""))
+    return NONE if row is None else Head(row.seq, bytes(row.hash or b""))
 
 
 def hash_of(connection: Connection, seq: int) -> bytes:
@@ -69,21 +91,22 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     which must be in the chain."""
     table = schema.events
     columns = [table.c[name] for name in (*COLUMNS, "hash")]
-    last = Head(0, START)
-    read = connection.execution_options(yield_per=1000).execute(select(*columns).order_by(table.c.seq))
+    last = NONE
+    query = select(*columns).order_by(table.c.seq)
     found = False
     try:
-        for row in map(dict, read.mappings()):
-            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
-            if seq != last.seq + 1:
-                yield f"no events from {last.seq + 1} to {seq - 1}"
-            elif link(last.hash, row) != kept:
-                yield f"event {seq} is not what was written behind event {last.seq}"
-            if noted is not None and seq == noted.seq:
-                found = True
-                if kept != noted.hash:
-                    yield f"event {seq} has the hash {kept.hex()}, not the noted {noted.hash.hex()}"
-            last = Head(seq, kept)
+        with connection.execute(query, execution_options={"yield_per": 1000}) as read:
+            for row in map(dict, read.mappings()):
+                seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
+                if seq != last.seq + 1:
+                    yield f"no events from {last.seq + 1} to {seq - 1}"
+                elif link(last.hash, row) != kept:
+                    yield f"event {seq} is not what was written behind event {last.seq}"
+                if noted is not None and seq == noted.seq:
+                    found = True
+                    if kept != noted.hash:
+                        yield f"event {seq} has the hash {kept.hex()}, not the noted {noted.hash.hex()}"
+                last = Head(seq, kept)
     except UNREADABLE as error:
         yield f"an event behind {last.seq} cannot be read: {error}"
     if noted is not None and not found:

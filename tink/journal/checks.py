@@ -12,15 +12,16 @@ from sqlalchemy import Connection, select
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import chain, migrations, queries, revisions, schema, store
+from tink.journal.database import Database, database
 from tink.journal.reader import open_snapshot
-from tink.journal.revisions import Database
+from tink.journal.revisions import Schema
 from tink.limits import CHECKED_BODIES, SHOWN_PROBLEMS
 
 
 class Check(msgspec.Struct, kw_only=True):
     """`detail`: what was looked at. `problems`: what is wrong there, one line each."""
 
-    database: Database
+    database: Schema
     name: Literal["file", "schema", "events", "tables", "bodies"]
     ok: bool
     detail: str
@@ -31,8 +32,9 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
     """Every check, as it ends. What cannot be told because the file or its schema is wrong is left out.
     The bodies are read after the journal: a body is stored before the event that names it."""
     due: dict[str, str] = {}
+    journal, bodies = database(home, "journal"), database(home, "bodies")
     try:
-        with open_snapshot(home.journal) as connection:
+        with open_snapshot(journal) as connection:
             basis = [_file(connection, "journal", quick), _schema(connection, "journal")]
             yield from basis
             if all(part.ok for part in basis):
@@ -40,21 +42,21 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
                 yield _tables(connection)
                 due = queries.bodies_due(connection)
     except StartupError as error:
-        yield _found("journal", "file", str(home.journal), [str(error)])
-    if not home.bodies.is_file():
-        yield _found("bodies", "file", str(home.bodies), ["there is no such file"])
+        yield _found("journal", "file", journal.place, [str(error)])
+    if not bodies.exists():
+        yield _found("bodies", "file", bodies.place, ["there is no such database"])
         return
     try:
-        with open_snapshot(home.bodies) as connection:
+        with open_snapshot(bodies) as connection:
             basis = [_file(connection, "bodies", quick), _schema(connection, "bodies")]
             yield from basis
             if all(part.ok for part in basis):
-                yield _bodies(connection, due, quick, home)
+                yield _bodies(connection, due, quick, journal)
     except StartupError as error:
-        yield _found("bodies", "file", str(home.bodies), [str(error)])
+        yield _found("bodies", "file", bodies.place, [str(error)])
 
 
-def _found(database: Database, name: str, detail: str, problems: list[str]) -> Check:
+def _found(database: Schema, name: str, detail: str, problems: list[str]) -> Check:
     more = len(problems) - SHOWN_PROBLEMS
     shown = [problem[:1000] for problem in problems[:SHOWN_PROBLEMS]]
     if more > 0:
@@ -62,7 +64,11 @@ def _found(database: Database, name: str, detail: str, problems: list[str]) -> C
     return Check(database=database, name=name, ok=not problems, detail=detail, problems=shown)  # type: ignore[arg-type]
 
 
-def _file(connection: Connection, database: Database, quick: bool) -> Check:
+def _file(connection: Connection, database: Schema, quick: bool) -> Check:
+    if connection.dialect.name != "sqlite":  # a server keeps its own house
+        return _found(
+            database, "file", "the server answers; its files are its own to check (pg_amcheck)", []
+        )
     pragma = "quick_check" if quick else "integrity_check"
     answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
     problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
@@ -71,7 +77,7 @@ def _file(connection: Connection, database: Database, quick: bool) -> Check:
     return _found(database, "file", f"SQLite's {pragma}, and foreign keys", problems)
 
 
-def _schema(connection: Connection, database: Database) -> Check:
+def _schema(connection: Connection, database: Schema) -> Check:
     current, head = revisions.current(connection, database), revisions.HEADS[database]
     detail = f"revision {current or 'none'}, head {head}"
     if current != head:
@@ -95,21 +101,22 @@ def _tables(connection: Connection) -> Check:
     return _found("journal", "tables", "fold(events) == tables", store.check(connection))
 
 
-def _bodies(connection: Connection, due: dict[str, str], quick: bool, home: Home) -> Check:
-    """Each has the hash that is its name, and each that must be there is. `due`: hash -> job."""
+def _bodies(connection: Connection, due: dict[str, str], quick: bool, named: Database) -> Check:
+    """Each has the hash that is its name, and each that must be there is. `due`: hash -> job; `named`:
+    the journal, as it is by then."""
     table = schema.bodies
     problems: list[str] = []
     total = 0
     missing = dict(due)
     columns = [table.c.sha256, table.c.size] if quick else [table.c.sha256, table.c.size, table.c.content]
-    bodies = connection.execution_options(yield_per=CHECKED_BODIES).execute(select(*columns))
+    bodies = connection.execute(select(*columns), execution_options={"yield_per": CHECKED_BODIES})
     for count, (digest, size, *content) in enumerate(bodies, 1):
         total = count
         missing.pop(digest, None)
         if content and (hashlib.sha256(content[0]).hexdigest() != digest or len(content[0]) != size):
             problems.append(f"the body {digest} is damaged: it is not what was stored")
     if missing:  # some may have been pruned since
-        with open_snapshot(home.journal) as journal:
+        with open_snapshot(named) as journal:
             missing = {d: job_id for d, job_id in queries.bodies_due(journal).items() if d in missing}
     problems += [f"the body {digest} of the job {job_id} is missing" for digest, job_id in missing.items()]
     how = "not hashed again (--quick)" if quick else "each hashed again"

@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from tink.errors import JournalUnavailable
-from tink.limits import BATCH_ROWS, SLOW_COMMIT_SECONDS
+from tink.limits import BATCH_ROWS, DATABASE_BEAT_SECONDS, SLOW_COMMIT_SECONDS
 from tink.world import World
 
 log = structlog.get_logger()
@@ -127,6 +127,17 @@ class GroupCommit(Generic[Item]):
             if took > SLOW_COMMIT_SECONDS:
                 told = self._began
                 log.warning("a commit takes long", to=self._name, seconds=round(took))
+
+    async def beat(self, say: Callable[[], None]) -> None:
+        """Calls `say`, which blocks, between two commits, again and again. Raises what it raises, after
+        every waiter has been told: fail-stop."""
+        while True:
+            await trio.sleep(DATABASE_BEAT_SECONDS)
+            try:
+                await self._world.run_sync(say, limiter=self._thread)
+            except JournalUnavailable as error:
+                self._end(error)
+                raise
 
     async def _commit_open(self) -> None:
         batch, self._open = self._open, _Batch()

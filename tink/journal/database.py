@@ -1,129 +1,93 @@
-"""Connections to the journal's database, opened so that a commit means stable storage. What was asked
-for is read back: a file system or a build that does not honour it stops the start."""
+"""What the journal asks of a database, whichever it is: an SQLite file (sqlite.py) or a PostgreSQL server
+(postgres.py). A worker has two: `journal`, and beside it `bodies` with a writer of its own."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, ClassVar
 
 import msgspec
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, Table
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from tink.errors import JournalUnavailable, StartupError
-from tink.limits import (
-    LOCK_SECONDS,
-    READ_CONNECTIONS,
-    READ_LOCK_SECONDS,
-)
-
-# pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
-_WRITER_PRAGMAS: dict[str, tuple[str, object]] = {
-    "journal_mode": ("WAL", "wal"),
-    "synchronous": ("FULL", 2),
-    "foreign_keys": ("ON", 1),
-    # Some builds write zeros over all that is deleted: for bodies that is ten times the work.
-    "secure_delete": ("FAST", 2),
-    # Another process that holds a lock is waited for so long (milliseconds).
-    "busy_timeout": (f"{int(LOCK_SECONDS * 1000)}", int(LOCK_SECONDS * 1000)),
-}
-
+from tink.errors import JournalUnavailable
+from tink.home import Home
+from tink.journal.revisions import Schema
+from tink.limits import LOCK_SECONDS
 
 # msgspec's JSON is exact for floats, like the standard library's, and several times faster.
-_JSON: dict[str, Any] = {
+JSON: dict[str, Any] = {
     "json_serializer": lambda value: msgspec.json.encode(value).decode(),
     "json_deserializer": msgspec.json.decode,
 }
 
 
-def writer_engine(path: Path) -> Engine:
-    """The one writer's engine of an SQLite file. Raises StartupError if durability cannot be had."""
-    engine = create_engine(f"sqlite:///{path}", hide_parameters=True, pool_size=1, max_overflow=0, **_JSON)
+class Writer(ABC):
+    """The one connection that writes. All of it blocks."""
 
-    @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: object) -> None:
-        cursor = connection.cursor()
-        for pragma, (value, expected) in _WRITER_PRAGMAS.items():
-            cursor.execute(f"PRAGMA {pragma}={value}")
-            found = cursor.execute(f"PRAGMA {pragma}").fetchone()[0]
-            if found != expected:
-                raise StartupError(
-                    f"{path}: SQLite's {pragma} is {found!r}, not {expected!r}: this file system cannot "
-                    "keep the journal durable; put TINK_HOME on a local disk"
-                )
-        cursor.close()
+    connection: Connection
 
-    return engine
-
-
-def reader_engine(path: Path) -> Engine:
-    """Read-only connections beside the writer's; they never block it."""
-    engine = create_engine(
-        f"sqlite:///file:{quote(str(path))}?mode=ro&uri=true",
-        hide_parameters=True,
-        pool_size=READ_CONNECTIONS,
-        max_overflow=0,
-        **_JSON,
-    )
-
-    @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA query_only=1")
-        connection.execute(f"PRAGMA busy_timeout={READ_LOCK_SECONDS * 1000:.0f}")
-
-    return engine
-
-
-def check_writable(path: Path) -> None:
-    """Raises StartupError for a file that may only be read. SQLite would open it without a word, and make
-    others beside it that may only be read too."""
-    for file in (path, _beside(path, "wal"), _beside(path, "shm")):
-        if file.exists() and not os.access(file, os.W_OK):
-            raise StartupError(f"{file} cannot be written: it is read-only")
-
-
-class OpenFiles:
-    """The files of a database that is open for writing. SQLite goes on writing to one that was deleted or
-    replaced meanwhile, though nobody will ever read that again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._opened = self._present()
-
+    @abstractmethod
     def check(self) -> None:
-        """Raises JournalUnavailable if they are not the ones at their paths any more."""
-        if self._present() != self._opened:
-            raise JournalUnavailable(
-                f"{self._path} or its -wal file was deleted or replaced while the worker ran: put it back, "
-                "or restore a backup"
-            )
+        """Raises JournalUnavailable if what is written here would not be found again."""
 
-    def _present(self) -> list[tuple[int, int] | None]:
-        return [_identity(path) for path in (self._path, _beside(self._path, "wal"))]
+    @abstractmethod
+    def close(self) -> None: ...
 
 
-def _beside(path: Path, kind: str) -> Path:
-    """The file that SQLite keeps beside the database."""
-    return path.with_name(f"{path.name}-{kind}")
+class Database(ABC):
+    """One of the two databases of a worker. `place`: where it is, for people; without a password. All of it
+    blocks."""
+
+    # Whether a worker that waits for it takes it from one that is silent.
+    contended: ClassVar[bool]
+    schema: Schema
+    place: str
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is one. StartupError if that cannot be told."""
+
+    @abstractmethod
+    def writer(self) -> Writer:
+        """Opened so that a commit means stable storage, which is read back. StartupError if that cannot be
+        had, and DatabaseInUse if another worker has it."""
+
+    @abstractmethod
+    def reader(self) -> Engine:
+        """Connections that only read; the writer is never held up by one."""
+
+    @abstractmethod
+    def begin_snapshot(self, connection: Connection) -> None:
+        """From now on every read on the connection, of `reader`, sees the same moment."""
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """What it takes of a disk."""
+
+    @abstractmethod
+    def is_damage(self, error: JournalUnavailable) -> bool:
+        """Whether the reason is what is on the disk: another page may be whole."""
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+def database(home: Home, schema: Schema) -> Database:
+    """Of the two databases of a home the one with that schema."""
+    if home.database_url:
+        from tink.journal.postgres import PostgreSQL  # an extra
+
+        return PostgreSQL(home.database_url, schema)
+    from tink.journal.sqlite import SQLite
+
+    return SQLite({"journal": home.journal, "bodies": home.bodies}[schema], schema)
 
 
-def is_damage(error: JournalUnavailable) -> bool:
-    """Whether the reason is what is on the disk: another page may be whole."""
-    code = getattr(getattr(error.__cause__, "orig", None), "sqlite_errorcode", None) or 0
-    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+def upsert(dialect: str, table: Table) -> Any:
+    """An INSERT ... ON CONFLICT, which SQLAlchemy has for each of the two apart."""
+    return {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](table)
 
 
 @contextlib.contextmanager
@@ -135,4 +99,9 @@ def database_errors(what: str) -> Iterator[None]:
         cause = getattr(error, "orig", None) or error
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             what += f", another process has held a lock for {LOCK_SECONDS:g} s"
-        raise JournalUnavailable(f"{what}: {cause}") from error
+        raise JournalUnavailable(f"{what}: {one_line(cause)}") from error
+
+
+def one_line(error: object) -> str:
+    """What a driver says may have many."""
+    return " ".join(str(error).split())

@@ -13,8 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -43,14 +42,8 @@ from tink.home import Home
 from tink.journal import chain, queries, revisions, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
-from tink.journal.database import (
-    OpenFiles,
-    check_writable,
-    database_errors,
-    reader_engine,
-    writer_engine,
-)
-from tink.journal.revisions import Database
+from tink.journal.database import Database, database, database_errors
+from tink.journal.revisions import Schema
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
 
@@ -64,11 +57,11 @@ class Journal:
     """Made by `open`. `incarnation` counts the workers that opened it: 1, 2, 3, ..."""
 
     def __init__(self, home: Home, world: World) -> None:
-        self._home, self._world = home, world
-        self._engine = writer_engine(home.journal)
-        self._connection = self._engine.connect()
-        self._files = OpenFiles(home.journal)
-        self._reader = reader_engine(home.journal)
+        self._world = world
+        self._database = database(home, "journal")
+        self._writer = self._database.writer()
+        self._connection = self._writer.connection
+        self._reader = self._database.reader()
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._seq, self._hash = 0, chain.START
         self._committed: list[Record] = []
@@ -80,7 +73,7 @@ class Journal:
         # Held by whoever decides from the ledger that a name is free, until he has committed it: sampler
         # numbers come from several places.
         self.naming = trio.Lock()
-        self.bodies = BodyStore(home.bodies, world)
+        self.bodies = BodyStore(database(home, "bodies"), world)
         self.ledger = Ledger()
         self.last_trainer: TrainerStarted | None = None
         self.incarnation = 0
@@ -94,21 +87,29 @@ class Journal:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, home: Home, world: World, *, version: str, settings_digest: str
+        cls,
+        home: Home,
+        world: World,
+        *,
+        version: str,
+        settings_digest: str,
+        acknowledged: chain.Head = chain.NONE,
     ) -> AsyncIterator[Journal]:
         """Migrates, checks that the tables hold what the last events say, and opens a new incarnation: all
         in a time that does not grow with what has ended. The caller holds the home's lock. Raises
-        StartupError if the journal cannot be used; leaves by JournalUnavailable, through every task
-        inside, as soon as a commit fails."""
+        StartupError if the journal cannot be used, or lacks what was `acknowledged`; leaves by
+        JournalUnavailable, through every task inside, as soon as a commit fails."""
         await world.run_sync(prepare, home)
         journal = await world.run_sync(cls, home, world)
         try:
-            journal.ledger = await world.run_sync(journal._load)
+            journal.ledger = await world.run_sync(journal._load, acknowledged)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(journal._commits.run)
                 nursery.start_soon(journal.bodies.run)
                 nursery.start_soon(journal._commits.watch)
                 nursery.start_soon(journal.bodies.watch)
+                if journal._database.contended:
+                    nursery.start_soon(journal._commits.beat, journal._beat)
                 boot_id = world.new_id()
                 journal.home_id = journal.home_id or boot_id
                 opened = IncarnationStarted(
@@ -133,7 +134,13 @@ class Journal:
         Raises JournalUnavailable if the commit failed; the worker is stopping then. If it is cancelled
         the entries are committed all the same.
         """
-        await self._commits.submit(list(entries), sum(_size(event) for _subject, event in entries))
+        storable, sizes = zip(*map(_storable, entries), strict=True) if entries else ((), ())
+        await self._commits.submit(list(storable), sum(sizes))
+
+    @property
+    def head(self) -> chain.Head:
+        """The last event that was committed."""
+        return chain.Head(self._seq, self._hash)
 
     async def job(self, job_id: str) -> rows.Job | None:
         """A job by its id, open or ended, or None."""
@@ -203,19 +210,30 @@ class Journal:
         try:
             with database_errors("the journal could not commit"), self._connection.begin():
                 last = store.write(self._connection, records, self._hash)
-            self._files.check()
+            self._writer.check()
         except JournalUnavailable as error:
             if isinstance(error.__cause__, IntegrityError):
                 raise JournalUnavailable(
-                    f"{error}: another process has written to {self._home.journal}, or this is a bug"
+                    f"{error}: another process has written to {self._database.place}, or this is a bug"
                 ) from error
             raise
         self._seq, self._hash = self._seq + len(records), last
         self._committed = records
 
-    def _load(self) -> Ledger:
+    def _beat(self) -> None:
+        """A sign of life to the server, and from it."""
+        with database_errors("the journal's database is lost"), self._connection.begin():
+            self._connection.exec_driver_sql("SELECT 1")
+
+    def _load(self, acknowledged: chain.Head) -> Ledger:
         with database_errors("reading the journal"), self._connection.begin():
             self._seq, self._hash = chain.head(self._connection)
+            if acknowledged.seq and chain.hash_of(self._connection, acknowledged.seq) != acknowledged.hash:
+                raise StartupError(
+                    f"{self._database.place} lacks event {acknowledged.seq}, which was acknowledged (its "
+                    f"last one is {self._seq}): a replica that had not got all of it has taken over, or a "
+                    "backup was restored; docs/operations.md says what to do"
+                )
             self.incarnation = 1 + store.last_incarnation(self._connection)
             present = Ledger()
             try:
@@ -227,13 +245,12 @@ class Journal:
             except (LookupError, *UNREADABLE) as error:
                 wrong = [str(error)]
         if wrong:
-            raise store.damaged(self._home.journal, wrong)
+            raise store.damaged(self._database.place, wrong)
         return present
 
     def _close(self) -> None:
         self.bodies.close()
-        self._connection.close()
-        self._engine.dispose()
+        self._writer.close()
         self._reader.dispose()
 
     # -- on the Trio thread, in commit order --------------------------------------------------------
@@ -269,21 +286,29 @@ class Journal:
 
 def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
-    databases: dict[Database, Path] = {"journal": home.journal, "bodies": home.bodies}
-    for database, path in databases.items():
-        check_writable(path)
-        engine = writer_engine(path)
+    schemas: tuple[Schema, ...] = ("journal", "bodies")
+    for schema in schemas:
+        found = database(home, schema)
         try:
-            with database_errors(f"{path} cannot be opened"), engine.connect() as connection:
-                if revisions.current(connection, database) != revisions.HEADS[database]:
-                    # Alembic takes longer to be imported than all the rest of a start.
-                    from tink.journal import migrations
+            with database_errors(f"{found.place} cannot be opened"):
+                if _is_at_head(found):
+                    continue
+                # Alembic takes longer to be imported than all the rest of a start.
+                from tink.journal import migrations
 
-                    migrations.upgrade(connection, database, path, whole=not home.bundle.exists())
+                migrations.upgrade(found, whole=not home.bundle.exists())
         except JournalUnavailable as error:
+            if found.contended:  # it may come back: whoever runs a worker waits for it
+                raise
             raise StartupError(str(error)) from error
-        finally:
-            engine.dispose()
+
+
+def _is_at_head(database: Database) -> bool:
+    writer = database.writer()
+    try:
+        return revisions.current(writer.connection, database.schema) == revisions.HEADS[database.schema]
+    finally:
+        writer.close()
 
 
 def _bodies_named(event: AnyEvent) -> Iterator[str]:
@@ -293,5 +318,23 @@ def _bodies_named(event: AnyEvent) -> Iterator[str]:
         yield event.result_sha256
 
 
-def _size(event: AnyEvent) -> int:
-    return len(msgspec.json.encode(event))
+def _storable(entry: Entry) -> tuple[Entry, int]:
+    """The same, and its size. A text of PostgreSQL takes no NUL, and what one database has the other must
+    be able to take: clients' names and errors may have some."""
+    subject, event = entry
+    encoded = msgspec.json.encode(event)
+    if b"\\u0000" in encoded:
+        told = msgspec.to_builtins(event)
+        event = msgspec.convert(_without_nul(told), type(event))
+    return (subject, event), len(encoded)
+
+
+def _without_nul(value: Any) -> Any:
+    match value:
+        case str():
+            return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        case dict():
+            return {_without_nul(name): _without_nul(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_without_nul(part) for part in value]
+    return value

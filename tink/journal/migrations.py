@@ -13,22 +13,33 @@ from sqlalchemy import Connection, MetaData
 
 import tink
 from tink.errors import StartupError
-from tink.journal import revisions, schema, store, views
-from tink.journal.revisions import HEADS, Database
+from tink.journal import revisions, store, views
+from tink.journal import schema as tables
+from tink.journal.database import Database
+from tink.journal.revisions import HEADS, Schema
 
-METADATA: dict[Database, MetaData] = {"journal": schema.metadata, "bodies": schema.bodies_metadata}
+METADATA: dict[Schema, MetaData] = {"journal": tables.metadata, "bodies": tables.bodies_metadata}
 
 
-def upgrade(connection: Connection, database: Database, path: Path, *, whole: bool = True) -> None:
-    """Brings the database, the file `path`, to the newest schema, wholly or not at all. Raises StartupError
-    for one that a newer Tink wrote, and for a journal whose tables are then not what its events say.
-    `whole`: false for a part of a journal, from a bundle."""
-    before = revisions.current(connection, database)
-    if before == HEADS[database]:
+def upgrade(database: Database, *, whole: bool = True) -> None:
+    """Brings the database to the newest schema, wholly or not at all. Raises StartupError for one that a
+    newer Tink wrote, and for a journal whose tables are then not what its events say; DatabaseInUse for one
+    that another worker writes to. `whole`: false for a part of a journal, from a bundle."""
+    writer = database.writer()
+    try:
+        _upgrade(writer.connection, database, whole=whole)
+    finally:
+        writer.close()
+
+
+def _upgrade(connection: Connection, database: Database, *, whole: bool) -> None:
+    schema = database.schema
+    before = revisions.current(connection, schema)
+    if before == HEADS[schema]:
         return
-    if before is not None and before not in known(connection, database):
+    if before is not None and before not in known(connection, schema):
         raise StartupError(
-            f"the {database} database has schema revision {before}, which this Tink "
+            f"the {schema} database has schema revision {before}, which this Tink "
             f"({tink.__version__}) does not know: it was written by a newer one; install that"
         )
     if connection.dialect.name == "sqlite":
@@ -37,43 +48,46 @@ def upgrade(connection: Connection, database: Database, path: Path, *, whole: bo
             connection.commit()
         # Its driver begins no transaction for DDL: a crash would leave half a schema behind.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-    if database == "journal":
+    else:
+        # To make an index takes as long as there are rows.
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+    if schema == "journal":
         views.drop(connection)
-    command.upgrade(_config(connection, database), "head")
-    if database == "journal":
+    command.upgrade(_config(connection, schema), "head")
+    if schema == "journal":
         views.create(connection)
-    if database == "journal" and before is not None:
+    if schema == "journal" and before is not None:
         # It may have rewritten any row: the one start that looks at all of them.
         wrong = store.check(connection, whole=whole)
         if wrong:
             connection.rollback()
-            raise store.damaged(path, wrong)
+            raise store.damaged(database.place, wrong)
     connection.commit()
 
 
-def known(connection: Connection, database: Database) -> list[str]:
+def known(connection: Connection, schema: Schema) -> list[str]:
     """The revisions of the migrations, the newest first."""
-    script = ScriptDirectory.from_config(_config(connection, database))
+    script = ScriptDirectory.from_config(_config(connection, schema))
     return [revision.revision for revision in script.walk_revisions()]
 
 
-def differences(connection: Connection, database: Database) -> list[str]:
+def differences(connection: Connection, schema: Schema) -> list[str]:
     """What autogenerate would change: nothing, if the migrations make the schema of the code."""
-    options = {"compare_type": True, "version_table": revisions.version_table(database)}
+    options = {"compare_type": True, "version_table": revisions.version_table(schema)}
     context = MigrationContext.configure(connection, opts=options)
-    return [str(difference) for difference in compare_metadata(context, METADATA[database])]
+    return [str(difference) for difference in compare_metadata(context, METADATA[schema])]
 
 
-def _config(connection: Connection, database: Database) -> Config:
+def _config(connection: Connection, schema: Schema) -> Config:
     package = Path(tink.__file__).parent
     folder = package / "migrations"  # in a wheel
     if not folder.is_dir():
         folder = package.parent / "migrations"  # in a checkout
     config = Config()
     config.set_main_option("script_location", str(folder))
-    config.set_main_option("version_locations", str(folder / database / "versions"))
+    config.set_main_option("version_locations", str(folder / schema / "versions"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    config.attributes["metadata"] = METADATA[database]
-    config.attributes["version_table"] = revisions.version_table(database)
+    config.attributes["metadata"] = METADATA[schema]
+    config.attributes["version_table"] = revisions.version_table(schema)
     return config

@@ -160,7 +160,7 @@ def bodies_due(connection: Connection) -> dict[str, str]:
     ledger = store.read_present(connection)
     covers, cutoffs = retention.covered(ledger), _cutoffs(connection)
     due: dict[str, str] = {}
-    jobs = connection.execution_options(yield_per=1000).execute(select(schema.jobs)).mappings()
+    jobs = connection.execute(select(schema.jobs), execution_options={"yield_per": 1000}).mappings()
     for job in (rows.Job(**row) for row in jobs):
         due |= dict.fromkeys(retention.bodies_needed([job], {}, covers, cutoffs), job.job_id)
     return due

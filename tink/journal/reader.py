@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
@@ -13,25 +12,25 @@ from sqlalchemy.exc import SQLAlchemyError
 from tink.errors import UNREADABLE, StartupError
 from tink.home import Home
 from tink.journal import revisions
-from tink.journal.database import reader_engine
+from tink.journal.database import Database, database, one_line
 
 
 @contextlib.contextmanager
-def open_snapshot(path: Path) -> Iterator[Connection]:
-    """A connection on which every read sees the same moment. StartupError, in one line, for a file that
+def open_snapshot(database: Database) -> Iterator[Connection]:
+    """A connection on which every read sees the same moment. StartupError, in one line, for a database that
     cannot be read; what SQLAlchemy and msgspec raise in the body becomes that too."""
-    engine = reader_engine(path)
+    engine = database.reader()
     try:
         with engine.connect() as connection:
-            # The driver opens no transaction for reads; without one, each would see another moment.
-            connection.exec_driver_sql("BEGIN")
+            database.begin_snapshot(connection)
             yield connection
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
-        raise StartupError(f"{path} cannot be read: {cause}") from error
+        raise StartupError(f"{database.place} cannot be read: {one_line(cause)}") from error
     except UNREADABLE as error:
         raise StartupError(
-            f"{path} holds what this Tink does not understand ({error}): 'tink db check' tells more"
+            f"{database.place} holds what this Tink does not understand ({error}): "
+            "'tink db check' tells more"
         ) from error
     finally:
         engine.dispose()
@@ -40,11 +39,12 @@ def open_snapshot(path: Path) -> Iterator[Connection]:
 @contextlib.contextmanager
 def open_journal(home: Home) -> Iterator[Connection]:
     """The journal of a home, whose schema is the one that this Tink knows. StartupError if not."""
-    with open_snapshot(home.journal) as connection:
+    journal = database(home, "journal")
+    with open_snapshot(journal) as connection:
         current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
         if current != head:
             raise StartupError(
-                f"{home.journal} has schema revision {current or 'none'}, this Tink reads {head}: "
+                f"{journal.place} has schema revision {current or 'none'}, this Tink reads {head}: "
                 "run 'tink db upgrade', or the Tink that wrote it"
             )
         yield connection

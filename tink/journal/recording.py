@@ -13,6 +13,7 @@ from tink.domain.events import JobAccepted, Record
 from tink.home import Home
 from tink.journal import store
 from tink.journal.bodies import Stored, decompressed, oldest, read_body, stored
+from tink.journal.database import database
 from tink.journal.reader import open_journal, open_snapshot
 
 
@@ -63,5 +64,5 @@ class Recording:
 def open_recording(home: Home) -> Iterator[Recording]:
     """StartupError, in one line, for what cannot be read."""
     # A body is stored before the event that names it: the journal's moment comes first.
-    with open_journal(home) as journal, open_snapshot(home.bodies) as bodies:
+    with open_journal(home) as journal, open_snapshot(database(home, "bodies")) as bodies:
         yield Recording(journal, bodies, whole=not home.bundle.exists())

@@ -7,21 +7,21 @@ from typing import Literal
 
 from sqlalchemy import Connection, inspect
 
-Database = Literal["journal", "bodies"]
+Schema = Literal["journal", "bodies"]
 
 # What the code knows: the newest of migrations/, which make the tables of journal/schema.py.
-HEADS: dict[Database, str] = {"journal": "0002", "bodies": "0001"}
+HEADS: dict[Schema, str] = {"journal": "0002", "bodies": "0001"}
 
 
-def current(connection: Connection, database: Database) -> str | None:
+def current(connection: Connection, schema: Schema) -> str | None:
     """None for an empty database."""
-    table = version_table(database)
+    table = version_table(schema)
     if not inspect(connection).has_table(table):
         return None
     found = connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar()  # noqa: S608
     return None if found is None else str(found)
 
 
-def version_table(database: Database) -> str:
+def version_table(schema: Schema) -> str:
     """Of its own for each: on PostgreSQL the two share a server."""
-    return f"{database}_schema_version"
+    return f"{schema}_schema_version"

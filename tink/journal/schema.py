@@ -38,8 +38,9 @@ metadata = MetaData(
 
 # SQL NULL for None, on both databases: a JSON `null` would be a second way to say nothing.
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-# SQLite makes only an INTEGER PRIMARY KEY the table's own b-tree key.
-BigKey = BigInteger().with_variant(Integer(), "sqlite")
+# SQLite makes only an INTEGER PRIMARY KEY the table's own b-tree key; PostgreSQL's INTEGER ends at 2**31,
+# and what a client names may be larger.
+BigKey = Whole = BigInteger().with_variant(Integer(), "sqlite")
 
 # The condition of the partial index on open jobs, word for word in the queries that are to use it: a
 # database does not recognise it in bound parameters.
@@ -119,7 +120,7 @@ models = Table(
     Column("model_seq_id", BigInteger, nullable=False),
     Column("state", Text, nullable=False),
     Column("base_model", Text),
-    Column("rank", Integer),
+    Column("rank", Whole),
     Column("alpha", Double),
     Column("seed", BigInteger),
     Column("train_attn", Boolean),
@@ -165,7 +166,7 @@ jobs = Table(
     Column("key", Text),
     Column("model_seq_id", BigInteger),
     Column("op_no", BigInteger),
-    Column("attempts", Integer, nullable=False),
+    Column("attempts", Whole, nullable=False),
     Column("backend", Text),
     Column("directory", Text),
     Column("accepted_seq", BigInteger, ForeignKey("events.seq"), nullable=False),
@@ -177,7 +178,7 @@ jobs = Table(
     Column("body_bytes", BigInteger, nullable=False),
     Column("codec", Text, nullable=False),
     Column("seed", BigInteger),
-    Column("num_samples", Integer),
+    Column("num_samples", Whole),
     Column("tokens_in", BigInteger, nullable=False),
     Column("tokens_out", BigInteger, nullable=False),
     Column("loss_sum", Double),

@@ -6,7 +6,6 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import msgspec
@@ -26,7 +25,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Record, Subject, TrainerStarted
@@ -35,6 +33,7 @@ from tink.domain.projection import Add, Change, Insert, Key, Update, project
 from tink.domain.written import Written, last_written, missing
 from tink.errors import UNREADABLE, StartupError
 from tink.journal import chain, schema
+from tink.journal.database import upsert
 from tink.limits import CHECKED_EVENTS, READ_ROWS, SQL_KEYS
 
 R = TypeVar("R", bound=rows.Row)
@@ -72,8 +71,9 @@ def raw_events(connection: Connection, *, model: str | None = None) -> Iterator[
     query = select(table).order_by(table.c.seq)
     if model is not None:
         query = query.where(or_(_of_model(model), table.c.kind.in_(_PROCESS_KINDS)))
-    for row in connection.execution_options(stream_results=True).execute(query).mappings():
-        yield dict(row)
+    with connection.execute(query, execution_options={"stream_results": True}) as found:
+        for row in found.mappings():
+            yield dict(row)
 
 
 def put(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
@@ -135,10 +135,10 @@ def read_events(
         query = query.where(table.c.seq <= until)
     if model is not None:
         query = query.where(_of_model(model))
-    found = connection.execution_options(stream_results=True).execute(query)
-    for part in found.partitions(READ_ROWS):
-        for row in part:
-            yield _record(row)
+    with connection.execute(query, execution_options={"stream_results": True}) as found:
+        for part in found.partitions(READ_ROWS):
+            for row in part:
+                yield _record(row)
 
 
 def _of_model(model: str) -> ColumnElement[bool]:
@@ -301,13 +301,15 @@ def _execute(connection: Connection, changes: list[Change]) -> None:
         else msgspec.structs.asdict(change.row)
         for change in changes
     ]
-    done = connection.execute(_statement(*_shape(first)), parameters)
+    done = connection.execute(_statement(connection.dialect.name, *_shape(first)), parameters)
     if isinstance(first, Update) and done.rowcount != len(parameters):
         raise LookupError(f"{first.table} lacks a row of {[change.key for change in changes[:3]]}")
 
 
 @functools.cache  # few shapes, and to make a statement costs more than to run it
-def _statement(kind: type[Change], name: str, columns: tuple[str, ...], is_open: bool) -> Executable:
+def _statement(
+    dialect: str, kind: type[Change], name: str, columns: tuple[str, ...], is_open: bool
+) -> Executable:
     table = schema.metadata.tables[name]
     keys = rows.TABLES[name][1]
     if kind is Update:
@@ -317,7 +319,7 @@ def _statement(kind: type[Change], name: str, columns: tuple[str, ...], is_open:
         return chosen.values({column: bindparam(f"new_{column}") for column in columns})
     if kind is Insert:
         return insert(table)
-    putting = upsert(table)
+    putting = upsert(dialect, table)
     new = putting.excluded
     others = [column for column in table.columns if column.name not in keys]
     values: dict[str, ColumnElement[Any]] = {column.name: new[column.name] for column in others}
@@ -326,7 +328,8 @@ def _statement(kind: type[Change], name: str, columns: tuple[str, ...], is_open:
         for old in others:
             added, replaced = old + new[old.name], func.coalesce(new[old.name], old)
             values[old.name] = added if old.name in sums else replaced
-    return putting.on_conflict_do_update(index_elements=list(keys), set_=values)
+    upserted: Executable = putting.on_conflict_do_update(index_elements=list(keys), set_=values)
+    return upserted
 
 
 def check(connection: Connection, *, whole: bool = True) -> list[str]:
@@ -340,9 +343,9 @@ def check(connection: Connection, *, whole: bool = True) -> list[str]:
         return [str(error)]
 
 
-def damaged(path: Path, wrong: list[str]) -> StartupError:
+def damaged(place: str, wrong: list[str]) -> StartupError:
     return StartupError(
-        f"{path} is damaged: its tables are not what its events say ({len(wrong)} differences, the first: "
+        f"{place} is damaged: its tables are not what its events say ({len(wrong)} differences, the first: "
         f"{wrong[0][:300]}); restore a backup, or look at it with 'tink db check'"
     )
 

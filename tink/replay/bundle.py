@@ -27,9 +27,9 @@ from tink.errors import UNREADABLE, StartupError, UserError
 from tink.home import Home
 from tink.journal import chain, queries, revisions, schema, store
 from tink.journal.bodies import decompressed
-from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
 from tink.journal.recording import Recording, open_recording
+from tink.journal.sqlite import writer_engine
 from tink.limits import BUNDLE_BATCH, BUNDLE_LEVEL
 from tink.replay.shapes import Part, shape
 
@@ -157,7 +157,7 @@ def about(home: Home) -> About | None:
 def broken(home: Home, found: About) -> Iterator[str]:
     """One line for each event of a bundle that is not what was written, as far as their hashes tell."""
     with open_recording(home) as recording:
-        last = chain.Head(0, chain.START)
+        last = chain.NONE
         for row in store.raw_events(recording.journal):
             seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
             noted = found.before.get(seq)

@@ -10,8 +10,8 @@ from cli_home import TRAINED
 from sqlalchemy import select
 
 from tink.journal import queries, schema
-from tink.journal.database import writer_engine
 from tink.journal.reader import open_journal
+from tink.journal.sqlite import writer_engine
 
 READERS = [("status",), ("jobs",), ("jobs", "show", TRAINED), ("db", "check"), ("db", "upgrade")]
 

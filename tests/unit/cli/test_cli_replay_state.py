@@ -335,7 +335,7 @@ def test_a_journal_without_events_says_so(tink, tmp_path):
     assert tink("replay", "state", "--home", empty.root) == (
         2,
         "",
-        f"tink replay: {empty.journal} has no events yet\n",
+        f"tink replay: {empty.root} has no events yet\n",
     )
 
 

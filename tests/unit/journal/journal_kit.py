@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
+from sqlalchemy import Connection
 
+from tests.postgres import PostgresServer
 from tink.domain.events import AnyEvent, SessionCreated, Subject
 from tink.errors import JournalUnavailable, tink_error
 from tink.home import Home
-from tink.journal.database import reader_engine
+from tink.journal.database import database
 from tink.journal.journal import Journal, prepare
+from tink.journal.reader import open_snapshot
+from tink.journal.revisions import Schema
 from tink.journal.store import check
 from tink.world import World
 
@@ -63,14 +67,61 @@ def _migrated() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).glob("*.sqlite")}
 
 
+_server: PostgresServer | None = None
+_made: list[str] = []
+
+
+@contextmanager
+def on_postgres(server: PostgresServer) -> Iterator[None]:
+    """The journals of `new_home` are there meanwhile, and gone afterwards."""
+    global _server
+    _server = server
+    try:
+        yield
+    finally:
+        _server = None
+        while _made:
+            server.drop_database(_made.pop())
+
+
+@functools.cache
+def _migrated_on(server: PostgresServer) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder), server.create_database())
+        prepare(home)
+    return home.database_url
+
+
 def new_home(folder: Path, *, empty: bool = False) -> Home:
     """A home with databases that are migrated already, or with none (`empty`)."""
+    if _server is not None:
+        _made.append(_server.create_database(None if empty else _migrated_on(_server)))
+        home = Home(folder, _made[-1])
+        home.make()
+        return home
     home = Home(folder)
     home.make()
     if not empty:
         for name, content in _migrated().items():
             (folder / name).write_bytes(content)
     return home
+
+
+# So that a row can be damaged that others name.
+FOREIGN_KEYS_OFF = {
+    "sqlite": "PRAGMA foreign_keys=OFF",
+    "postgresql": "SET session_replication_role = replica",
+}
+
+
+@contextmanager
+def written(home: Home, schema: Schema = "journal") -> Iterator[Connection]:
+    """A connection to change a database by hand."""
+    writer = database(home, schema).writer()
+    try:
+        yield writer.connection
+    finally:
+        writer.close()
 
 
 @asynccontextmanager
@@ -85,14 +136,10 @@ def session(number: int | str, **fields: Any) -> tuple[Subject, AnyEvent]:
 
 def stored_sessions(home: Home) -> set[str]:
     """What another process reads in the tables, once they have been compared with the events."""
-    engine = reader_engine(home.journal)
-    try:
-        with engine.connect() as connection:
-            assert check(connection) == []
-            rows = connection.exec_driver_sql("SELECT session_id FROM sessions")
-            return set(rows.scalars())
-    finally:
-        engine.dispose()
+    with open_snapshot(database(home, "journal")) as connection:
+        assert check(connection) == []
+        rows = connection.exec_driver_sql("SELECT session_id FROM sessions")
+        return set(rows.scalars())
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from sqlalchemy import update
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
-from tests.unit.journal.journal_kit import InlineWorld, new_home, opened
+from tests.unit.journal.journal_kit import InlineWorld, new_home, opened, written
 from tink.domain.events import Entry, JobAccepted, JobDone, Subject
 from tink.errors import JournalUnavailable
+from tink.journal import schema
 from tink.journal.bodies import BodyStore, Stored
 from tink.journal.journal import Journal
 
@@ -37,11 +39,11 @@ async def test_the_same_body_is_stored_once_whoever_puts_it(
             for _ in range(5):
                 nursery.start_soon(journal.bodies.put, b"one")
         await journal.bodies.put(b"one")
-    connection = sqlite3.connect(home.bodies)
-    assert connection.execute("SELECT count(*), sum(size) FROM bodies").fetchone() == (1, 3)
-    connection.close()
+    with written(home, "bodies") as connection:
+        assert connection.exec_driver_sql("SELECT count(*), sum(size) FROM bodies").one() == (1, 3)
 
 
+@pytest.mark.on_files
 async def test_a_body_on_a_page_that_is_damaged_is_lost_and_the_others_are_not(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
@@ -92,10 +94,9 @@ async def test_a_body_that_is_damaged_on_disk_is_never_handed_out(
     home = new_home(tmp_path)
     async with opened(home) as journal:
         digest = await journal.bodies.put(b"a body")
-    connection = sqlite3.connect(home.bodies)
-    with connection:
-        connection.execute("UPDATE bodies SET content = ?", (b"a bodY",))
-    connection.close()
+    with written(home, "bodies") as connection:
+        connection.execute(update(schema.bodies).values(content=b"a bodY"))
+        connection.commit()
     async with opened(home) as journal:
         with pytest.raises(LookupError, match="damaged on disk"):
             await journal.bodies.get(digest)
@@ -301,6 +302,7 @@ async def test_the_oldest_bodies_come_in_pages_each_once(
         assert all(len(page) == 1 or sum(body.size for body in page) <= 100 for page in pages)
 
 
+@pytest.mark.on_files
 async def test_every_page_of_the_store_is_used_again(autojump_clock: MockClock, tmp_path: Path) -> None:
     home = new_home(tmp_path)
     sizes = []

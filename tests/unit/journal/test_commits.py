@@ -12,6 +12,8 @@ from tink.errors import JournalUnavailable
 from tink.journal.commits import GroupCommit
 from tink.limits import SLOW_COMMIT_SECONDS
 
+pytestmark = pytest.mark.on_files
+
 
 class Disk:
     """Commits in memory; `error` is raised instead, once it is set."""

@@ -13,7 +13,9 @@ from trio.testing import MockClock
 from tests.unit.journal.journal_kit import new_home, opened, session, stops_with
 from tink.errors import StartupError
 from tink.home import Home
-from tink.journal import database
+from tink.journal import sqlite
+
+pytestmark = pytest.mark.on_files
 
 
 def delete(path: Path) -> None:
@@ -56,8 +58,8 @@ async def test_nothing_is_acknowledged_once_a_file_is_gone_or_another(
 async def test_a_lock_of_another_process_is_waited_for_and_then_named(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LOCK_SECONDS", 0.2)
-    monkeypatch.setitem(database._WRITER_PRAGMAS, "busy_timeout", ("200", 200))
+    monkeypatch.setattr("tink.journal.database.LOCK_SECONDS", 0.2)
+    monkeypatch.setitem(sqlite._WRITER_PRAGMAS, "busy_timeout", ("200", 200))
     home = new_home(tmp_path / "home")
     other = sqlite3.connect(home.journal, isolation_level=None)
     with stops_with("another process has held a lock for 0.2 s"):

@@ -21,10 +21,12 @@ from tink.domain.events import JobAccepted, JobDone, Subject
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import chain, migrations, revisions, store, views
-from tink.journal.database import writer_engine
 from tink.journal.journal import prepare
-from tink.journal.revisions import Database
+from tink.journal.revisions import Schema
+from tink.journal.sqlite import SQLite, writer_engine
 from tink.replay import bundle
+
+pytestmark = pytest.mark.on_files
 
 both = pytest.mark.parametrize("database", ["journal", "bodies"])
 
@@ -38,24 +40,26 @@ def _connected(path: Path) -> Iterator[Connection]:
 
 
 @both
-def test_an_empty_database_becomes_the_schema_of_the_code(tmp_path: Path, database: Database) -> None:
-    with _connected(tmp_path / "db.sqlite") as connection:
+def test_an_empty_database_becomes_the_schema_of_the_code(tmp_path: Path, database: Schema) -> None:
+    path = tmp_path / "db.sqlite"
+    with _connected(path) as connection:
         assert revisions.current(connection, database) is None
         assert migrations.differences(connection, database) != []
-        migrations.upgrade(connection, database, tmp_path)
+    migrations.upgrade(SQLite(path, database))
+    with _connected(path) as connection:
         assert revisions.current(connection, database) == revisions.HEADS[database]
         assert migrations.differences(connection, database) == []
 
 
 @both
-def test_an_upgrade_of_the_newest_schema_changes_nothing(tmp_path: Path, database: Database) -> None:
+def test_an_upgrade_of_the_newest_schema_changes_nothing(tmp_path: Path, database: Schema) -> None:
     path = tmp_path / "db.sqlite"
+    migrations.upgrade(SQLite(path, database))
     with _connected(path) as connection:
-        migrations.upgrade(connection, database, path)
         schema = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master ORDER BY 1").fetchall()
     before = path.read_bytes()
+    migrations.upgrade(SQLite(path, database))
     with _connected(path) as connection:
-        migrations.upgrade(connection, database, path)
         assert (
             connection.exec_driver_sql("SELECT name, sql FROM sqlite_master ORDER BY 1").fetchall()
             == schema
@@ -64,7 +68,7 @@ def test_an_upgrade_of_the_newest_schema_changes_nothing(tmp_path: Path, databas
 
 
 @both
-def test_a_schema_of_a_newer_tink_is_refused_and_left_alone(tmp_path: Path, database: Database) -> None:
+def test_a_schema_of_a_newer_tink_is_refused_and_left_alone(tmp_path: Path, database: Schema) -> None:
     home = new_home(tmp_path)
     path = getattr(home, database)
     with _connected(path) as connection:
@@ -77,7 +81,7 @@ def test_a_schema_of_a_newer_tink_is_refused_and_left_alone(tmp_path: Path, data
 
 
 @both
-def test_the_head_that_the_code_knows_is_the_newest_migration(tmp_path: Path, database: Database) -> None:
+def test_the_head_that_the_code_knows_is_the_newest_migration(tmp_path: Path, database: Schema) -> None:
     with _connected(tmp_path / "db.sqlite") as connection:
         assert migrations.known(connection, database)[0] == revisions.HEADS[database]
 
@@ -111,7 +115,7 @@ def write_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Writes the journal's next migration, which this Tink then has."""
     config, head = migrations._config, revisions.HEADS["journal"]
 
-    def longer(connection: Connection, database: Database) -> Any:
+    def longer(connection: Connection, database: Schema) -> Any:
         made = config(connection, database)
         if database == "journal":
             here = made.get_main_option("version_locations")
@@ -176,25 +180,27 @@ def test_a_bundle_of_an_older_tink_is_read(tmp_path: Path, write_next: Callable[
 
 
 @both
-def test_the_differences_are_seen(tmp_path: Path, database: Database) -> None:
+def test_the_differences_are_seen(tmp_path: Path, database: Schema) -> None:
     """So that an empty list means something."""
-    with _connected(tmp_path / "db.sqlite") as connection:
-        migrations.upgrade(connection, database, tmp_path)
+    path = tmp_path / "db.sqlite"
+    migrations.upgrade(SQLite(path, database))
+    with _connected(path) as connection:
         table = {"journal": "jobs", "bodies": "bodies"}[database]
         connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN surplus TEXT")
         assert "surplus" in str(migrations.differences(connection, database))
 
 
 @both
-def test_every_constraint_of_the_code_is_in_the_database(tmp_path: Path, database: Database) -> None:
+def test_every_constraint_of_the_code_is_in_the_database(tmp_path: Path, database: Schema) -> None:
     """Alembic compares no partial-index conditions and no foreign keys of SQLite: their text is compared
     with a database that `create_all` makes."""
     statements: list[set[str]] = []
     for name in ("migrated", "made"):
-        with _connected(tmp_path / f"{name}.sqlite") as connection:
-            if name == "migrated":
-                migrations.upgrade(connection, database, tmp_path)
-            else:
+        path = tmp_path / f"{name}.sqlite"
+        if name == "migrated":
+            migrations.upgrade(SQLite(path, database))
+        with _connected(path) as connection:
+            if name == "made":
                 migrations.METADATA[database].create_all(connection)
             found = connection.exec_driver_sql(
                 "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'view' "

@@ -17,8 +17,8 @@ from tink.domain import events
 from tink.domain.events import AnyEvent, Subject
 from tink.home import Home
 from tink.journal import views
-from tink.journal.database import writer_engine
 from tink.journal.reader import open_journal
+from tink.journal.sqlite import writer_engine
 
 SESSION, MODEL, CHILD, SAMPLER = "s", "s:train:0", "s:train:1", "s:sample:0"
 SHAPE: dict[str, Any] = {

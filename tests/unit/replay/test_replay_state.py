@@ -21,8 +21,8 @@ from tink.domain.events import IncarnationStarted, JobFailed, Record, SessionCre
 from tink.domain.ledger import Difference, Ledger, fold
 from tink.errors import NotFound, UserError
 from tink.journal import chain, schema, store
-from tink.journal.database import writer_engine
 from tink.journal.recording import Recording, open_recording
+from tink.journal.sqlite import writer_engine
 from tink.replay import state
 from tink.replay.state import Scope
 from tink.replay.steps import Breakpoint, Walk, parse_breakpoint

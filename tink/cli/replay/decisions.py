@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             report = replay(recording, history)
     except LookupError as error:  # found at the first look, before anything is replayed
-        raise StartupError(f"{home.journal} is damaged: {error}; 'tink db check' tells more") from error
+        raise StartupError(f"{home.root} is damaged: {error}; 'tink db check' tells more") from error
     if arguments.format == "json":
         printing.print_document(msgspec.to_builtins(report))
     else:

@@ -115,7 +115,7 @@ class _Journal:
     def __init__(self, home: Home, recording: Recording) -> None:
         found = store.span(recording.journal)
         if found is None:
-            raise UserError(f"{home.journal} has no events yet")
+            raise UserError(f"{home.root} has no events yet")
         self.recording, self.span = recording, found
 
     def seq(self, point: str) -> int:
@@ -141,7 +141,7 @@ def _whole(home: Home) -> Iterator[None]:
     try:
         yield
     except LookupError as error:
-        raise StartupError(f"{home.journal} is damaged: {error}; 'tink db check' tells more") from error
+        raise StartupError(f"{home.root} is damaged: {error}; 'tink db check' tells more") from error
 
 
 def _state(journal: _Journal, scope: Scope, arguments: argparse.Namespace) -> None:
