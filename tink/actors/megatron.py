@@ -92,6 +92,8 @@ class MegatronActor:
         await self._settle(job_id)
         if job.state == "done" and job.op in MUTATING:
             await self._snapshots.consider(self._link.present, job)
+        elif job.state == "done" and job.op == "unload_model":
+            self._snapshots.forget(str(job.model_id))
         await self._release(job_id)
 
     async def _run_to_its_end(self, job: rows.Job) -> None:
@@ -231,7 +233,10 @@ class MegatronActor:
                         await self._redo.bring_up(life, model_id, op_no - 1)
                     with self._ahead.time():
                         reply = await self._call(life, life.request(job, op_no, plan.op), shipped)
-                    life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
+                    if isinstance(plan.op, tink_train.RemoveModel):
+                        life.applied.pop(model_id, None)
+                    else:
+                        life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                     return reply
             except TrainerGone as error:
                 log.warning("training call lost", job=job.job_id, reason=str(error))
