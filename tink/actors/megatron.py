@@ -99,13 +99,15 @@ class MegatronActor:
     async def _run_to_its_end(self, job: rows.Job) -> None:
         # Two who want one address or one sampler number: whoever commits first has it.
         names = job.op.startswith("save_weights")
-        end = await self._outcome(job)
-        async with self._journal.naming if names else nullcontext():
-            try:
-                entries = end()
-            except UserError as error:
-                entries = [self._failed(job, error.category, str(error))]
-            await self._append(entries)
+        accepted = await self._journal.acceptance(job)
+        async with self._journal.recalled(plans.named(job, accepted.request)):
+            end = await self._outcome(job)
+            async with self._journal.naming if names else nullcontext():
+                try:
+                    entries = end()
+                except UserError as error:
+                    entries = [self._failed(job, error.category, str(error))]
+                await self._append(entries)
 
     async def _append(self, entries: list[Entry]) -> None:
         """Shielded: whoever takes the job up again must know whether it has ended."""

@@ -5,13 +5,14 @@ of tink/domain."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, and_, bindparam, func, or_, select
 
 from tink.domain import retention, rows
 from tink.domain.events import Record, TrainerStarted
+from tink.domain.memory import RowId
 from tink.domain.requests import MUTATING
 from tink.domain.retention import Load
 from tink.errors import StartupError
@@ -50,6 +51,38 @@ def count(connection: Connection, table: str) -> dict[str, int]:
     state = schema.metadata.tables[table].c.state
     query = select(state, func.count()).group_by(state).order_by(state)
     return {str(name): number for name, number in connection.execute(query)}
+
+
+def at(connection: Connection, row_ids: Collection[RowId]) -> list[tuple[str, rows.Row]]:
+    """The rows that are there, with their tables."""
+    found: list[tuple[str, rows.Row]] = []
+    for name in sorted({table for table, _ in row_ids}):
+        table, (kind, (key,)) = schema.metadata.tables[name], rows.TABLES[name]
+        for some in _batched(sorted(id_ for table, id_ in row_ids if table == name)):
+            query = select(table).where(table.c[key].in_(some))
+            found += ((name, row) for row in _rows(connection, query, kind))
+    return found
+
+
+def sessions(connection: Connection, tenant: str) -> list[rows.Session]:
+    """A tenant's, the newest first."""
+    table = schema.sessions
+    query = select(table).where(table.c.tenant == tenant).order_by(table.c.created_at.desc())
+    return _rows(connection, query, rows.Session)
+
+
+def session_of_key(connection: Connection, tenant: str, key: str) -> rows.Session | None:
+    """The one that was made with that idempotency key."""
+    table = schema.sessions
+    query = select(table).where(table.c.tenant == tenant, table.c.idempotency_key == key)
+    return next(iter(_rows(connection, query, rows.Session)), None)
+
+
+def samplers_in(connection: Connection, session_id: str) -> list[str]:
+    """The ids of a session's samplers, in order."""
+    table = schema.samplers
+    query = select(table.c.sampler_id).where(table.c.session_id == session_id)
+    return list(connection.execute(query.order_by(table.c.sampling_seq_id)).scalars())
 
 
 class OpenJobs(NamedTuple):
