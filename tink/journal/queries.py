@@ -154,6 +154,16 @@ def model(connection: Connection, model_id: str) -> rows.Model | None:
     return next(iter(_rows(connection, query, rows.Model)), None)
 
 
+def models(connection: Connection, model_ids: Collection[str]) -> list[rows.Model]:
+    """Those of them that are the journal's."""
+    table = schema.models
+    batches = _batched(sorted(model_ids))
+    found = (
+        _rows(connection, select(table).where(table.c.model_id.in_(some)), rows.Model) for some in batches
+    )
+    return [row for part in found for row in part]
+
+
 def checkpoint(connection: Connection, checkpoint_id: str) -> rows.Checkpoint | None:
     query = select(schema.checkpoints).where(schema.checkpoints.c.checkpoint_id == checkpoint_id)
     return next(iter(_rows(connection, query, rows.Checkpoint)), None)
@@ -297,9 +307,25 @@ def snapshotted_in(connection: Connection, directories: Collection[str]) -> set[
 
 def loads(connection: Connection) -> list[Load]:
     """Every saved state that was ever loaded into a model."""
+    return _loads(connection)
+
+
+def loads_behind(connection: Connection, covers: Mapping[str, int]) -> list[Load]:
+    """Those into these models, and of each those behind an operation, if not more."""
+    table = schema.jobs
+    found: list[Load] = []
+    for some in _batched(sorted(covers)):
+        # By both columns of their own index: by the first alone SQLite takes another, with all jobs in it.
+        behind = table.c.op_no > min(covers[model] for model in some)
+        found += _loads(connection, table.c.model_id.in_(some), behind)
+    return found
+
+
+def _loads(connection: Connection, *which: ColumnElement[bool]) -> list[Load]:
     table = schema.jobs
     query = select(table.c.model_id, table.c.op_no, table.c.directory)
-    return [Load(*row) for row in connection.execute(query.where(schema.LOADS, table.c.state == "done"))]
+    query = query.where(schema.LOADS, table.c.state == "done", *which)
+    return [Load(*row) for row in connection.execute(query)]
 
 
 def last_requests(connection: Connection, samplers: list[str]) -> dict[str, float]:
