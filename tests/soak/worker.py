@@ -23,7 +23,7 @@ import trio
 from tests.soak import mutants
 from tests.soak.clients import Clients
 from tests.soak.servers import DirectEndpoint, Ports
-from tink.actors import retention
+from tink.actors import retention, router
 from tink.actors.router import Router
 from tink.actors.trainer_samples import TrainerSamples
 from tink.actors.worker import open_worker
@@ -113,10 +113,14 @@ def _url(port: int) -> str:
 
 
 def hurry(kept: float) -> None:
-    """Retention's own times become as short as what it keeps."""
-    retention.RETENTION_SECONDS = kept / 30
-    retention.EXPIRY_SECONDS = kept / 300
-    policy.LEAST_KEPT_SECONDS = kept / 30
+    """The worker's own times become as short as what it keeps."""
+    for module, name, seconds in (
+        (retention, "RETENTION_SECONDS", kept / 30),
+        (retention, "EXPIRY_SECONDS", kept / 300),
+        (policy, "LEAST_KEPT_SECONDS", kept / 30),
+        (router, "FORGET_SECONDS", kept / 30),
+    ):
+        setattr(module, name, seconds)
 
 
 async def serve(options: Options) -> None:
@@ -134,22 +138,22 @@ async def serve(options: Options) -> None:
     began = world.monotonic()
     async with Journal.open(home, world, version="soak", settings_digest="soak") as journal:
         tell(Opened(world.monotonic() - began))
-        async with open_worker(journal, find, settings(options), world) as router:
+        async with open_worker(journal, find, settings(options), world) as worker:
             if options.mutant is not None:
                 mutants.ALL[options.mutant](journal)
-            await work(options, journal, router, world)
+            await work(options, journal, worker, world)
 
 
-async def work(options: Options, journal: Journal, router: Router, world: Clock) -> None:
+async def work(options: Options, journal: Journal, worker: Router, world: Clock) -> None:
     ttl = max(5, round(options.kept))
-    clients = Clients(router.ask, world, seed=options.seed, at_once=options.at_once, ttl=ttl)
+    clients = Clients(worker.ask, world, seed=options.seed, at_once=options.at_once, ttl=ttl)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(clients.run)
         while line := await order(world):
             await clients.work(int(line))
-            tell(done(clients, journal, router))
+            tell(done(clients, journal, worker))
         clients.end()
-    tell(done(clients, journal, router))
+    tell(done(clients, journal, worker))
 
 
 async def order(world: Clock) -> str:
@@ -157,14 +161,14 @@ async def order(world: Clock) -> str:
         return await trio.to_thread.run_sync(sys.stdin.readline)
 
 
-def done(clients: Clients, journal: Journal, router: Router) -> Done:
+def done(clients: Clients, journal: Journal, worker: Router) -> Done:
     rows = {name: len(table) for name, table in journal.ledger.tables.items()}
     return Done(
         jobs=clients.jobs,
         sessions=clients.sessions,
         accepted=middle_and_tail(clients.accepted),
         ended=middle_and_tail(clients.ended),
-        rows=rows | {"lanes": len(router._lanes)},
+        rows=rows | {"lanes": len(worker._lanes)},
     )
 
 
