@@ -71,6 +71,8 @@ MAX_OPEN_JOBS = 20_000
 RECENT_JOBS = 4096
 # Of a training job: the lane waits for the number behind it, which a column of 64 bits has to hold.
 MAX_SEQ = 2**63 - 2
+# Between two looks for sessions, models and samplers in memory that nothing goes back to any more.
+FORGET_SECONDS = 60.0
 # How long a model's lane waits for a seq_id that never came while later ones are there: a client that is
 # cut off sends again for five minutes.
 SEQ_GAP_SECONDS = 330.0

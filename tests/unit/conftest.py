@@ -1,5 +1,5 @@
 """What works on one database works on the other: a test that asks for `on_database` runs on each, unless it
-is marked `on_files`."""
+is marked `on_files` or `on_postgres`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ DATABASES = ("sqlite", "postgresql")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if (
-        "on_database" in metafunc.fixturenames
-        and metafunc.definition.get_closest_marker("on_files") is None
-    ):
+    one = any(map(metafunc.definition.get_closest_marker, ("on_files", "on_postgres")))
+    if "on_database" in metafunc.fixturenames and not one:
         metafunc.parametrize("on_database", DATABASES, indirect=True)
 
 

@@ -142,7 +142,7 @@ FROM (
   FROM v_steps WHERE model_id = :model
 ) AS compared
 WHERE before IS NOT NULL
-ORDER BY abs(loss_per_token - before) DESC
+ORDER BY abs(loss_per_token - before) DESC NULLS LAST
 LIMIT 20
 """,
         (_MODEL,),

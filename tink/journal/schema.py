@@ -50,6 +50,19 @@ KEYED = text("key IS NOT NULL")
 KEYED_SAMPLES = text("key IS NOT NULL AND model_id IS NULL")
 # Of adapters, checkpoints and snapshots.
 LIVE = text("state = 'live'")
+# Of samplers and models that go on (domain/memory.py says the same of a ledger).
+SAMPLED = text(
+    "adapter_id IS NULL AND session_id IN (SELECT session_id FROM sessions WHERE state = 'open')"
+    " OR adapter_id IN (SELECT adapter_id FROM adapters WHERE state = 'live')"
+    " OR sampler_id IN (SELECT sampler_id FROM jobs WHERE state IN ('accepted', 'running'))"
+)
+TRAINED = text(
+    "state NOT IN ('failed', 'removed')"
+    " OR model_id IN (SELECT model_id FROM adapters WHERE state = 'live')"
+    " OR model_id IN (SELECT model_id FROM checkpoints WHERE state = 'live')"
+    " OR model_id IN (SELECT model_id FROM snapshots WHERE state = 'live')"
+    " OR model_id IN (SELECT model_id FROM jobs WHERE state IN ('accepted', 'running'))"
+)
 # What retention asks for.
 LOADS = text("op = 'load_weights'")
 DAMAGED = text("state = 'damaged'")

@@ -39,33 +39,36 @@ _FICKLE = [
 ]
 # The others change nothing; but these look elsewhere: at the server, at its settings, at any table.
 _ELSEWHERE = "^(pg_(?!typeof$)|txid_|fmgr_|current_setting$|(table|schema|database)_to_xml)"
-# In a parse tree as text, where what the user wrote has a backslash before each space.
-_FUNCTION = re.compile(r":(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)")
-_RELATION = re.compile(r":relid (\d+)")
+# In a parse tree as text: `:name number`, and lists of numbers. What the user wrote has a backslash before
+# each space there.
+_FIELD = re.compile(r":(\w+) (\d+)")
+_LIST = re.compile(r"\(o((?: \d+)+)\)")
+_FUNCTIONS = frozenset({"funcid", "opfuncid", "aggfnoid", "winfnoid"})
+# Numbers of nothing.
+_PLAIN = re.compile("typmod$|^(frameOptions|requiredPerms|checkAsUser|constvalue|location|stmt_\\w+)$")
+# Whatever has a smaller one was made with the server.
+_FIRST_OTHER = 16384
 
-# Whatever has a number below 16384 was made with the server: that a view stands on it is not noted, and so
-# is read in the parse tree. All else (also a type, a cast, an operator) is among the noted dependencies.
 _REFUSED = """
-WITH given AS (
-  SELECT %(functions)s::oid[] AS functions, %(relations)s::oid[] AS relations,
-         array(SELECT to_regclass(name)::oid FROM unnest(%(known)s::text[]) name) AS known
+WITH known AS (
+  SELECT c.oid, c.reltype, t.typarray FROM unnest(%(known)s::text[]) name
+  JOIN pg_class c ON c.oid = to_regclass(name) JOIN pg_type t ON t.oid = c.reltype
 )
-SELECT pg_describe_object('pg_proc'::regclass, p.oid, 0) FROM pg_proc p, given
-WHERE p.oid = ANY (functions) AND NOT (p.oid < 16384 AND CASE p.provolatile
-  WHEN 'i' THEN true WHEN 's' THEN p.proname !~ %(elsewhere)s ELSE p.proname = ANY (%(fickle)s) END)
+SELECT pg_describe_object('pg_proc'::regclass, oid, 0) FROM pg_proc
+WHERE oid = ANY (%(functions)s::oid[]) AND NOT (oid < %(first_other)s AND CASE provolatile
+  WHEN 'i' THEN true WHEN 's' THEN proname !~ %(elsewhere)s ELSE proname = ANY (%(fickle)s) END)
 UNION ALL
-SELECT pg_describe_object('pg_class'::regclass, c.oid, 0) FROM pg_class c, given
-WHERE c.oid = ANY (relations) AND NOT c.oid = ANY (array_remove(known, NULL))
+SELECT pg_describe_object('pg_class'::regclass, oid, 0) FROM pg_class
+WHERE oid = ANY (%(relations)s::oid[]) AND oid NOT IN (SELECT oid FROM known)
 UNION ALL
-SELECT pg_describe_object(d.refclassid, d.refobjid, 0) FROM pg_depend d, given
-WHERE d.classid = 'pg_rewrite'::regclass AND d.objid = ANY (%(rules)s::oid[]) AND d.deptype = 'n'
-  AND d.refobjid >= 16384
-  AND NOT (d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (array_remove(known, NULL)))
+SELECT coalesce('type ' || t.typname, 'object ' || other) FROM unnest(%(others)s::oid[]) other
+LEFT JOIN pg_type t ON t.oid = other
+WHERE other NOT IN (SELECT unnest(ARRAY[oid, reltype, typarray]) FROM known)
 LIMIT 1
 """
 # The views as well: what they stand on is run, too.
-_RULES = """
-SELECT oid, ev_action::text FROM pg_rewrite
+_TREES = """
+SELECT string_agg(ev_action::text, E'\\n') FROM pg_rewrite
 WHERE ev_class = 'pg_temp.tink_question'::regclass
    OR ev_class IN (SELECT to_regclass(name) FROM unnest(%(views)s::text[]) name)
 """
@@ -136,12 +139,14 @@ def _check(database: psycopg.Connection[Any], source: str) -> None:
     """UserError if what stands there would do more than read the journal. Whoever calls takes back what it
     has done: nothing was run."""
     _one_statement(database, f"CREATE TEMP VIEW tink_question AS SELECT 1 {source}")
-    rules = database.execute(_RULES, {"views": list(VIEWS)}).fetchall()
-    trees = "\n".join(tree for _, tree in rules)
+    ((trees,),) = database.execute(_TREES, {"views": list(VIEWS)}).fetchall()
+    fields = {(name, int(number)) for name, number in _FIELD.findall(trees) if not _PLAIN.search(name)}
+    lists = {int(number) for numbers in _LIST.findall(trees) for number in numbers.split()}
     given = {
-        "rules": [rule for rule, _ in rules],
-        "functions": [int(number) for number in set(_FUNCTION.findall(trees))],
-        "relations": [int(number) for number in set(_RELATION.findall(trees))],
+        "functions": [number for name, number in fields if name in _FUNCTIONS],
+        "relations": [number for name, number in fields if name == "relid"],
+        "others": [number for number in lists | {number for _, number in fields} if number >= _FIRST_OTHER],
+        "first_other": _FIRST_OTHER,
         "known": _RELATIONS,
         "fickle": _FICKLE,
         "elsewhere": _ELSEWHERE,

@@ -7,11 +7,14 @@ import re
 
 from sqlalchemy import Connection, text
 
-# What databases say differently. UTC[x]: seconds since the epoch as text; STRINGS[x]: all of a group, with
-# a space between them.
+# What databases say differently. UTC[x]: seconds since the epoch as text. PostgreSQL rounds to milliseconds
+# here as SQLite does, which counts them from another day and loses some digits. STRINGS[x]: all of a group,
+# with a space between them.
 _UTC = {
     "sqlite": "strftime('%Y-%m-%dT%H:%M:%fZ', {}, 'unixepoch')",
-    "postgresql": "to_char(to_timestamp({}) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')",
+    "postgresql": "to_char(to_timestamp((floor({} * 1000 + 210866760000000 + 0.5) - 210866760000000) "
+    "/ 1000) AT TIME ZONE 'UTC', "
+    '\'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"\')',
 }
 _STRINGS = {"sqlite": "group_concat({}, ' ')", "postgresql": "string_agg({}, ' ')"}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 
 import pytest
 
+from tests.unit.journal.journal_kit import written
 from tink.cli import journal as command
 
 
@@ -19,9 +19,10 @@ def test_days_that_are_none_are_refused(tink, home, days):
 
 def test_of_a_journal_that_is_wrong_everywhere_only_some_is_named(tink, home, monkeypatch):
     monkeypatch.setattr(command, "SHOWN_PROBLEMS", 3)
-    with sqlite3.connect(home.journal) as database:
-        (events,) = database.execute("SELECT count(*) FROM events").fetchone()
-        database.execute("UPDATE events SET hash = NULL")
+    with written(home) as connection:
+        events = connection.exec_driver_sql("SELECT count(*) FROM events").scalar_one()
+        connection.exec_driver_sql("UPDATE events SET hash = NULL")
+        connection.commit()
     code, out, _ = tink("journal", "verify", "--home", home.root)
     assert code == 1
     assert [line.split(" is not")[0] for line in out.splitlines()] == [

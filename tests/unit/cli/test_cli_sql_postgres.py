@@ -1,5 +1,5 @@
-"""`tink sql` on PostgreSQL, as the role that owns all of the server, beside a worker that writes: whatever is
-asked, nothing happens but an answer."""
+"""`tink sql` on PostgreSQL, as the role that owns all of the server and beside a worker that writes:
+whatever is asked, nothing happens but an answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ CREATE FUNCTION liar(a INT DEFAULT 1) RETURNS INT LANGUAGE plpgsql IMMUTABLE AS 
 CREATE FUNCTION liar_text(a INT) RETURNS TEXT LANGUAGE sql IMMUTABLE AS $$ SELECT liar(a)::text $$;
 CREATE FUNCTION liars(a INT, b INT) RETURNS INT LANGUAGE sql IMMUTABLE AS $$ SELECT liar(a) $$;
 CREATE AGGREGATE lying_sum(INT) (sfunc = liars, stype = INT, initcond = '0');
-CREATE OPERATOR ~~~ (leftarg = INT, rightarg = INT, function = liars);
+CREATE FUNCTION lies(a INT, b INT) RETURNS BOOL LANGUAGE sql IMMUTABLE AS $$ SELECT liar(a) = 1 $$;
+CREATE OPERATOR ~~~ (leftarg = INT, rightarg = INT, function = lies);
 CREATE DOMAIN lie AS INT CHECK (liar(value) = 1);
 CREATE TYPE mood AS ENUM ('well');
 CREATE FUNCTION lying_cast(mood) RETURNS INT LANGUAGE sql IMMUTABLE AS $$ SELECT liar() $$;
@@ -47,8 +48,7 @@ def home(postgres, tmp_path_factory):
     """For all tests here: none may change it, which each of them shows."""
     with journal_kit.on_postgres(postgres):
         made = journal_kit.copy_of(write, tmp_path_factory.mktemp("attacked") / "home")
-        for statement in OTHERS.split(";\n"):
-            postgres.execute(statement, made.database_url.rpartition("/")[2])
+        postgres.execute(OTHERS, _name(made))
         yield made
 
 
@@ -59,48 +59,52 @@ def worker(home):
         yield connection
 
 
+# Of the server, beside the rows of each table.
+KEPT = (
+    "SELECT count(*), max(oid) FROM pg_class WHERE relpersistence <> 't'",
+    "SELECT count(*) FROM pg_proc",
+    "SELECT rolname, rolpassword FROM pg_authid ORDER BY 1",
+    "SELECT count(*) FROM pg_db_role_setting",
+    "SELECT count(*) FROM pg_largeobject_metadata",
+    "SELECT count(*) FROM pg_replication_slots",
+    "SELECT last_value, is_called FROM numbers",
+    "SELECT name, setting FROM pg_settings WHERE context <> 'internal' ORDER BY 1",
+    "SELECT pg_ls_dir('.') ORDER BY 1",
+    "SELECT l.objid, l.mode, a.pid, a.backend_start "
+    "FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid WHERE l.locktype = 'advisory'",
+)
+TABLES = (
+    "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+)
+ROWS = "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM {} t"
+
+
+@pytest.fixture(scope="module")
+def looker(postgres, home):
+    """Sees all, and hears what is notified."""
+    with psycopg.connect(
+        host="127.0.0.1",
+        port=postgres.port,
+        user=postgres_kit.SUPERUSER,
+        dbname=_name(home),
+        autocommit=True,
+    ) as connection:
+        connection.execute("LISTEN heard")
+        yield connection
+
+
 @pytest.fixture
-def unharmed(postgres, home, worker):
-    """Compares the server before and after."""
-    name = home.database_url.rpartition("/")[2]
+def unharmed(home, worker, looker):
+    """Compares the server before and after, and the worker is still there."""
 
     def look():
-        found = {
-            table: postgres.execute(
-                f"SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM {table} t", name
-            )
-            for (table,) in postgres.execute(
-                "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' AND relnamespace = "
-                "'public'::regnamespace",
-                name,
-            )
-        }
-        for what in (
-            "SELECT count(*), max(oid) FROM pg_class WHERE relpersistence <> 't'",
-            "SELECT count(*) FROM pg_proc",
-            "SELECT rolname, rolpassword FROM pg_authid ORDER BY 1",
-            "SELECT count(*) FROM pg_db_role_setting",
-            "SELECT count(*) FROM pg_largeobject_metadata",
-            "SELECT last_value, is_called FROM numbers",
-            "SELECT slot_name FROM pg_replication_slots",
-            "SELECT pid, objid, mode FROM pg_locks WHERE locktype = 'advisory'",
-            "SELECT a.pid, a.backend_start FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
-            "WHERE l.locktype = 'advisory'",
-            "SELECT name, setting FROM pg_settings WHERE context <> 'internal' ORDER BY 1",
-            "SELECT pg_ls_dir('.') ORDER BY 1",
-        ):
-            found[what] = postgres.execute(what, name)
-        return found
+        tables = [ROWS.format(name) for (name,) in looker.execute(TABLES)]
+        return {what: looker.execute(what).fetchall() for what in (*KEPT, *tables)}
 
-    listener = psycopg.connect(
-        host="127.0.0.1", port=postgres.port, user=postgres_kit.SUPERUSER, dbname=name, autocommit=True
-    )
-    with listener:
-        listener.execute("LISTEN heard")
-        before = look()
-        yield
-        assert look() == before
-        assert list(listener.notifies(timeout=0)) == []
+    before = look()
+    yield
+    assert look() == before
+    assert list(looker.notifies(timeout=0)) == []
     with worker.begin():
         assert worker.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() == _pid(home)
 
@@ -214,6 +218,8 @@ ATTACKS = {
     "an operator of many": "SELECT 1 OPERATOR(public.~~~) ANY ('{{1}}'::int[])",
     "a domain": "SELECT 1::lie",
     "a domain in JSON": "SELECT JSON_VALUE('1', '$' RETURNING lie)",
+    "a type in JSON": "SELECT JSON_QUERY('[1]', '$' RETURNING mood)",
+    "a type in an array": "SELECT '{{well}}'::mood[]",
     "a domain in a record": "SELECT * FROM json_to_record('{{\"a\": 1}}') AS r(a lie)",
     "a type": "SELECT 'well'::mood",
     "a cast": "SELECT ('well'::mood)::int",
@@ -237,7 +243,7 @@ def test_what_does_more_than_read_is_refused_in_one_line(tink, home, unharmed, n
     code, out, err = _sql(tink, home, ATTACKS[name].format(pid=_pid(home)))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
-    assert "only reading is allowed here" in err or "PostgreSQL says" in err
+    assert "only reading is allowed here" in err
     assert time.monotonic() - began < 20
 
 
@@ -369,16 +375,19 @@ def test_ctrl_c_ends_it_on_the_server_too(tink, home, postgres, unharmed):
 def _active(postgres, home):
     """The questions that the server works on."""
     return postgres.execute(
-        "SELECT query FROM pg_stat_activity WHERE application_name = 'tink reads the journal' "
-        f"AND state = 'active' AND query LIKE '%FROM n%' AND datname = '{home.database_url.rpartition('/')[2]}' "
-        "OR state = 'active' AND query LIKE 'SELECT *%generate_series(1, 1000000000000)%'"
+        "SELECT query FROM pg_stat_activity WHERE application_name = 'tink reads the journal' AND "
+        f"state = 'active' AND query LIKE 'SELECT * FROM (%' AND datname = '{_name(home)}'"
     )
+
+
+def _name(home):
+    return home.database_url.rpartition("/")[2]
 
 
 @pytest.fixture
 def role(postgres, home):
     """May read, and no more than that."""
-    name, place = f"reader_{uuid.uuid4().hex}", home.database_url.rpartition("/")[2]
+    name, place = f"reader_{uuid.uuid4().hex}", _name(home)
     postgres.execute(f"CREATE ROLE {name} LOGIN")
     postgres.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {name}", place)
     yield name
@@ -390,7 +399,7 @@ def role(postgres, home):
 def test_a_role_that_may_only_read_can_ask(tink, home, postgres, role, monkeypatch):
     monkeypatch.setenv("TINK_DATABASE_URL", home.database_url.replace("postgres@", f"{role}@"))
     assert _sql(tink, home, "SELECT count(*) AS n FROM jobs") == (0, "n\n5\n", "")
-    place = home.database_url.rpartition("/")[2]
+    place = _name(home)
     postgres.execute(f"REVOKE TEMPORARY ON DATABASE {place} FROM PUBLIC")
     code, _, err = _sql(tink, home, "SELECT count(*) FROM jobs")
     assert code == 2
@@ -414,7 +423,7 @@ def test_a_replica_says_whom_to_ask(tink, tmp_path, monkeypatch):
         home = Home(tmp_path / "home", server.create_database())
         home.make()
         prepare(home)
-        monkeypatch.setenv("TINK_DATABASE_URL", replica.url(home.database_url.rpartition("/")[2]))
+        monkeypatch.setenv("TINK_DATABASE_URL", replica.url(_name(home)))
         code, out, err = _sql(tink, home, "SELECT 1")
     assert (code, out) == (2, "")
     assert err == (

@@ -12,14 +12,13 @@ import trio
 from sqlalchemy import Connection
 
 from tests.unit.journal.hot import Asked, hot
-from tests.unit.journal.journal_kit import new_home, opened
+from tests.unit.journal.journal_kit import copy_of, opened, written
 from tink.audit.questions import QUESTIONS
 from tink.domain import events
 from tink.domain.events import AnyEvent, Subject
 from tink.home import Home
 from tink.journal import views
 from tink.journal.reader import open_journal
-from tink.journal.sqlite import writer_engine
 
 SESSION, MODEL, CHILD, SAMPLER = "s", "s:train:0", "s:train:1", "s:sample:0"
 SHAPE: dict[str, Any] = {
@@ -124,10 +123,8 @@ def _trainer(incarnation: str) -> AnyEvent:
     )
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def _write(made: Home) -> None:
     """Two workers: the first one crashed."""
-    made = new_home(tmp_path_factory.mktemp("views"))
 
     async def live() -> None:
         with pytest.RaisesGroup(RuntimeError, flatten_subgroups=True, allow_unwrapped=True):
@@ -143,7 +140,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
                 await journal.append(entry)
 
     trio.run(live)
-    return made
+
+
+@pytest.fixture
+def home(on_database: str, tmp_path: Path) -> Home:
+    return copy_of(_write, tmp_path / "home")
 
 
 @pytest.fixture
@@ -257,15 +258,10 @@ def test_no_step_is_double_or_missing_until_one_is(asked: Connection) -> None:
         "UPDATE jobs SET step = NULL WHERE job_id = 's:train:0:1'",
     ],
 )
-def test_a_step_that_is_double_or_missing_is_told(home: Home, tmp_path: Path, change: str) -> None:
-    copy = Home(tmp_path)
-    copy.make()
-    copy.journal.write_bytes(home.journal.read_bytes())
-    engine = writer_engine(copy.journal)
-    with engine.begin() as connection:
+def test_a_step_that_is_double_or_missing_is_told(home: Home, change: str) -> None:
+    with written(home) as connection:
         connection.exec_driver_sql(change)
         assert [row["model_id"] for row in _answer(connection, "steps")] == [MODEL]
-    engine.dispose()
 
 
 @pytest.mark.parametrize("name", ["slow-jobs", "lost-time", "samples", "usage"])
@@ -287,6 +283,7 @@ HOT = hot(Asked())
 LONG = re.compile(r"SCAN (events|jobs|e|p|b|j|l|x|f|loaded|load|samplers|checkpoints|c|adapters|a)\b")
 
 
+@pytest.mark.on_files  # of PostgreSQL: test_postgres_plans.py
 @pytest.mark.parametrize("name", HOT)
 def test_no_hot_question_goes_through_a_long_table(asked: Connection, name: str) -> None:
     plan = [row[3] for row in asked.exec_driver_sql(f"EXPLAIN QUERY PLAN {HOT[name]}")]
@@ -305,6 +302,7 @@ def _is_partial(line: str) -> bool:
     return "COVERING INDEX ix_jobs_model_id_step" in line or any(f"INDEX {name}" in line for name in few)
 
 
+@pytest.mark.on_files
 def test_the_views_have_the_same_names_and_columns_on_every_database() -> None:
     sqlite, postgresql = views.definitions("sqlite"), views.definitions("postgresql")
     assert list(sqlite) == list(postgresql) == list(views.VIEWS)
