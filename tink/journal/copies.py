@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, insert, select
 
 from tink.domain.events import Record, Subject
-from tink.domain.ledger import fold
+from tink.domain.ledger import Ledger, fold
+from tink.domain.projection import project
 from tink.errors import UNREADABLE, JournalUnavailable, StartupError
 from tink.journal import chain, schema, store
 from tink.journal.bodies import Stored, oldest
@@ -43,17 +44,29 @@ def sizes(journal: Connection, bodies: Connection) -> tuple[int, int]:
 
 
 def copy_events(source: Connection, target: Connection, into: Database, advance: Advance) -> None:
-    """StartupError for a damaged event, JournalUnavailable if `into` cannot be written."""
+    """StartupError for a damaged event, JournalUnavailable if `into` cannot be written. The tables get each
+    row as it is in the end: to write it with each event again takes three times as long."""
+    rows = Ledger()
+    failed = f"{into.place} cannot be written"
     for batch in _batches(store.raw_events(source)):
         try:
-            with database_errors(f"{into.place} cannot be written"):
-                store.put(target, batch)
-                _settle(target)
+            for event in batch:
+                rows.apply(project(store.decoded(event)))
         except (LookupError, *UNREADABLE) as error:
             raise StartupError(f"what is to be copied is damaged: {error}") from error
+        try:
+            with database_errors(failed):
+                target.execute(insert(schema.events), batch)
+                _settle(target)
         except JournalUnavailable as error:
             raise JournalUnavailable(f"{error}{_nul(batch) if into.contended else ''}") from error
         advance(len(batch))
+    for table in schema.metadata.sorted_tables:
+        for some in _batches(map(msgspec.structs.asdict, rows.tables.get(table.name, {}).values())):
+            with database_errors(failed):
+                target.execute(insert(table), some)
+                _settle(target)
+            advance(0)
 
 
 def verify_events(target: Connection, into: Database, expected: chain.Head, advance: Advance) -> None:
