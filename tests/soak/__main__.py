@@ -40,9 +40,9 @@ from tests.soak.worker import Options
 from tink.home import Home
 from tink.logs import write_line
 
-TENTHS = 10
-# Of all jobs: those before the first tenth, and of a new worker before it is compared; and those of a turn.
-WARM_UP, TURN = 1 / 20, 1 / 200
+TENTHS, TURNS = 10, 200
+# What a worker keeps has been replaced so often before anything is measured.
+WARM_UPS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,16 +83,17 @@ def run(chosen: argparse.Namespace) -> Iterator[Figure]:
             mutant=chosen.mutant,
         )
         with worker(options, http=chosen.http) as running:
-            tenths = soak(running, chosen.jobs)
+            warm_up(running, chosen)
+            tenths = soak(running, chosen.jobs // TENTHS)
             yield from report.over_time(tenths)
             fresh = msgspec.structs.replace(options, home=str(new), seed=chosen.seed + 1, mutant=None)
             with worker(fresh, http=chosen.http) as other:
-                other.work(int(chosen.jobs * WARM_UP))
+                warm_up(other, chosen)
                 turns = [
-                    in_turn(number, running, other, int(chosen.jobs * TURN))
-                    for number in range(chosen.rounds)
+                    in_turn(number, running, other, chosen.jobs // TURNS) for number in range(chosen.rounds)
                 ]
-            yield from report.in_turn(*zip(*turns, strict=True))
+            if turns:
+                yield from report.in_turn(*zip(*turns, strict=True))
             done = running.end()
         yield Figure("jobs", done.jobs, "jobs")
         yield Figure("sessions", done.sessions, "sessions")
@@ -101,12 +102,17 @@ def run(chosen: argparse.Namespace) -> Iterator[Figure]:
         yield Figure("problems", problems(Home(old)), "problems")
 
 
+def warm_up(running: SoakWorker, chosen: argparse.Namespace) -> None:
+    seconds = 0.0
+    while seconds < WARM_UPS * chosen.kept:
+        seconds += running.work(chosen.jobs // TURNS).seconds
+
+
 def soak(running: SoakWorker, jobs: int) -> list[Turn]:
-    """The tenths."""
-    running.work(int(jobs * WARM_UP))
+    """The tenths, each of so many jobs."""
     tenths = []
     for number in range(1, TENTHS + 1):
-        tenths.append(turn := running.work(int(jobs * (1 - WARM_UP) / TENTHS)))
+        tenths.append(turn := running.work(jobs))
         rows = {name: count for name, count in turn.done.rows.items() if count}
         write_line(f"{number}/{TENTHS}: {turn.jobs / turn.seconds:.0f} jobs/s, {rows}, {turn.looks[-1]}")
     return tenths

@@ -13,8 +13,10 @@ RESTART_SECONDS = 3.0
 # What may not be more than at the beginning, or than a new worker's, by more than a tolerance.
 FLAT = (
     *("accepted_p50_in_turn", "accepted_p99_in_turn", "ended_p50_in_turn", "ended_p99_in_turn"),
-    *("cpu_in_turn", "rss", "handles", "rows", "journal", "bodies", "directories"),
+    *("cpu_in_turn", "rss", "handles", "journal"),
 )
+# What comes and goes, as fast as the machine is just then: it is bounded if it is never twice as much.
+BOUNDED, TWICE = ("rows", "bodies", "directories"), 2.0
 # And what may not be more than that at all.
 MOST = {"lost": 0.0, "doubled": 0.0, "problems": 0.0, "open": RESTART_SECONDS, "serve": RESTART_SECONDS}
 
@@ -26,7 +28,6 @@ def over_time(tenths: Sequence[Turn]) -> Iterator[Figure]:
     yield from _times([tenths[-1]], [tenths[0]])
     yield _most(tenths, "rss", "MB")
     yield _most(tenths, "handles", "files")
-    # They come and go by the hundred: three looks tell more than one.
     last, first = (
         median(sum(turn.done.rows.values()) for turn in some) for some in (tenths[-3:], tenths[:3])
     )
@@ -47,9 +48,10 @@ def in_turn(old: Sequence[Turn], new: Sequence[Turn]) -> Iterator[Figure]:
 def broken(figures: Sequence[Figure], tolerance: float) -> Iterator[str]:
     """The promises that these figures break, a line each."""
     for figure in figures:
-        if figure.name in FLAT:
+        if figure.name in (*FLAT, *BOUNDED):
             assert figure.baseline is not None
-            if not figure.value <= figure.baseline * (1 + tolerance):
+            bound = TWICE if figure.name in BOUNDED else 1 + tolerance
+            if not figure.value <= figure.baseline * bound:
                 yield f"{figure.name} has grown: {figure}"
         elif not figure.value <= MOST.get(figure.name, figure.value):
             yield f"{figure.name} is over {MOST[figure.name]:g}: {figure}"
