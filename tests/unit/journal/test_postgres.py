@@ -186,7 +186,16 @@ async def test_what_no_text_of_postgresql_can_hold_is_replaced_and_stops_nothing
         row = journal.ledger.sessions[("s1",)]
         assert row.display_name == "a\N{REPLACEMENT CHARACTER}b"
         assert row.user_metadata == {"k\N{REPLACEMENT CHARACTER}": ["\\u0000", "\N{REPLACEMENT CHARACTER}"]}
-    assert stored_sessions(home) == {"s1"}
+        await journal.append(session(2, user_metadata={"a": [1e22, 5.2e16, 1e-30, -0.5, 2.0]}))
+        told = journal.ledger.sessions[("s2",)].user_metadata
+        assert told == {"a": [10**22, 5.2e16, 1e-30, -0.5, 2]}
+    assert stored_sessions(home) == {"s1", "s2"}
+    async with opened(home) as journal:
+        assert (
+            journal.ledger.sessions[("s2",)].user_metadata
+            == told
+            == {"a": [10**22, 5.2e16, 1e-30, -0.5, 2]}
+        )
 
 
 def test_a_statement_that_waits_for_a_lock_ends_and_says_so(
