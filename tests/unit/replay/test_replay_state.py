@@ -15,17 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.journal.histories import Entry, histories
-from tests.unit.journal.journal_kit import new_home
+from tests.unit.journal.journal_kit import new_home, written
 from tink.domain import events, rows
 from tink.domain.events import IncarnationStarted, JobFailed, Record, SessionCreated, SessionMoved, Subject
 from tink.domain.ledger import Difference, Ledger, fold
 from tink.errors import NotFound, UserError
 from tink.journal import chain, schema, store
 from tink.journal.recording import Recording, open_recording
-from tink.journal.sqlite import writer_engine
 from tink.replay import state
 from tink.replay.state import Scope
 from tink.replay.steps import Breakpoint, Walk, parse_breakpoint
+
+pytestmark = pytest.mark.usefixtures("on_database")
 
 # In memory where there is such a folder: syncs to a disk are what takes the time here.
 FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -46,10 +47,8 @@ def _recorded(records: list[Record]) -> Iterator[Recording]:
     """As a worker leaves them."""
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         home = new_home(Path(folder))
-        engine = writer_engine(home.journal)
-        with engine.begin() as connection:
+        with written(home) as connection, connection.begin():
             store.write(connection, records, chain.START)
-        engine.dispose()
         with open_recording(home) as recording:
             yield recording
 
