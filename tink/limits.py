@@ -71,6 +71,8 @@ MAX_OPEN_JOBS = 20_000
 RECENT_JOBS = 4096
 # Of a training job: the lane waits for the number behind it, which a column of 64 bits has to hold.
 MAX_SEQ = 2**63 - 2
+# Between two looks for sessions, models and samplers in memory that nothing goes back to any more.
+FORGET_SECONDS = 60.0
 # How long a model's lane waits for a seq_id that never came while later ones are there: a client that is
 # cut off sends again for five minutes.
 SEQ_GAP_SECONDS = 330.0
@@ -98,6 +100,13 @@ READ_ROWS = 200
 SHOWN_PROBLEMS = 100
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
+
+# Events that `tink db move` copies in one go.
+COPY_EVENTS = 2_000
+# Pages of a file that `tink db backup` copies in one go: a megabyte or so. And how often it looks for a
+# moment at which no body was being deleted.
+BACKUP_PAGES = 256
+BACKUP_TRIES = 5
 
 # -- tink sql --------------------------------------------------------------------------------------
 

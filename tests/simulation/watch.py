@@ -23,6 +23,7 @@ from tink.domain.events import Record
 from tink.domain.ledger import Ledger
 from tink.domain.projection import Key
 from tink.domain.requests import MUTATING
+from tink.domain.retention import ENDED
 from tink.errors import TinkError
 from tink.home import Home
 from tink.journal.journal import Journal
@@ -146,10 +147,24 @@ class Watch:
         for table, key in self._touched:
             ours, theirs = (ledger.tables[table].get(key) for ledger in (self.ledger, self._worker.ledger))
             assert ours is not None, "what was touched is there"
-            if theirs is not None or (table in PRESENT and not ours.ended):
+            if theirs is not None or (
+                table in PRESENT and not ours.ended and not self._may_be_forgotten(ours)
+            ):
                 require(
                     not ours.ended and ours == theirs, f"J6: {ours} in the journal is {theirs} in memory"
                 )
+
+    def _may_be_forgotten(self, row: rows.Row) -> bool:
+        match row:
+            case rows.Session():
+                return row.state == "finished"
+            case rows.Model():
+                return row.state in ENDED
+            case rows.Sampler(adapter_id=None):
+                return self.ledger.sessions[(row.session_id,)].state == "finished"
+            case rows.Sampler():
+                return self.ledger.adapters[(row.adapter_id,)].ended
+        return False
 
     def _check_wholes(self, records: list[Record]) -> None:
         """The events of one job's end are there together."""

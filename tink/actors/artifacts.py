@@ -3,6 +3,7 @@ all; the worker takes them away, whole or not at all, and never one that somebod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -72,6 +73,19 @@ class ArtifactFolder:
     def used(self) -> set[str]:
         return set(self._used)
 
+    async def models(self) -> list[str]:
+        """The models that have a folder, whosever they are."""
+
+        def look() -> list[str]:
+            return [
+                ids.model_id(session, int(number))
+                for session in _names(self.root)
+                for number in _names(self.root / session)
+                if number.isdecimal()
+            ]
+
+        return await self._world.run_sync(look)
+
     async def published(self, models: Collection[rows.Model]) -> list[str]:
         """The directories that operations of these models have made. Nothing else in the folder, which
         others may use too, is anybody's business: nor what has a number that a model has not come to, for
@@ -127,6 +141,16 @@ class ArtifactFolder:
             return await self._world.run_sync(_remove, self.root / directory, removed)
         finally:
             self._going.discard(directory)
+
+    async def remove_empty(self, folders: Collection[str]) -> None:
+        """Those of them in which there is nothing."""
+
+        def remove() -> None:
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    (self.root / folder).rmdir()
+
+        await self._world.run_sync(remove)
 
     async def unfinished(self, dead: Collection[str]) -> list[str]:
         """What is left under the scratch folder of removals that were cut short, of forks that nobody has

@@ -67,9 +67,9 @@ class Catalogue:
                 subject = Subject(tenant=ask.tenant, session_id=session.session_id)
                 return await self._journal.append((subject, SessionMoved(project_id=ask.project_id)))
             case messages.GetSession():
-                return self._session_view(ask)
+                return await self._session_view(ask)
             case messages.ListSessions():
-                return _newest_first(_mine(self._ledger.sessions, ask.tenant))
+                return await self._journal.read(partial(queries.sessions, tenant=ask.tenant))
             case messages.ReportClientFailure():
                 if ask.session_id is not None:
                     self.session(ask.tenant, ask.session_id)
@@ -116,11 +116,9 @@ class Catalogue:
         return _owned(self._ledger.sessions, tenant, session_id, "session")
 
     async def _create_session(self, ask: messages.CreateSession) -> messages.Created:
-        if (known := self._session_of_key(ask)) is not None:
-            return known
         async with self._journal.naming:
-            if (known := self._session_of_key(ask)) is not None:
-                return known
+            if (known := await self._session_of_key(ask)) is not None:
+                return messages.Created(known.session_id)
             session_id = self._world.new_id()
             created = SessionCreated(
                 tags=ask.tags,
@@ -133,11 +131,15 @@ class Catalogue:
             await self._journal.append((Subject(tenant=ask.tenant, session_id=session_id), created))
             return messages.Created(session_id)
 
-    def _session_of_key(self, ask: messages.CreateSession) -> messages.Created | None:
-        if ask.idempotency_key is None:
+    async def _session_of_key(self, ask: messages.CreateSession) -> rows.Session | None:
+        """In memory, or forgotten."""
+        tenant, key = ask.tenant, ask.idempotency_key
+        if key is None:
             return None
-        session = self._ledger.session_of(ask.tenant, ask.idempotency_key)
-        return None if session is None else messages.Created(session.session_id)
+        known = self._ledger.session_of(tenant, key)
+        if known is not None:
+            return known
+        return await self._journal.read(partial(queries.session_of_key, tenant=tenant, key=key))
 
     async def _finish_session(self, ask: messages.FinishSession) -> None:
         async with self._journal.naming:
@@ -151,14 +153,14 @@ class Catalogue:
                 finished = SessionFinished(reason=ask.reason, detail=ask.detail)
                 await self._journal.append((subject, finished))
 
-    def _session_view(self, ask: messages.GetSession) -> messages.SessionView:
+    async def _session_view(self, ask: messages.GetSession) -> messages.SessionView:
         session = self.session(ask.tenant, ask.session_id)
         models = [m for m in _mine(self._ledger.models, ask.tenant) if m.state == "live"]
-        samplers = _mine(self._ledger.samplers, ask.tenant)
+        samplers = partial(queries.samplers_in, session_id=session.session_id)
         return messages.SessionView(
             row=session,
             model_ids=[m.model_id for m in models if m.session_id == session.session_id],
-            sampler_ids=[s.sampler_id for s in samplers if s.session_id == session.session_id],
+            sampler_ids=await self._journal.read(samplers),
         )
 
     # -- models and samplers ------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class Catalogue:
         if (sampler_id,) in samplers:
             return messages.Created(sampler_id)
         base = await self._backends.base()
-        async with self._journal.naming:
+        async with self._journal.naming, self._journal.recalled([("samplers", sampler_id)]):
             if (sampler_id,) in samplers:
                 return messages.Created(sampler_id)
             adapter_id = None

@@ -92,18 +92,22 @@ class MegatronActor:
         await self._settle(job_id)
         if job.state == "done" and job.op in MUTATING:
             await self._snapshots.consider(self._link.present, job)
+        elif job.state == "done" and job.op == "unload_model":
+            self._snapshots.forget(str(job.model_id))
         await self._release(job_id)
 
     async def _run_to_its_end(self, job: rows.Job) -> None:
         # Two who want one address or one sampler number: whoever commits first has it.
         names = job.op.startswith("save_weights")
-        end = await self._outcome(job)
-        async with self._journal.naming if names else nullcontext():
-            try:
-                entries = end()
-            except UserError as error:
-                entries = [self._failed(job, error.category, str(error))]
-            await self._append(entries)
+        accepted = await self._journal.acceptance(job)
+        async with self._journal.recalled(plans.named(job, accepted.request)):
+            end = await self._outcome(job)
+            async with self._journal.naming if names else nullcontext():
+                try:
+                    entries = end()
+                except UserError as error:
+                    entries = [self._failed(job, error.category, str(error))]
+                await self._append(entries)
 
     async def _append(self, entries: list[Entry]) -> None:
         """Shielded: whoever takes the job up again must know whether it has ended."""
@@ -231,7 +235,10 @@ class MegatronActor:
                         await self._redo.bring_up(life, model_id, op_no - 1)
                     with self._ahead.time():
                         reply = await self._call(life, life.request(job, op_no, plan.op), shipped)
-                    life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
+                    if isinstance(plan.op, tink_train.RemoveModel):
+                        life.applied.pop(model_id, None)
+                    else:
+                        life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
                     return reply
             except TrainerGone as error:
                 log.warning("training call lost", job=job.job_id, reason=str(error))

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
-from tink.actors.retention import Gone, Retention
+from tink.actors.retention import Gone, Retention, forgotten
 from tink.domain import rows
 from tink.domain.events import Entry, Record
 from tink.domain.projection import project
@@ -55,7 +55,9 @@ async def rehearse(
     folder = _Untouched(artifacts, world)
     with open_journal(home) as journal:
         # Before the journal is asked who needs them: what is published meanwhile is not among them.
-        folder.there = await folder.published(store.read_present(journal).models.values())
+        present = store.read_present(journal)
+        others = queries.models(journal, await forgotten(folder, present))
+        folder.there = await folder.published([*present.models.values(), *others])
     gone: list[Gone] = []
     with open_recording(home) as recording:
         servers = Placed.of(recording.journal)
@@ -106,6 +108,9 @@ class _Untouched(ArtifactFolder):
 
     async def published(self, models: Collection[rows.Model]) -> list[str]:
         return await super().published(models) if self.there is None else self.there
+
+    async def remove_empty(self, folders: Collection[str]) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def remove(self, directory: str) -> bool:
         await trio.lowlevel.checkpoint()

@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from tink import crash
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
-from tink.domain import retention, rows
+from tink.domain import ids, retention, rows
 from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Entry, Subject
 from tink.domain.ledger import Ledger
 from tink.domain.retention import Cutoffs, Kept
@@ -225,11 +225,14 @@ class Retention:
         ledger, read = self._journal.ledger, self._journal.read
         if self._servers is not None:
             await self._servers.let_go()
-        there = await self._folder.published(list(ledger.models.values()))
+        others = await forgotten(self._folder, ledger)
+        models = [*ledger.models.values(), *await read(partial(queries.models, model_ids=others))]
+        there = await self._folder.published(models)
         in_use = self._folder.used | (set() if self._servers is None else self._servers.directories)
         kept = retention.directories_kept(ledger)
         sampled = retention.sampled(ledger)
-        kept |= retention.loads_needed(await read(queries.loads), retention.covered(ledger))
+        loads = await read(partial(queries.loads_behind, covers=retention.covered(ledger)))
+        kept |= retention.loads_needed(loads, retention.covered(ledger))
         # Of a version that was deleted just when its sampler was asked again.
         kept.update(await read(partial(queries.adapter_directories, adapters=sampled)))
         kept.update(await read(partial(queries.damaged_snapshots, since=self._cutoffs().damaged)))
@@ -240,6 +243,10 @@ class Retention:
             if await self._folder.remove(directory):
                 self._tell(found)
                 log.info("directory removed", directory=directory, bytes=found.size)
+        # Nothing is written any more where these are.
+        ended = {ids.model_directory(model.model_id) for model in models if model.state in retention.ENDED}
+        sessions = {model.session_id for model in models if (model.session_id,) not in ledger.sessions}
+        await self._folder.remove_empty([*ended, *sessions])
         # The last one that answered may live; one that has not answered yet has written nothing.
         trainers = await read(queries.trainers)
         for name in await self._folder.unfinished(set(trainers) - set(trainers[-1:])):
@@ -255,3 +262,8 @@ class Retention:
         runs makes nothing old."""
         wall, monotonic = self._began
         return min(self._world.now(), wall + self._world.monotonic() - monotonic)
+
+
+async def forgotten(folder: ArtifactFolder, ledger: Ledger) -> list[str]:
+    """Models that are not in memory, and have a folder yet; or that are other workers'."""
+    return [model for model in await folder.models() if (model,) not in ledger.models]

@@ -9,7 +9,7 @@ So no two questions are half decided at the same time, and their commits still g
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,15 +23,17 @@ from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
 from tink.actors.mailbox import Mailbox, Reply
 from tink.actors.outcomes import Outcomes
-from tink.domain import ids, keys, messages, rows
+from tink.domain import ids, keys, memory, messages, rows
 from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
 from tink.domain.lane import Lane
+from tink.domain.memory import RowId
 from tink.domain.requests import DATA_OPS
 from tink.errors import NotFound, Overloaded, TooLarge, UserError
 from tink.journal import queries
 from tink.journal.journal import Journal
 from tink.limits import (
     AHEAD_JOBS_PER_SLOT,
+    FORGET_SECONDS,
     GAP_LOOKS,
     MAILBOX,
     MAX_COMMAND_BODY,
@@ -122,6 +124,7 @@ class Router:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._load_lanes()
+            nursery.start_soon(self._forget_now_and_then)
             async for message in self._mailbox:
                 match message:
                     case _Settled():
@@ -138,6 +141,10 @@ class Router:
     # -- questions ----------------------------------------------------------------------------------
 
     def _decide(self, question: _Question) -> None:
+        about = memory.named(question.ask)
+        if any(not self._is_being_made(row_id) for row_id in self._journal.lacking(about)):
+            self._nursery.start_soon(self._recall, question, about)
+            return
         try:
             work = self._work_for(question.ask, question.reply)
         except Exception as error:
@@ -145,7 +152,22 @@ class Router:
             question.reply.fail(error)
         else:
             if work is not None:
-                self._nursery.start_soon(self._finish, work, question.reply)
+                self._journal.hold(about)
+                self._nursery.start_soon(self._finish, work, question.reply, about)
+
+    def _is_being_made(self, row_id: RowId) -> bool:
+        table, id_ = row_id
+        return table == "models" and ids.job_id(id_, 0) in self._accepting
+
+    async def _recall(self, question: _Question, about: Collection[RowId]) -> None:
+        """Reads what it is about, which may have been forgotten, and decides then."""
+        try:
+            async with self._journal.recalled(about):
+                work = self._work_for(question.ask, question.reply)
+                assert work is not None, "it is about no job alone"
+                question.reply.set(await work)
+        except Exception as error:
+            question.reply.fail(error)
 
     def _work_for(self, ask: messages.Question, reply: Reply[Any]) -> Awaitable[Any] | None:
         """What is left to do for the answer; None if the reply is kept until a job ends."""
@@ -160,11 +182,13 @@ class Router:
                 return self._cancel(ask)
         return self.catalogue.answer(ask)
 
-    async def _finish(self, work: Awaitable[Any], reply: Reply[Any]) -> None:
+    async def _finish(self, work: Awaitable[Any], reply: Reply[Any], about: Collection[RowId]) -> None:
         try:
             reply.set(await work)
         except Exception as error:
             reply.fail(error)
+        finally:
+            self._journal.release(about)
 
     # -- submitting ---------------------------------------------------------------------------------
 
@@ -290,7 +314,11 @@ class Router:
             lane = self._lane(model_id)
             # Its number was consumed, or it has ended and its lane is not released yet.
             repeated = accepted.seq_id < lane.next_seq or lane.running == job_id
-            if repeated and (known := await self._journal.job(job_id)) is not None:
+            # Or it has made a model that was forgotten, and this lane begins anew.
+            makes = accepted.model_seq_id is not None
+            if (repeated or makes) and (known := await self._journal.job(job_id)) is not None:
+                if not repeated:
+                    del self._lanes[model_id]
                 _check_own(known, accepted.key)
                 return promise
             if making is not None:
@@ -434,6 +462,21 @@ class Router:
         self._nursery.start_soon(self._outcomes.announce, job_id)
 
     # -- lanes --------------------------------------------------------------------------------------
+
+    async def _forget_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(FORGET_SECONDS)
+            self._forget()
+
+    def _forget(self) -> None:
+        """What has ended leaves the memory: the journal has it."""
+        busy = {("models", model_id) for model_id, lane in self._lanes.items() if not lane.idle}
+        self._journal.forget(busy)
+        coming = {job_id.rpartition(":")[0] for job_id in self._accepting}
+        models = self._journal.ledger.models
+        for model_id, lane in list(self._lanes.items()):
+            if lane.idle and (model_id,) not in models and model_id not in coming:
+                del self._lanes[model_id]
 
     def _lane(self, model_id: str) -> Lane:
         if model_id not in self._lanes:

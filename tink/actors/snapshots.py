@@ -57,6 +57,10 @@ class Snapshots:
         else:
             self._redo_ms[model_id] = 0.0
 
+    def forget(self, model_id: str) -> None:
+        """The model is trained no more."""
+        self._redo_ms.pop(model_id, None)
+
     async def restore(self, life: Life, model_id: str, applied: int) -> tuple[int, list[rows.Snapshot]]:
         """Gives a trainer that is behind the newest snapshot it can use: the op_no where it is then, and
         the newer ones, that it could not use. Raises TrainerGone."""

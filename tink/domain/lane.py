@@ -15,6 +15,11 @@ class Lane:
     running: str | None = None
     behind_all: int = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether none of its jobs runs or waits."""
+        return self.running is None and not self.waiting
+
     def expect(self, seq: int) -> None:
         """A job of that number is on its way."""
         self.behind_all = max(self.behind_all, seq + 1)

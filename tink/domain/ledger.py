@@ -62,7 +62,7 @@ class Ledger:
         self._addresses: dict[Key, rows.Checkpoint] = {}
         # By adapter version: a run makes one with each of its steps, and most of those are gone.
         self._samplers_of: defaultdict[str, list[rows.Sampler]] = defaultdict(list)
-        # (tenant, idempotency key) -> the session that was made with it. They are never forgotten.
+        # (tenant, idempotency key) -> the session that was made with it.
         self._sessions_of: dict[Key, rows.Session] = {}
 
     def checkpoint_at(self, model_id: str, kind: str, name: str) -> rows.Checkpoint | None:
@@ -75,8 +75,11 @@ class Ledger:
 
     def samplers_of(self, adapter_id: str) -> Iterable[rows.Sampler]:
         """Those of an adapter version, and of a session that is open."""
-        samplers = self._samplers_of.get(adapter_id, ())
-        return (one for one in samplers if self.sessions[(one.session_id,)].state == "open")
+        return (one for one in self._samplers_of.get(adapter_id, ()) if self._is_open(one.session_id))
+
+    def _is_open(self, session_id: str) -> bool:
+        session = self.sessions.get((session_id,))
+        return session is not None and session.state == "open"
 
     def put(self, table: str, row: rows.Row) -> None:
         self.tables[table][KEYS[table](row)] = row
@@ -97,7 +100,12 @@ class Ledger:
             if self._addresses.get(address) is row:
                 del self._addresses[address]
         elif isinstance(row, rows.Sampler) and row.adapter_id is not None:
-            self._samplers_of[row.adapter_id].remove(row)
+            samplers = self._samplers_of[row.adapter_id]
+            samplers.remove(row)
+            if not samplers:
+                del self._samplers_of[row.adapter_id]
+        elif isinstance(row, rows.Session) and row.idempotency_key is not None:
+            del self._sessions_of[row.tenant, row.idempotency_key]
         return row
 
     def apply(self, changes: Iterable[Change]) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from tink.domain import events, ids, requests, rows
 from tink.domain.events import Entry
 from tink.domain.ledger import Ledger
+from tink.domain.memory import RowId
 from tink.errors import UserError
 from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
 from tink.wire import tink_train
@@ -91,6 +92,22 @@ def _exporting(plan: Plan, model_id: str, op_no: int, context: Context) -> Plan:
         return plan
     export = ids.first_adapter(model_id, op_no)
     return Plan(msgspec.structs.replace(plan.op, export=export), plan.directory, export)
+
+
+def named(job: rows.Job, request: str | None) -> list[RowId]:
+    """What a plan looks up beside its own model: rows that may have been forgotten."""
+    try:
+        match job.op:
+            case "load_weights":
+                load = requests.decode((request or "").encode(), requests.LoadWeights)
+                return [("models", ids.Address.parse(load.path).model_id)]
+            case "save_weights_for_sampler":
+                save = requests.decode((request or "").encode(), requests.SaveWeightsForSampler)
+                if save.path is None and save.sampling_session_seq_id is not None:
+                    return [("samplers", ids.sampler_id(str(job.session_id), save.sampling_session_seq_id))]
+    except UserError:  # which the plan says
+        pass
+    return []
 
 
 def again(job: rows.Job, body: bytes, ledger: Ledger) -> tink_train.Op:

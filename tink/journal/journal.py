@@ -9,8 +9,8 @@ Everything that `append` returned for is on stable storage.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Set
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from tink import crash
-from tink.domain import rows
+from tink.domain import memory, rows
 from tink.domain.events import (
     AnyEvent,
     Diverged,
@@ -36,7 +36,8 @@ from tink.domain.events import (
     TrainerStarted,
 )
 from tink.domain.ledger import Ledger
-from tink.domain.projection import Key, Update, project
+from tink.domain.memory import RowId
+from tink.domain.projection import KEYS, Key, Update, project
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.home import Home
 from tink.journal import chain, queries, revisions, store
@@ -66,6 +67,7 @@ class Journal:
         self._seq, self._hash = 0, chain.START
         self._committed: list[Record] = []
         self._acceptances: dict[str, JobAccepted] = {}  # of open jobs
+        self._held: Counter[RowId] = Counter()  # what stays in memory, for so many
         self._recent: OrderedDict[str, rows.Job] = OrderedDict()
         self._commits: GroupCommit[Entry] = GroupCommit(
             self._commit, world, name="journal", max_bytes=BATCH_BYTES, then=self._apply
@@ -160,6 +162,41 @@ class Journal:
         if found is None:
             raise LookupError(f"there is no adapter {adapter_id}")
         return found
+
+    def hold(self, row_ids: Collection[RowId]) -> None:
+        """What is in memory of that stays there until it is released."""
+        self._held.update(row_ids)
+
+    def release(self, row_ids: Collection[RowId]) -> None:
+        for row_id in row_ids:
+            self._held[row_id] -= 1
+            if not self._held[row_id]:
+                del self._held[row_id]
+
+    @asynccontextmanager
+    async def recalled(self, row_ids: Collection[RowId]) -> AsyncIterator[None]:
+        """What the journal has of that is in memory while the body runs, though it may have been
+        forgotten."""
+        self.hold(row_ids)
+        try:
+            if lacking := self.lacking(row_ids):
+                for table, row in await self.read(partial(queries.at, row_ids=lacking)):
+                    # Another one may have had it read meanwhile, and things have happened to it since.
+                    if KEYS[table](row) not in self.ledger.tables[table]:
+                        self.ledger.put(table, row)
+            yield
+        finally:
+            self.release(row_ids)
+
+    def lacking(self, row_ids: Collection[RowId]) -> list[RowId]:
+        """Those that are not in memory."""
+        return [(table, id_) for table, id_ in row_ids if (id_,) not in self.ledger.tables[table]]
+
+    def forget(self, busy: Set[RowId]) -> None:
+        """What has ended leaves the memory, unless something there goes back to it, or it is held, or
+        `busy`."""
+        for table, id_ in list(memory.forgettable(self.ledger, self._held.keys() | busy)):
+            self.ledger.forget(table, (id_,))
 
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         """The event that accepted a job: it holds the request of a command."""

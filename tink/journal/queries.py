@@ -5,13 +5,14 @@ of tink/domain."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, and_, bindparam, func, or_, select
 
 from tink.domain import retention, rows
 from tink.domain.events import Record, TrainerStarted
+from tink.domain.memory import RowId
 from tink.domain.requests import MUTATING
 from tink.domain.retention import Load
 from tink.errors import StartupError
@@ -50,6 +51,38 @@ def count(connection: Connection, table: str) -> dict[str, int]:
     state = schema.metadata.tables[table].c.state
     query = select(state, func.count()).group_by(state).order_by(state)
     return {str(name): number for name, number in connection.execute(query)}
+
+
+def at(connection: Connection, row_ids: Collection[RowId]) -> list[tuple[str, rows.Row]]:
+    """The rows that are there, with their tables."""
+    found: list[tuple[str, rows.Row]] = []
+    for name in sorted({table for table, _ in row_ids}):
+        table, (kind, (key,)) = schema.metadata.tables[name], rows.TABLES[name]
+        for some in _batched(sorted(id_ for table, id_ in row_ids if table == name)):
+            query = select(table).where(table.c[key].in_(some))
+            found += ((name, row) for row in _rows(connection, query, kind))
+    return found
+
+
+def sessions(connection: Connection, tenant: str) -> list[rows.Session]:
+    """A tenant's, the newest first."""
+    table = schema.sessions
+    query = select(table).where(table.c.tenant == tenant).order_by(table.c.created_at.desc())
+    return _rows(connection, query, rows.Session)
+
+
+def session_of_key(connection: Connection, tenant: str, key: str) -> rows.Session | None:
+    """The one that was made with that idempotency key."""
+    table = schema.sessions
+    query = select(table).where(table.c.tenant == tenant, table.c.idempotency_key == key)
+    return next(iter(_rows(connection, query, rows.Session)), None)
+
+
+def samplers_in(connection: Connection, session_id: str) -> list[str]:
+    """The ids of a session's samplers, in order."""
+    table = schema.samplers
+    query = select(table.c.sampler_id).where(table.c.session_id == session_id)
+    return list(connection.execute(query.order_by(table.c.sampling_seq_id)).scalars())
 
 
 class OpenJobs(NamedTuple):
@@ -119,6 +152,16 @@ def job(connection: Connection, job_id: str) -> rows.Job | None:
 def model(connection: Connection, model_id: str) -> rows.Model | None:
     query = select(schema.models).where(schema.models.c.model_id == model_id)
     return next(iter(_rows(connection, query, rows.Model)), None)
+
+
+def models(connection: Connection, model_ids: Collection[str]) -> list[rows.Model]:
+    """Those of them that are the journal's."""
+    table = schema.models
+    batches = _batched(sorted(model_ids))
+    found = (
+        _rows(connection, select(table).where(table.c.model_id.in_(some)), rows.Model) for some in batches
+    )
+    return [row for part in found for row in part]
 
 
 def checkpoint(connection: Connection, checkpoint_id: str) -> rows.Checkpoint | None:
@@ -264,9 +307,25 @@ def snapshotted_in(connection: Connection, directories: Collection[str]) -> set[
 
 def loads(connection: Connection) -> list[Load]:
     """Every saved state that was ever loaded into a model."""
+    return _loads(connection)
+
+
+def loads_behind(connection: Connection, covers: Mapping[str, int]) -> list[Load]:
+    """Those into these models, and of each those behind an operation, if not more."""
+    table = schema.jobs
+    found: list[Load] = []
+    for some in _batched(sorted(covers)):
+        # By both columns of their own index: by the first alone SQLite takes another, with all jobs in it.
+        behind = table.c.op_no > min(covers[model] for model in some)
+        found += _loads(connection, table.c.model_id.in_(some), behind)
+    return found
+
+
+def _loads(connection: Connection, *which: ColumnElement[bool]) -> list[Load]:
     table = schema.jobs
     query = select(table.c.model_id, table.c.op_no, table.c.directory)
-    return [Load(*row) for row in connection.execute(query.where(schema.LOADS, table.c.state == "done"))]
+    query = query.where(schema.LOADS, table.c.state == "done", *which)
+    return [Load(*row) for row in connection.execute(query)]
 
 
 def last_requests(connection: Connection, samplers: list[str]) -> dict[str, float]:

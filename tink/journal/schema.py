@@ -50,6 +50,19 @@ KEYED = text("key IS NOT NULL")
 KEYED_SAMPLES = text("key IS NOT NULL AND model_id IS NULL")
 # Of adapters, checkpoints and snapshots.
 LIVE = text("state = 'live'")
+# Of samplers and models that go on (domain/memory.py says the same of a ledger).
+SAMPLED = text(
+    "adapter_id IS NULL AND session_id IN (SELECT session_id FROM sessions WHERE state = 'open')"
+    " OR adapter_id IN (SELECT adapter_id FROM adapters WHERE state = 'live')"
+    " OR sampler_id IN (SELECT sampler_id FROM jobs WHERE state IN ('accepted', 'running'))"
+)
+TRAINED = text(
+    "state NOT IN ('failed', 'removed')"
+    " OR model_id IN (SELECT model_id FROM adapters WHERE state = 'live')"
+    " OR model_id IN (SELECT model_id FROM checkpoints WHERE state = 'live')"
+    " OR model_id IN (SELECT model_id FROM snapshots WHERE state = 'live')"
+    " OR model_id IN (SELECT model_id FROM jobs WHERE state IN ('accepted', 'running'))"
+)
 # What retention asks for.
 LOADS = text("op = 'load_weights'")
 DAMAGED = text("state = 'damaged'")
@@ -199,7 +212,9 @@ jobs = Table(
     Index("uq_jobs_model_id_op_no", "model_id", "op_no", unique=True),
     # Recovery reads open jobs only, however long the history is.
     Index("ix_jobs_open", "accepted_seq", **_where(OPEN_JOBS)),
-    Index(None, "submitted_at"),
+    # The newest of a tenant, of a kind or in a state, however far they are between: what is looked at is in
+    # the index. A tenant's own index would be taken for questions about one of its models, too.
+    Index("ix_jobs_submitted_at", "submitted_at", "tenant", "op", "state"),
     # Retention asks of a body who names it, and which states were loaded.
     Index(None, "body_sha256", **_where(text("body_sha256 IS NOT NULL"))),
     Index(None, "result_sha256", **_where(text("result_sha256 IS NOT NULL"))),
@@ -226,6 +241,7 @@ adapters = Table(
     Column("deleted_at", Double),
     Index(None, "model_id", "version", unique=True),
     Index("ix_adapters_live", "adapter_id", **_where(LIVE)),
+    Index(None, "created_at"),
 )
 
 adapter_placements = Table(

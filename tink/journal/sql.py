@@ -39,9 +39,9 @@ def read(answered: Iterable[tuple[Any, ...]], most: int) -> tuple[list[tuple[Any
     size = 0
     for row in answered:
         if len(found) == most:
-            return found, f"there are more than {most} rows"
+            return found, f"there are more than {most} rows: ask for less, or for more with --max-rows"
         size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
         if size > SQL_ANSWER_BYTES:
-            return found, f"there are more than {SQL_ANSWER_BYTES} bytes"
+            return found, f"there are more than {SQL_ANSWER_BYTES} bytes: ask for less"
         found.append(row)
     return found, None

@@ -235,12 +235,16 @@ def read_tables(connection: Connection) -> Ledger:
     return ledger
 
 
-# What a worker has in memory, and of which rows: those that have not ended. Their indexes know these
-# conditions. The other tables are looked up by key, or not at all.
-PRESENT: dict[str, TextClause | None] = {
-    "sessions": None,
-    "models": None,
-    "samplers": None,
+# What a worker has in memory, and of which rows: those that have not ended, and go on. The other tables are
+# looked up by key, or not at all.
+PRESENT: dict[str, TextClause | ColumnElement[bool]] = {
+    "sessions": or_(
+        schema.sessions.c.state == "open",
+        schema.sessions.c.session_id.in_(select(schema.samplers.c.session_id).where(schema.SAMPLED)),
+        schema.sessions.c.session_id.in_(select(schema.models.c.session_id).where(schema.TRAINED)),
+    ),
+    "models": schema.TRAINED,
+    "samplers": schema.SAMPLED,
     "jobs": schema.OPEN_JOBS,
     "adapters": schema.LIVE,
     "checkpoints": schema.LIVE,
@@ -252,9 +256,7 @@ def read_present(connection: Connection) -> Ledger:
     """What a worker goes on with. It does not grow with the jobs that were ever run."""
     ledger = Ledger()
     for name, condition in PRESENT.items():
-        query = select(schema.metadata.tables[name])
-        if condition is not None:
-            query = query.where(condition)
+        query = select(schema.metadata.tables[name]).where(condition)
         for row in read_rows(connection, query, rows.TABLES[name][0]):
             ledger.put(name, row)
     return ledger

@@ -114,6 +114,8 @@ class Books:
         self.incarnation = incarnation
         self.lease = 0
         self._accounts: dict[str, Account] = {}
+        # How many operations have not ended: the accounts are of all models that there were, too.
+        self._open = 0
         self._restoring: set[str] = set()
 
     # -- deciding -----------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class Books:
         busy = None
         if len(account.open) > TRAINER_AHEAD:
             busy = f"{TRAINER_AHEAD} ops of this model are waiting already"
-        elif self.open_count() >= TRAINER_QUEUE:
+        elif self._open >= TRAINER_QUEUE:
             busy = f"{TRAINER_QUEUE} ops are waiting already"
         elif len(account.kept) >= TRAINER_KEPT:
             busy = f"{TRAINER_KEPT} results of this model wait to be acked"
@@ -200,6 +202,7 @@ class Books:
         account = self._accounts.setdefault(request.model_id, Account())
         assert request.op_no == account.next or isinstance(request.op, RemoveModel)
         account.open.append(Open(request))
+        self._open += 1
 
     def ack(self, model_id: str, acked: int) -> None:
         """Drops the results up to `acked`. What has not ended cannot be acked, and stays."""
@@ -224,6 +227,7 @@ class Books:
         account = self._accounts[model_id]
         crossed = account.crosses_a_gap
         request = account.open.popleft().request
+        self._open -= 1
         account.kept[request.op_no] = outcome
         if crossed and outcome.state == "failed":
             return  # nothing was left out
@@ -312,9 +316,6 @@ class Books:
                 for name, account in self._accounts.items()
             },
         )
-
-    def open_count(self) -> int:
-        return sum(len(account.open) for account in self._accounts.values())
 
     def _account(self, model_id: str) -> Account:
         account = self._accounts.get(model_id)

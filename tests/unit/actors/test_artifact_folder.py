@@ -148,3 +148,13 @@ async def test_a_directory_is_as_large_as_its_files_and_one_that_is_gone_is_noth
     (folder.root / name / "inside" / "file").write_bytes(bytes(1000))
     assert await folder.size(name) == 1000 + len("content")
     assert await folder.size(f"{HERE}/00000002-snapshot") == 0
+
+
+async def test_folders_of_models_are_listed_and_go_once_they_are_empty(folder: ArtifactFolder) -> None:
+    other = f"{'6' * 32}/12"
+    _make(folder, f"{HERE}/00000001-snapshot", f"{other}/00000001-snapshot")
+    assert set(await folder.models()) == {MODEL.model_id, f"{'6' * 32}:train:12"}
+    await folder.remove(f"{HERE}/00000001-snapshot")
+    await folder.remove_empty([HERE, "5" * 32, other, "6" * 32, "nobody"])
+    assert await folder.models() == [f"{'6' * 32}:train:12"]
+    assert not (folder.root / ("5" * 32)).exists()

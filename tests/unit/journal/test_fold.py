@@ -17,6 +17,7 @@ from tests.unit.journal.histories import Entry, histories
 from tests.unit.journal.journal_kit import new_home, opened
 from tink.domain import events
 from tink.domain.ledger import Ledger, fold
+from tink.domain.memory import forgettable
 from tink.domain.projection import project
 from tink.journal import chain, store
 from tink.journal.reader import open_journal
@@ -26,10 +27,14 @@ FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def _present(ledger: Ledger) -> Ledger:
-    """What of it a worker has in memory from its start."""
+    """What of it a worker has in memory from its start, and goes on with."""
     kept = Ledger()
     for name in ("sessions", "models", "samplers", "jobs", "adapters", "checkpoints", "snapshots"):
-        kept.tables[name] = {key: row for key, row in ledger.tables[name].items() if not row.ended}
+        for row in ledger.tables[name].values():
+            if not row.ended:
+                kept.put(name, row)
+    for table, id_ in list(forgettable(kept, ())):
+        kept.forget(table, (id_,))
     return kept
 
 

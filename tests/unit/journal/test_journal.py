@@ -507,7 +507,7 @@ async def test_the_questions_of_retention_use_their_indexes(
         for engine in (journal._reader, journal.bodies._reader):
             event.listen(engine, "before_cursor_execute", explain)
         await journal.read(partial(queries.jobs_naming, digests=["a", "b"], ended_since=1.0))
-        await journal.read(queries.loads)
+        await journal.read(partial(queries.loads_behind, covers={"m": 3, "n": 0}))
         await journal.read(partial(queries.last_requests, samplers=["s"]))
         await journal.read(queries.trainers)
         await journal.read(queries.last_end)
@@ -516,11 +516,11 @@ async def test_the_questions_of_retention_use_their_indexes(
     naming, loads, requests, trainers, ended, damaged, oldest = plans
     assert "ix_jobs_body_sha256" in naming
     assert "ix_jobs_result_sha256" in naming
-    assert "ix_jobs_loads" in loads
+    assert "ix_jobs_loads (model_id=? AND op_no>?)" in loads
     assert "uq_jobs_sampler_id_seq_id (sampler_id=?)" in requests
     assert "ix_events_kind_seq (kind=?)" in trainers
     assert "ix_events_kind_seq (kind=?)" in ended
     assert "ix_snapshots_damaged (dropped_at>?)" in damaged
     assert "ix_bodies_stored_at" in oldest
-    assert not any("SCAN" in plan for plan in (naming, requests, trainers, ended, damaged, oldest))
+    assert not any("SCAN" in plan for plan in (naming, loads, requests, trainers, ended, damaged, oldest))
     assert "TEMP B-TREE" not in oldest

@@ -12,8 +12,7 @@ from sqlalchemy import Connection, event
 
 from tests.bench import history
 from tests.postgres import PostgresServer
-from tests.unit.journal.test_views import HOT
-from tink.audit.questions import QUESTIONS
+from tests.unit.journal.hot import Asked, hot
 from tink.domain import rows
 from tink.domain.ledger import Ledger
 from tink.home import Home
@@ -30,6 +29,8 @@ LONG, GROWING = {"events", "jobs"}, {"adapters", "samplers", "checkpoints", "sna
 FEW = {
     *("ix_jobs_open", "ix_jobs_retried", "ix_jobs_loads", "ix_jobs_model_id_step"),
     *("ix_adapters_live", "ix_snapshots_live", "ix_snapshots_damaged"),
+    # By time: from the newest on, to where there is enough.
+    *("ix_jobs_submitted_at", "ix_adapters_created_at"),
 }
 
 Plan = dict[str, Any]
@@ -101,9 +102,14 @@ def _plans(connection: Connection, ask: Callable[[Connection], object]) -> list[
     return plans
 
 
-def _check(connection: Connection, explain: Callable[[], Plan]) -> Plan:
+# PostgreSQL guesses that a third of the jobs is younger than a time that it has yet to find out, and that
+# much of so few jobs is faster to be had from all of them.
+GUESSED = {"tink audit slow-jobs"}
+
+
+def _check(connection: Connection, explain: Callable[[], Plan], *, guessed: bool) -> Plan:
     """Asserts that no long table is gone through; the plan."""
-    assert _scans(explain(), LONG) == []
+    assert guessed or _scans(explain(), LONG) == []
     connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
     plan = explain()
     assert _scans(plan, LONG | GROWING) == []
@@ -113,25 +119,17 @@ def _check(connection: Connection, explain: Callable[[], Plan]) -> Plan:
 
 @pytest.fixture
 def question(asked: Connection) -> Callable[[str], str]:
-    """Of HOT, about a model and a time that are there."""
+    """Of those that are asked most, about a model and a time that are there."""
     model = asked.exec_driver_sql("SELECT max(model_id) FROM models").scalar_one()
     adapter = asked.exec_driver_sql("SELECT max(adapter_id) FROM adapters").scalar_one()
-    arguments = {"model": model, "adapter": adapter, "step": 1, "days": 0}
-
-    def make(name: str) -> str:
-        if name.startswith("tink audit "):
-            return QUESTIONS[name.removeprefix("tink audit ")].filled(arguments)
-        query = HOT[name].replace("'m'", f"'{model}'").replace("'a'", f"'{adapter}'")
-        return query.replace("> 5", f"> {NEWEST - 60}")
-
-    return make
+    return hot(Asked(model=model, adapter=adapter, since=NEWEST - 60, days=0)).__getitem__
 
 
-@pytest.mark.parametrize("name", HOT)
+@pytest.mark.parametrize("name", hot(Asked()))
 def test_no_hot_question_goes_through_a_long_table(
     asked: Connection, question: Callable[[str], str], name: str
 ) -> None:
-    plan = _check(asked, lambda: _explained(asked, question(name)))
+    plan = _check(asked, lambda: _explained(asked, question(name)), guessed=name in GUESSED)
     if "incidents" in name:  # of a retried job its own events, not all that ever began
         assert "ix_events_job_id" in _indexes(plan)
 

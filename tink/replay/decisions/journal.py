@@ -4,8 +4,9 @@ held until the record has come to it."""
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Sequence, Set
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from sqlalchemy import Connection
 from tink.domain import rows
 from tink.domain.events import AnyEvent, Entry, IncarnationStarted, JobAccepted, Record, Subject
 from tink.domain.ledger import Ledger
+from tink.domain.memory import RowId
 from tink.domain.projection import Key
 from tink.errors import JournalUnavailable, StartupError, UserError
 from tink.journal import queries, store
@@ -99,6 +101,7 @@ class RecordedJournal(Journal):
         self._seq = self.incarnation = self.diverged = 0
         self._committed: list[Record] = []
         self._acceptances: dict[str, JobAccepted] = {}
+        self._held: Counter[RowId] = Counter()
         self._recent: OrderedDict[str, rows.Job] = OrderedDict()
         self.naming = trio.Lock()
         self.bodies = RecordedBodies(recording)
@@ -152,6 +155,15 @@ class RecordedJournal(Journal):
             raise LookupError(f"there is no adapter {adapter_id}")
         return found
 
+    @asynccontextmanager
+    async def recalled(self, row_ids: Collection[RowId]) -> AsyncIterator[None]:
+        """Nothing is ever forgotten."""
+        await trio.lowlevel.checkpoint()
+        yield
+
+    def forget(self, busy: Set[RowId]) -> None:
+        """The tables know the end of the record, and could not give it back."""
+
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         await trio.lowlevel.checkpoint()
         accepted = self._acceptances.get(job.job_id)
@@ -176,7 +188,7 @@ class RecordedJournal(Journal):
         """The tables know the end of the record, and not this place."""
         await trio.lowlevel.checkpoint()
         assert isinstance(query, partial), "a named query"
-        if query.func not in (queries.job_of_key, queries.sample_of_key):
+        if query.func not in (queries.job_of_key, queries.sample_of_key, queries.session_of_key):
             raise LookupError(f"a replay does not answer {query.func.__name__}")
         nobody: Any = None  # the first that came under its key is the one that is in the record
         return nobody  # type: ignore[no-any-return]

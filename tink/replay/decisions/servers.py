@@ -248,3 +248,6 @@ class RecordedSnapshots(Snapshots):
 
     async def consider(self, life: Life | None, job: rows.Job) -> None:
         await trio.lowlevel.checkpoint()
+
+    def forget(self, model_id: str) -> None:
+        """Nothing is held of it."""
