@@ -46,16 +46,15 @@ _LIST = re.compile(r"\(o((?: \d+)+)\)")
 _FUNCTIONS = frozenset({"funcid", "opfuncid", "aggfnoid", "winfnoid"})
 # Numbers of nothing.
 _PLAIN = re.compile("typmod$|^(frameOptions|requiredPerms|checkAsUser|constvalue|location|stmt_\\w+)$")
-# Whatever has a smaller one was made with the server.
-_FIRST_OTHER = 16384
 
+# What has a smaller number than 16384 was made with the server.
 _REFUSED = """
 WITH known AS (
   SELECT c.oid, c.reltype, t.typarray FROM unnest(%(known)s::text[]) name
   JOIN pg_class c ON c.oid = to_regclass(name) JOIN pg_type t ON t.oid = c.reltype
 )
 SELECT pg_describe_object('pg_proc'::regclass, oid, 0) FROM pg_proc
-WHERE oid = ANY (%(functions)s::oid[]) AND NOT (oid < %(first_other)s AND CASE provolatile
+WHERE oid = ANY (%(functions)s::oid[]) AND NOT (oid < 16384 AND CASE provolatile
   WHEN 'i' THEN true WHEN 's' THEN proname !~ %(elsewhere)s ELSE proname = ANY (%(fickle)s) END)
 UNION ALL
 SELECT pg_describe_object('pg_class'::regclass, oid, 0) FROM pg_class
@@ -63,7 +62,7 @@ WHERE oid = ANY (%(relations)s::oid[]) AND oid NOT IN (SELECT oid FROM known)
 UNION ALL
 SELECT coalesce('type ' || t.typname, 'object ' || other) FROM unnest(%(others)s::oid[]) other
 LEFT JOIN pg_type t ON t.oid = other
-WHERE other NOT IN (SELECT unnest(ARRAY[oid, reltype, typarray]) FROM known)
+WHERE other >= 16384 AND other NOT IN (SELECT unnest(ARRAY[oid, reltype, typarray]) FROM known)
 LIMIT 1
 """
 # The views as well: what they stand on is run, too.
@@ -145,8 +144,7 @@ def _check(database: psycopg.Connection[Any], source: str) -> None:
     given = {
         "functions": [number for name, number in fields if name in _FUNCTIONS],
         "relations": [number for name, number in fields if name == "relid"],
-        "others": [number for number in lists | {number for _, number in fields} if number >= _FIRST_OTHER],
-        "first_other": _FIRST_OTHER,
+        "others": [*(lists | {number for _, number in fields})],
         "known": _RELATIONS,
         "fickle": _FICKLE,
         "elsewhere": _ELSEWHERE,
