@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -17,6 +18,13 @@ from tink.errors import UNREADABLE, StartupError
 from tink.wire.ready import Ready
 
 T = TypeVar("T")
+
+# Of the URLs of databases.
+DATABASES = ("postgresql+psycopg", "postgresql", "postgres")
+NO_DATABASE_URL = (
+    "it is not like postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password "
+    "(leave it empty for SQLite files in the home)"
+)
 
 SECRET_BYTES = 32
 
@@ -28,6 +36,15 @@ class WorkerRecord(msgspec.Struct):
     url: str
     version: str
     mode: str
+
+
+def is_database_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in DATABASES and "://" in url and parts.netloc.count("@") <= 1
 
 
 @dataclass(frozen=True)
@@ -108,9 +125,12 @@ class Home:
     def noted_database(self) -> str | None:
         """The URL, without its password, of the PostgreSQL database that the worker of this home wrote to;
         None if it has its own files."""
-        with contextlib.suppress(OSError, *UNREADABLE):
+        try:
             return self.database.read_text().strip() or None
-        return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, *UNREADABLE) as error:
+            raise StartupError(f"{self.database} cannot be read: {error}") from error
 
     def note_database(self, place: str | None) -> None:
         """Says for good in which PostgreSQL database the journal is (without its password); None: in its

@@ -18,10 +18,7 @@ from tink import crash
 from tink.domain.retention import Kept
 from tink.domain.routing import Routes, routes
 from tink.errors import StartupError
-from tink.home import Home
-
-# Of the URLs of databases.
-DATABASES = ("postgresql+psycopg", "postgresql", "postgres")
+from tink.home import NO_DATABASE_URL, Home, is_database_url
 
 Switch = Literal["auto", "true", "false"]
 
@@ -305,12 +302,8 @@ class Settings:
             )
         if not 0 < self.lora_alpha < float("inf"):
             yield f"TINK_LORA_ALPHA: {self.lora_alpha} must be above 0"
-        scheme, separator, _ = self.database_url.partition("://")
-        if self.database_url and (scheme not in DATABASES or not separator):
-            yield (
-                "TINK_DATABASE_URL: it is not like postgresql+psycopg://USER:PASSWORD@HOST/DATABASE "
-                "(leave it empty for SQLite files in the home)"
-            )
+        if self.database_url and not is_database_url(self.database_url):
+            yield f"TINK_DATABASE_URL: {NO_DATABASE_URL}"
         if self.log_level not in {"debug", "info", "warning", "error"}:
             yield f"TINK_LOG_LEVEL: {self.log_level!r} is not debug, info, warning or error"
         if self.hf_model.startswith("/") and not Path(self.hf_model).is_dir():

@@ -80,6 +80,7 @@ class ArtifactFolder:
             return [
                 ids.model_id(session, int(number))
                 for session in _names(self.root)
+                if ids.is_session(session)
                 for number in _names(self.root / session)
                 if number.isdecimal()
             ]

@@ -41,13 +41,19 @@ log = structlog.get_logger()
 
 
 class Past:
-    """What the workers before in this process have acknowledged."""
+    """Of the workers before in this process: the last event that was committed, whether one has `served`,
+    and whether the process was told to stop. `serving`: one just does, or did until it failed."""
 
     def __init__(self) -> None:
         self.head = chain.NONE
+        self.served = self.serving = self.stopped = False
+
+    def stop(self, *_: object) -> None:
+        self.stopped = True
 
     @contextmanager
     def of(self, journal: Journal) -> Iterator[None]:
+        self.served = self.serving = True
         try:
             yield
         finally:
@@ -69,12 +75,17 @@ async def serve(
     )
     async with opening as journal:
         with past.of(journal):
-            await _run(journal, settings, home, world, listener)
+            await _run(journal, settings, home, world, listener, past)
     log.info("stopped")
 
 
 async def _run(
-    journal: Journal, settings: Settings, home: Home, world: World, listener: socket.socket
+    journal: Journal,
+    settings: Settings,
+    home: Home,
+    world: World,
+    listener: socket.socket,
+    past: Past,
 ) -> None:
     embedded = None if settings.use_megatron else EmbeddedTrainer(settings, home, world)
     find = external(settings).find if embedded is None else embedded.find
@@ -86,7 +97,7 @@ async def _run(
             secret=home.load_secret(),
             world=world,
         )
-        await _listen(app, listener, router, settings, home)
+        await _listen(app, listener, router, settings, home, past)
     if embedded is not None:
         await embedded.stop()
 
@@ -97,6 +108,7 @@ async def _listen(
     router: Router,
     settings: Settings,
     home: Home,
+    past: Past,
 ) -> None:
     """Serves HTTP until SIGTERM or SIGINT, then lets what is in flight finish."""
     port = listener.getsockname()[1]
@@ -114,7 +126,9 @@ async def _listen(
     config.backlog = BACKLOG
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_await_signals, stop)
+        await nursery.start(_await_signals, stop, past)
+        if past.stopped:  # before anyone listened
+            stop.set()
         async with trio.open_nursery() as serving:
             serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
             await serving.start(serve)
@@ -131,7 +145,7 @@ async def _listen(
 
 
 async def _await_signals(
-    stop: trio.Event, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    stop: trio.Event, past: Past, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
@@ -140,6 +154,7 @@ async def _await_signals(
                 # The second one: what is open is in the journal, and the trainer ends by itself.
                 write_line("tink serve: stopped at once")
                 os._exit(128 + number)
+            past.stop()
             stop.set()
 
 

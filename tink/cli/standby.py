@@ -12,55 +12,81 @@ import trio
 from tink.cli.serving import Past, serve
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError, tink_error
 from tink.home import Home
+from tink.journal.database import MIGRATING
 from tink.journal.postgres import PostgreSQL, shown
-from tink.limits import DATABASE_LOOK_SECONDS, DATABASE_SILENT_SECONDS
+from tink.limits import DATABASE_LOOK_SECONDS, DATABASE_READ_SECONDS, DATABASE_SILENT_SECONDS
 from tink.logs import configure_logs
 from tink.settings import Settings
 from tink.world import World
 
 log = structlog.get_logger()
 
-# In what the driver says of a server that is there and does not let us in: to wait would not help.
-_PERMANENT = ("does not exist", "authentication failed", "pg_hba.conf", "permission denied", "resolve host")
+# In what is said of a server that may be had in a moment. At the first start it would not help to wait for
+# anything else.
+_MAY_PASS = (
+    *("refused", "timeout", "timed out", "unreachable", "reset by peer", "closed the connection", "lost"),
+    *("starting up", "shutting down", "too many", "remaining connection slots", "No space left"),
+    *("is a replica", "Temporary failure", "in use"),
+)
 
 
 def keep_serving(settings: Settings, home: Home, world: World) -> None:
     """Until it is told to stop. The caller holds the home's lock. Raises StartupError for what waiting does
-    not mend."""
+    not mend, and JournalUnavailable if the database was lost while it stopped."""
     configure_logs(settings.log_level)
     database, past = PostgreSQL(settings.database_url, "journal"), Past()
-    first, port = True, settings.port
-    while trio.run(_await_turn, database, world, first):
-        if first:
-            _note(database, home)
-            first = False
-        try:
-            # Only now: a port that is open says that somebody serves there.
-            with world.listen(settings.host, port) as listener:
-                port = listener.getsockname()[1]  # if any would do: clients come back to this one
-                trio.run(serve, settings, home, world, listener, past)
-            return
-        except Exception as raised:
-            error = tink_error(raised)
-            if not isinstance(error, JournalUnavailable | DatabaseInUse):
-                raise
-            log.warning("the journal's database is lost: nothing is taken until it is back", why=str(error))
+    port, pause = settings.port, 0.0
+    former = {number: signal.signal(number, past.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while not past.stopped and trio.run(_await_turn, database, world, past, pause):
+            try:
+                _note(database, home)
+                # Only now: a port that is open says that somebody serves there.
+                with world.listen(settings.host, port) as listener:
+                    port = listener.getsockname()[1]  # if any would do: clients come back to this one
+                    trio.run(serve, settings, home, world, listener, past)
+                return
+            except Exception as raised:
+                pause = _pause(raised, past)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
-async def _await_turn(database: PostgreSQL, world: World, first: bool) -> bool:
-    """True once nobody writes to the database; False if this process is told to stop before. `first`:
-    raises StartupError if it is not let in."""
+def _pause(raised: Exception, past: Past) -> float:
+    """For how long to wait before the next try. Raises what waiting does not mend."""
+    error = tink_error(raised)
+    if past.stopped or not isinstance(error, JournalUnavailable | DatabaseInUse):
+        raise raised
+    if past.serving:
+        past.serving = False
+        log.warning("the journal's database is lost: nothing is taken until it is back", why=str(error))
+        return 0.0
+    if not past.served and not _may_pass(str(error)):
+        raise StartupError(str(error)) from error
+    log.warning("the journal cannot be opened", why=str(error))
+    return DATABASE_LOOK_SECONDS
+
+
+def _may_pass(why: str) -> bool:
+    return any(words in why for words in _MAY_PASS)
+
+
+async def _await_turn(database: PostgreSQL, world: World, past: Past, pause: float) -> bool:
+    """True once nobody writes to the database, at least `pause` seconds from now; False if this process is
+    told to stop before. Raises StartupError if it has never served and will not be let in."""
     async with trio.open_nursery() as nursery:
         turn = False
 
         async def look() -> None:
             nonlocal turn
             told = ""
+            await trio.sleep(pause)
             while not turn:
                 try:
                     why = await _in_the_way(database, world)
                 except StartupError as error:
-                    if first and any(words in str(error) for words in _PERMANENT):
+                    if not past.served and not _may_pass(str(error)):
                         raise
                     why = str(error)
                 turn = not why
@@ -74,8 +100,9 @@ async def _await_turn(database: PostgreSQL, world: World, first: bool) -> bool:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             nursery.start_soon(look)
             async for _ in signals:
+                past.stop()
                 nursery.cancel_scope.cancel()
-    return turn
+    return turn and not past.stopped
 
 
 async def _in_the_way(database: PostgreSQL, world: World) -> str:
@@ -83,7 +110,13 @@ async def _in_the_way(database: PostgreSQL, world: World) -> str:
     holder = await world.run_sync(database.holder)
     if holder is None:
         return ""
-    if holder.silent < DATABASE_SILENT_SECONDS:
+    if holder.silent is None:
+        return (
+            f"{holder} has it, and whether it is alive is not to be seen: give both workers one role, and "
+            "the server track_activities = on"
+        )
+    patience = DATABASE_READ_SECONDS if holder.name == MIGRATING else DATABASE_SILENT_SECONDS
+    if holder.silent < patience:
         return f"{holder} has it, and this one takes its place when it ends"
     if await world.run_sync(database.put_out, holder):
         log.warning("put out a worker that was silent", who=str(holder), seconds=round(holder.silent))

@@ -15,7 +15,12 @@ CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 KINDS: tuple[CheckpointKind, ...] = ("weights", "sampler_weights", "external_weights")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
-_FORK_ID = re.compile(r"[0-9a-f]{32}")
+_HEX = re.compile(r"[0-9a-f]{32}")
+
+
+def is_session(text: str) -> bool:
+    """Whether it is the id of one, made here."""
+    return _HEX.fullmatch(text) is not None
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
@@ -74,7 +79,7 @@ def directory(model: str, op_no: int, kind: str) -> str:
 
 def fork(fork_id: str) -> str:
     """What a fork is called, as a checkpoint and in the scratch folder. `fork_id`: 32 hex digits."""
-    if not _FORK_ID.fullmatch(fork_id):
+    if not _HEX.fullmatch(fork_id):
         raise UserError(f"{fork_id[:80]!r} is not the id of a fork: 32 hex digits are")
     return f"{FORK}{fork_id}"
 

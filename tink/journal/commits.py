@@ -147,7 +147,7 @@ class GroupCommit(Generic[Item]):
         try:
             # Shielded as a whole: a batch that was taken is committed, or its waiters hear of an error.
             with trio.CancelScope(shield=True):
-                await self._world.run_sync(self._commit, batch.items, limiter=self._thread)
+                await self._world.run_sync(self._commit_in_turn, batch.items, limiter=self._thread)
             self._then()
         except BaseException as error:
             # Of any kind: whoever waits must not take an interrupted commit for one that was made.
@@ -160,9 +160,17 @@ class GroupCommit(Generic[Item]):
             self._began = None
             batch.done.set()
 
+    def _commit_in_turn(self, items: list[Item]) -> None:
+        """On the thread: while it was waited for, somebody else may have found that nothing can be
+        committed any more, and have told so."""
+        if self._failed is not None:
+            raise self._failed
+        self._commit(items)
+
     def _end(self, error: JournalUnavailable) -> None:
         """No more commits: all who wait, and all who come, are told."""
         self._failed = self._open.error = error
+        self._open.items.clear()
         self._open.done.set()
         self._room.set()
 

@@ -26,6 +26,10 @@ JSON: dict[str, Any] = {
 }
 
 
+# How one that migrates names its connection: it may be silent for long.
+MIGRATING = "tink migrates"
+
+
 class Writer(ABC):
     """The one connection that writes. All of it blocks."""
 

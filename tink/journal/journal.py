@@ -77,7 +77,12 @@ class Journal:
         # Held by whoever decides from the ledger that a name is free, until he has committed it: sampler
         # numbers come from several places.
         self.naming = trio.Lock()
-        self.bodies = BodyStore(database(home, "bodies"), world)
+        try:
+            self.bodies = BodyStore(database(home, "bodies"), world)
+        except BaseException:
+            self._writer.close()
+            self._reader.dispose()
+            raise
         self.ledger = Ledger()
         self.last_trainer: TrainerStarted | None = None
         self.incarnation = 0
@@ -113,7 +118,7 @@ class Journal:
                 nursery.start_soon(journal._commits.watch)
                 nursery.start_soon(journal.bodies.watch)
                 if journal._database.contended:
-                    nursery.start_soon(journal._commits.beat, journal._beat)
+                    nursery.start_soon(journal._commits.beat, journal._writer.beat)
                 boot_id = world.new_id()
                 journal.home_id = journal.home_id or boot_id
                 opened = IncarnationStarted(
@@ -258,11 +263,6 @@ class Journal:
             raise
         self._seq, self._hash = self._seq + len(records), last
         self._committed = records
-
-    def _beat(self) -> None:
-        """A sign of life to the server, and from it."""
-        with database_errors("the journal's database is lost"), self._connection.begin():
-            self._connection.exec_driver_sql("SELECT 1")
 
     def _load(self, acknowledged: chain.Head) -> Ledger:
         with database_errors("reading the journal"), self._connection.begin():

@@ -15,7 +15,7 @@ import tink
 from tink.errors import StartupError
 from tink.journal import revisions, store, views
 from tink.journal import schema as tables
-from tink.journal.database import Database
+from tink.journal.database import MIGRATING, Database
 from tink.journal.revisions import HEADS, Schema
 
 METADATA: dict[Schema, MetaData] = {"journal": tables.metadata, "bodies": tables.bodies_metadata}
@@ -54,6 +54,9 @@ def apply(connection: Connection, database: Database, *, whole: bool = True) -> 
     else:
         # To make an index takes as long as there are rows.
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        # And to compare all of a long journal, during which the server hears nothing.
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        connection.exec_driver_sql(f"SET application_name = '{MIGRATING}'")
     if schema == "journal":
         views.drop(connection)
     command.upgrade(_config(connection, schema), "head")

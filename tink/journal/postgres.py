@@ -11,6 +11,7 @@ from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, 
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError
+from tink.home import NO_DATABASE_URL, is_database_url
 from tink.journal import revisions, schema
 from tink.journal.database import JSON, Database, Writer, database_errors, one_line
 from tink.journal.revisions import Schema
@@ -30,25 +31,31 @@ _NUMBERS: dict[Schema, int] = {"journal": 1, "bodies": 2}
 # With these a commit that was answered may be lost: setting -> the value.
 _UNSAFE = {"synchronous_commit": "off", "fsync": "off", "full_page_writes": "off"}
 
-_HOLDER = text("""
-SELECT a.pid, a.application_name AS name, coalesce(host(a.client_addr), 'this machine') AS host,
-       CASE WHEN a.state = 'active' THEN 0
-            ELSE extract(epoch FROM clock_timestamp() - coalesce(a.state_change, a.backend_start))
-       END AS silent
-FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+_LOCKS = """
+FROM pg_locks l
 WHERE l.locktype = 'advisory' AND l.granted AND l.classid = :lock AND l.objid = :number AND l.objsubid = 2
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-""")
+"""
+# The state is not for every role to see, and not every server keeps it.
+_HOLDER = text(f"""
+SELECT h.pid, a.application_name AS name, coalesce(host(a.client_addr), 'this machine') AS host,
+       CASE WHEN a.state = 'active' THEN 0 WHEN a.state <> 'disabled'
+            THEN extract(epoch FROM clock_timestamp() - coalesce(a.state_change, a.backend_start))
+       END AS silent
+FROM (SELECT l.pid {_LOCKS}) h LEFT JOIN pg_stat_activity a ON a.pid = h.pid
+""")  # noqa: S608  of two texts that are here
+_HELD = text(f"SELECT EXISTS (SELECT 1 {_LOCKS} AND l.pid = pg_backend_pid())")
+_PUT_OUT = text(f"SELECT pg_terminate_backend(l.pid, 5000) {_LOCKS} AND l.pid = :pid")
 
 
 class Holder(NamedTuple):
     """The connection of the worker that writes. `silent`: for how many seconds it has asked the server for
-    nothing; 0 while the server works for it."""
+    nothing; 0 while the server works for it, and None if that is not to be seen."""
 
     pid: int
     name: str
     host: str
-    silent: float
+    silent: float | None
 
     def __str__(self) -> str:
         who = "a worker" if self.name.startswith("tink ") else self.name or "another program"
@@ -128,6 +135,8 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
     def _asking(self) -> Iterator[Connection]:
         """A connection for one question. StartupError if there is no answer."""
         engine = self.engine("tink asks", poolclass=NullPool)
+        seconds = f"{2 * DATABASE_CONNECT_SECONDS}s"
+        event.listen(engine, "connect", lambda one, _record: _set(one, statement_timeout=seconds))
         try:
             with engine.connect() as connection:
                 yield connection
@@ -142,7 +151,13 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
             with self._asking() as connection:
                 return self.holder(connection)
         row = connection.execute(_HOLDER, {"lock": LOCK, "number": self._number}).first()
-        return None if row is None else Holder(row.pid, row.name, row.host, float(row.silent))
+        return (
+            None
+            if row is None
+            else Holder(
+                row.pid, row.name or "", row.host, None if row.silent is None else float(row.silent)
+            )
+        )
 
     def put_out(self, holder: Holder, connection: Connection | None = None) -> bool:
         """Ends its connection, and with it whatever it was about to commit. False if that is not allowed:
@@ -150,14 +165,19 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
         if connection is None:
             with self._asking() as connection:
                 return self.put_out(holder, connection)
+        asked = {"lock": LOCK, "number": self._number, "pid": holder.pid}
         try:
             with connection.begin_nested():
-                connection.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": holder.pid})
+                return all(connection.execute(_PUT_OUT, asked).scalars())
         except DBAPIError as error:
             if _state(error) != "42501":  # insufficient_privilege
                 raise
             return False
-        return True
+
+    def holds(self, connection: Connection) -> bool:
+        """Whether that connection has the lock."""
+        asked = {"lock": LOCK, "number": self._number}
+        return bool(connection.execute(_HELD, asked).scalar_one())
 
     def lock(self, connection: Connection) -> bool:
         """For the life of the connection."""
@@ -167,10 +187,12 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
 
 class _Session(Writer):
     def __init__(self, database: PostgreSQL) -> None:
-        self._place = database.place
-        # Without a pool: nobody gets another connection, which would not have the lock.
+        self._place, self._database = database.place, database
+        self._warned: str | None = None
+        self._connected = False
         self._engine = database.engine(f"tink writes the {database.schema}", poolclass=NullPool)
-        event.listen(self._engine, "connect", _configure_writer)
+        event.listen(self._engine, "do_connect", self._refuse_another)
+        event.listen(self._engine, "connect", self._configure)
         try:
             with database_errors(f"{database.place} cannot be opened"):
                 self.connection = self._engine.connect()
@@ -178,6 +200,21 @@ class _Session(Writer):
         except BaseException:
             self.close()
             raise
+
+    def _refuse_another(self, *_: object) -> None:
+        """SQLAlchemy would get a new one in place of one that is lost, and that would not have the lock."""
+        if self._connected:
+            raise JournalUnavailable(f"the connection to {self._place} is lost, and its lock with it")
+        self._connected = True
+
+    def _configure(self, connection: Any, _record: object) -> None:
+        names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+        _set(connection, **dict.fromkeys(names, f"{LOCK_SECONDS:g}s"))
+        connection.add_notice_handler(self._hear)
+
+    def _hear(self, notice: Any) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            self._warned = str(notice.message_primary)
 
     def _begin(self, database: PostgreSQL) -> None:
         connection = self.connection
@@ -196,11 +233,17 @@ class _Session(Writer):
         raise DatabaseInUse(f"{self._place} is in use: {who} writes the {database.schema}")
 
     def check(self) -> None:
-        """A commit that was answered is one that the lock was held for."""
+        """The server may answer a commit with a warning: that it is on no replica, say."""
+        if self._warned is not None:
+            raise JournalUnavailable(f"{self._place} warns: {self._warned}")
 
     def beat(self) -> None:
         with database_errors(f"{self._place} is lost"), self.connection.begin():
-            self.connection.exec_driver_sql("SELECT 1")
+            if not self._database.holds(self.connection):
+                raise JournalUnavailable(
+                    f"{self._place} has no lock of this worker any more: is there a pooler that does not "
+                    "keep sessions?"
+                )
 
     def close(self) -> None:
         if hasattr(self, "connection"):
@@ -218,11 +261,6 @@ def unsafe(connection: Connection) -> Iterator[str]:
             )
 
 
-def _configure_writer(connection: Any, _record: object) -> None:
-    names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-    _set(connection, **dict.fromkeys(names, f"{LOCK_SECONDS:g}s"))
-
-
 def _set(connection: Any, **settings: str) -> None:
     """For the life of the connection."""
     connection.autocommit = True
@@ -233,22 +271,22 @@ def _set(connection: Any, **settings: str) -> None:
 
 def parse(url: str) -> URL:
     """StartupError for what names no PostgreSQL database."""
+    if not is_database_url(url):
+        raise StartupError(f"TINK_DATABASE_URL: {NO_DATABASE_URL}")
     try:
-        parsed = make_url(url)
-    except ArgumentError:
-        parsed = None
-    if parsed is None or parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise StartupError(
-            "TINK_DATABASE_URL: it is not like postgresql+psycopg://USER:PASSWORD@HOST/DATABASE "
-            "(without it the journal is in SQLite files)"
-        )
-    return parsed.set(drivername="postgresql+psycopg")
+        return make_url(url).set(drivername="postgresql+psycopg")
+    except (ArgumentError, ValueError):  # whose text may have the password in it
+        raise StartupError(f"TINK_DATABASE_URL: {NO_DATABASE_URL}") from None
+
+
+# Of a URL's options those that tell where it is.
+_SHOWN = ("host", "port", "sslmode", "target_session_attrs")
 
 
 def shown(url: str) -> str:
     """The URL as people may see it: without its password, in whichever part."""
     whole = parse(url)
-    query = {name: value for name, value in whole.query.items() if "password" not in name}
+    query = {name: value for name, value in whole.query.items() if name in _SHOWN}
     part = URL.create("postgresql", whole.username, None, whole.host, whole.port, whole.database, query)
     return part.render_as_string(hide_password=False)
 

@@ -22,6 +22,7 @@ from tink.journal.database import Writer, database
 from tink.journal.journal import Journal, prepare
 from tink.journal.postgres import PostgreSQL, parse, shown
 from tink.limits import DATABASE_BEAT_SECONDS
+from tink.settings import Settings
 
 pytestmark = pytest.mark.on_files  # the fixture below says where
 
@@ -101,7 +102,7 @@ async def test_a_worker_that_is_idle_gives_a_sign_of_life_and_notices_that_it_wa
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     home = new_home(tmp_path)
-    with stops_with("the journal's database is lost"):
+    with stops_with("is lost"):
         async with opened(home):
             before = _journal(home).holder()
             assert before is not None
@@ -111,6 +112,79 @@ async def test_a_worker_that_is_idle_gives_a_sign_of_life_and_notices_that_it_wa
             assert after.silent < before.silent + 3 * DATABASE_BEAT_SECONDS
             _journal(home).put_out(after)
             await trio.sleep(3 * DATABASE_BEAT_SECONDS)
+
+
+async def test_what_waits_behind_a_connection_that_is_lost_is_not_committed_on_another(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """SQLAlchemy would connect once more, without the lock, where another worker may have taken it."""
+    home = new_home(tmp_path)
+    world = journal_kit.InlineWorld()
+    refused: list[str] = []
+    with stops_with("is lost"):
+        async with opened(home, world) as journal:
+            holder = _journal(home).holder()
+            assert holder is not None
+            _journal(home).put_out(holder)
+
+            async def append() -> None:
+                try:
+                    with trio.CancelScope(shield=True):
+                        await journal.append(session(1))
+                except JournalUnavailable as error:
+                    refused.append(str(error))
+
+            async with trio.open_nursery() as nursery:
+                world.block = trio.Event()
+                await trio.sleep(1.5 * DATABASE_BEAT_SECONDS)  # the sign of life is on its way
+                nursery.start_soon(append)
+                await trio.sleep(0.1)
+                world.block.set()
+                world.block = None
+    assert len(refused) == 1
+    assert stored_sessions(home) == set()
+    assert _journal(home).holder() is None
+
+
+def test_a_writer_never_gets_another_connection(tmp_path: Path) -> None:
+    found = _journal(new_home(tmp_path))
+    with _writing(found) as writer:
+        holder = found.holder()
+        assert holder is not None
+        found.put_out(holder)
+        with pytest.raises(JournalUnavailable, match="is lost"):
+            writer.beat()
+        with pytest.raises(JournalUnavailable, match="is lost, and its lock with it"):
+            writer.beat()
+
+
+def test_a_commit_that_the_server_warns_of_is_none(tmp_path: Path) -> None:
+    """As when somebody ends its wait for a replica."""
+    with _writing(_journal(new_home(tmp_path))) as writer:
+        writer.check()
+        warn = "DO $$ BEGIN RAISE WARNING 'the transaction might not have been replicated'; END $$"
+        writer.connection.exec_driver_sql(warn)
+        with pytest.raises(JournalUnavailable, match="warns: the transaction might not have been repl"):
+            writer.check()
+
+
+def test_whether_a_worker_is_alive_that_cannot_be_seen_is_not_guessed(
+    tmp_path: Path, postgres: PostgresServer
+) -> None:
+    home = new_home(tmp_path)
+    name = home.database_url.rpartition("/")[2]
+    with _writing(_journal(home)):
+        postgres.execute("DROP ROLE IF EXISTS stranger")
+        postgres.execute("CREATE ROLE stranger LOGIN")
+        stranger = PostgreSQL(home.database_url.replace("postgres@", "stranger@"), "journal")
+        holder = stranger.holder()
+        assert holder is not None
+        assert holder.silent is None
+    postgres.execute(f"ALTER DATABASE {name} SET track_activities = off")
+    with _writing(_journal(home)):
+        holder = _journal(home).holder()
+        assert holder is not None
+        assert holder.silent is None
 
 
 def test_a_role_that_may_not_put_another_out_is_told_so(tmp_path: Path, postgres: PostgresServer) -> None:
@@ -237,10 +311,22 @@ def test_a_database_is_shown_without_its_password(url: str) -> None:
     assert parse(url).drivername == "postgresql+psycopg"
 
 
-@pytest.mark.parametrize("url", ["mysql://a@b/c", "tink", "postgresql+asyncpg", "sqlite:///a.sqlite"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("mysql://a@b/c", "tink", "postgresql+asyncpg://a@b/c", "sqlite:///a.sqlite"),
+        *("postgresql://u:p@ss@h/db", "postgresql://u:a@b:c@127.0.0.1", "postgresql://a@b:port/c"),
+        *("postgresql://h1:1,h2:2/db", "postgresql://[::1/db"),
+    ],
+)
 def test_what_names_no_postgresql_database_is_one_line(url: str) -> None:
-    with pytest.raises(StartupError, match="TINK_DATABASE_URL: it is not like postgresql"):
+    with pytest.raises(StartupError, match="TINK_DATABASE_URL: it is not like postgresql") as raised:
         parse(url)
+    assert url not in str(raised.value)
+    assert raised.value.__cause__ is None
+    assert [line[:18] for line in Settings.read({"TINK_DATABASE_URL": url}).problems] == [
+        "TINK_DATABASE_URL:"
+    ]
 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
