@@ -84,7 +84,7 @@ async def _in_the_way(database: PostgreSQL, world: World) -> str:
     if holder is None:
         return ""
     if holder.silent < DATABASE_SILENT_SECONDS:
-        return f"{holder} writes there, and this worker takes its place when it ends"
+        return f"{holder} has it, and this one takes its place when it ends"
     if await world.run_sync(database.put_out, holder):
         log.warning("put out a worker that was silent", who=str(holder), seconds=round(holder.silent))
         return ""

@@ -51,7 +51,8 @@ class Holder(NamedTuple):
     silent: float
 
     def __str__(self) -> str:
-        return f"{self.name or 'another program'} on {self.host}"
+        who = "a worker" if self.name.startswith("tink ") else self.name or "another program"
+        return f"{who} on {self.host}"
 
 
 class PostgreSQL(Database):

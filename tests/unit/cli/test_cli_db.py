@@ -300,7 +300,7 @@ def test_while_a_worker_writes_to_the_server_it_is_one_line(home, postgres_url, 
         code, out, err = tink("db", *command, "--home", home.root)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith("tink db: a worker is running: stop it first, and those that wait (postgresql://")
-    assert "tink writes the journal on" in err
+    assert "is in use: a worker on" in err
     assert tink("db", *command, "--home", home.root)[0] == 0
 
 

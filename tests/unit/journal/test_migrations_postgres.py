@@ -161,7 +161,7 @@ def test_while_another_has_the_lock_it_is_told_of_and_nothing_is_done(
             prepare(home)
             return
         with pytest.raises(
-            DatabaseInUse, match=r"is in use: tink writes the journal on .* writes the journal"
+            DatabaseInUse, match=r"is in use: a worker on .* writes the journal"
         ):
             prepare(home)
     with connected(postgres_url) as connection:

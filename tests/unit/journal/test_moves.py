@@ -247,7 +247,7 @@ def test_a_database_that_a_worker_writes_to(home: Home, postgres_url: str, end: 
     writer = database(server, "journal").writer()
     with (
         contextlib.closing(writer),
-        refused(ends[0], DatabaseInUse, "is in use: tink writes the journal on"),
+        refused(ends[0], DatabaseInUse, "is in use: a worker on"),
     ):
         moved(*ends)
 

@@ -55,7 +55,7 @@ async def test_a_second_worker_is_refused_and_told_who_has_it(
 ) -> None:
     home = new_home(tmp_path)
     async with opened(home) as journal:
-        with pytest.raises(DatabaseInUse, match=r"is in use: tink writes the journal on 127\.0\.0\.1"):
+        with pytest.raises(DatabaseInUse, match=r"is in use: a worker on 127\.0\.0\.1"):
             async with opened(home):
                 pass
         await journal.append(session(1))
