@@ -68,6 +68,10 @@ class Walk:
         self.ledger = Ledger()
         self._records: Iterator[Record] = self._recording.records(until=self.last)
 
+    def close(self) -> None:
+        """Before the recording is: its events may be read to the middle."""
+        self._records = iter(())
+
     def step(self) -> Step | None:
         """None at the end."""
         record = next(self._records, None)

@@ -3,6 +3,7 @@ may come from a pipe; it changes nothing, and what is wrong is one line."""
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -185,6 +186,12 @@ def test_a_step_tells_the_event_and_what_it_changes(step):
     assert told[2] == "    category=user  error=learning_rate cannot be negative [bold]  seq_id=2"
     assert told[3:5] == [f"    ~ models {MODEL}", "        next_seq: 2 -> 3"]
     assert "        state: accepted -> failed" in told
+
+
+def test_whoever_leaves_in_the_middle_leaves_nothing_open(step, caplog):
+    assert _seqs(step("n 3", "q")) == [1, 2, 3]
+    gc.collect()
+    assert caplog.records == []
 
 
 def _seqs(told):

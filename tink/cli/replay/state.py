@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tink.cli import printing
@@ -175,7 +175,7 @@ def _diff(journal: _Journal, scope: Scope, arguments: argparse.Namespace) -> Non
 
 def _step(journal: _Journal, arguments: argparse.Namespace) -> None:
     breaks = [parse_breakpoint(text) for text in arguments.breaks or ()]
-    walk = Walk(journal.recording, journal.span.last)
-    if arguments.start is not None:
-        walk.go(journal.seq(arguments.start))
-    Conversation(walk, breaks, journal.seq, journal.place).run()
+    with closing(Walk(journal.recording, journal.span.last)) as walk:
+        if arguments.start is not None:
+            walk.go(journal.seq(arguments.start))
+        Conversation(walk, breaks, journal.seq, journal.place).run()
