@@ -44,19 +44,15 @@ class LiveServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def command(self) -> list[str]:
+        command = [sys.executable, "-m", self.program, "serve"]
+        return [*command, "--home", str(self.home), "--port", str(self.port)]
+
     def start(self, *, wait: bool = True) -> None:
         with self._open_log() as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    self.program,
-                    "serve",
-                    "--home",
-                    str(self.home),
-                    "--port",
-                    str(self.port),
-                ],
+                self.command,
                 env={**os.environ, **self.environment},
                 stdout=log,
                 stderr=log,

@@ -112,10 +112,14 @@ class Home:
             return self.database.read_text().strip() or None
         return None
 
-    def note_database(self, url: str) -> None:
-        """`url`: without its password. StartupError if it cannot be."""
+    def note_database(self, place: str | None) -> None:
+        """Says for good in which PostgreSQL database the journal is (without its password); None: in its
+        own files. Raises StartupError if it cannot."""
         with self.writing():
-            files.write(self.database, url.encode() + b"\n")
+            if place is None:
+                self.database.unlink(missing_ok=True)
+            else:
+                files.write(self.database, f"{place}\n".encode())
             files.sync(self.root)
 
     def lock_owner(self) -> int | None:

@@ -101,11 +101,20 @@ SHOWN_PROBLEMS = 100
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
 
+# Events that `tink db move` copies in one go.
+COPY_EVENTS = 2_000
+# Pages of a file that `tink db backup` copies in one go: a megabyte or so. And how often it looks for a
+# moment at which no body was being deleted.
+BACKUP_PAGES = 256
+BACKUP_TRIES = 5
+
 # -- tink sql --------------------------------------------------------------------------------------
 
 # One value of an answer, and all of it.
 SQL_VALUE_BYTES = 64 * 1024 * 1024
 SQL_ANSWER_BYTES = 256 * 1024 * 1024
+# What PostgreSQL may put on its disk meanwhile, where Tink may say so.
+SQL_SPILL_BYTES = 1024 * 1024 * 1024
 # Steps of SQLite's machine between two looks at the clock: a fraction of a millisecond.
 SQL_STEPS = 10_000
 # Characters of a cell in a table that is printed.

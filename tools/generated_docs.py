@@ -91,6 +91,7 @@ _FEW = frozenset(
         "TINK_HOST",
         "TINK_PORT",
         "TINK_HOME",
+        "TINK_DATABASE_URL",
         "TINK_API_KEYS",
         "TINK_HF_MODEL",
         "TINK_RETENTION_HOURS",

@@ -13,15 +13,17 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import affinity, calls, journal, lane, recovery, replay, sampling
+from tests.bench import affinity, audit, calls, journal, lane, recovery, replay, rerun, sampling
 
 BENCHES: dict[str, ModuleType] = {
     "affinity": affinity,
+    "audit": audit,
     "calls": calls,
     "journal": journal,
     "lane": lane,
     "recovery": recovery,
     "replay": replay,
+    "rerun": rerun,
     "sampling": sampling,
 }
 

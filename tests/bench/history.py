@@ -6,6 +6,7 @@ after worker; then clients whose jobs are open. The same arguments give the same
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import random
@@ -14,15 +15,14 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection
-from sqlalchemy.dialects.sqlite import insert
 
 from tink.domain import events, ids
 from tink.domain.events import AnyEvent, Record, Subject
 from tink.domain.requests import DATA_OPS, OpName
 from tink.home import Home
 from tink.journal import chain, schema, store
+from tink.journal.database import database, upsert
 from tink.journal.journal import prepare
-from tink.journal.sqlite import writer_engine
 
 Entry = tuple[Subject, AnyEvent]
 # Keeps a body and returns its sha256.
@@ -56,22 +56,20 @@ def write(home: Home, *, wanted: int, open_jobs: int, until: float, seed: int = 
         new[digest] = content
         return digest
 
-    engines = writer_engine(home.journal), writer_engine(home.bodies)
-    try:
-        with engines[0].connect() as journal, engines[1].connect() as bodies:
-            began = until - wanted * EVENT_SECONDS
-            numbered = _records(_history(rng, put, wanted, open_jobs), began)
-            written, last = 0, chain.START
-            while batch := list(itertools.islice(numbered, BATCH)):
-                with bodies.begin():  # first, as the worker does
-                    _write_bodies(bodies, new, batch[0].at)
-                with journal.begin():
-                    last = store.write(journal, batch, last)
-                written = batch[-1].seq
-            return written
-    finally:
-        for engine in engines:
-            engine.dispose()
+    with (
+        contextlib.closing(database(home, "journal").writer()) as journal,
+        contextlib.closing(database(home, "bodies").writer()) as bodies,
+    ):
+        began = until - wanted * EVENT_SECONDS
+        numbered = _records(_history(rng, put, wanted, open_jobs), began)
+        written, last = 0, chain.START
+        while batch := list(itertools.islice(numbered, BATCH)):
+            with bodies.connection.begin():  # first, as the worker does
+                _write_bodies(bodies.connection, new, batch[0].at)
+            with journal.connection.begin():
+                last = store.write(journal.connection, batch, last)
+            written = batch[-1].seq
+        return written
 
 
 def _write_bodies(connection: Connection, new: dict[str, bytes], at: float) -> None:
@@ -80,7 +78,8 @@ def _write_bodies(connection: Connection, new: dict[str, bytes], at: float) -> N
         for digest, content in new.items()
     ]
     if stored:
-        connection.execute(insert(schema.bodies).on_conflict_do_nothing(), stored)
+        insert = upsert(connection.dialect.name, schema.bodies)
+        connection.execute(insert.on_conflict_do_nothing(), stored)
     new.clear()
 
 

@@ -6,15 +6,17 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
+from tests.unit.journal import journal_kit
 from tests.unit.journal.journal_kit import new_home, opened
 from tink.home import Home
-from tink.journal import store
-from tink.journal.sqlite import reader_engine
+from tink.journal import chain, store
+from tink.journal.reader import open_journal
 from tink.world import World
 
 KILLS = 15
@@ -39,7 +41,7 @@ async def client(journal, who):
         os.write(1, f"{name} {digest}\\n".encode())
 
 async def main():
-    home = Home(Path(sys.argv[1]))
+    home = Home(Path(sys.argv[1]), sys.argv[2])
     with home.lock():
         async with Journal.open(home, World(), version="0", settings_digest="0") as journal:
             os.write(1, b"open\\n")
@@ -50,10 +52,21 @@ trio.run(main)
 """
 
 
+@pytest.fixture(params=["sqlite", "postgresql"], autouse=True)
+def _on_each_database(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "sqlite":
+        yield
+        return
+    with journal_kit.on_postgres(request.getfixturevalue("postgres")):
+        yield
+
+
 def _life(home: Home, seconds: float) -> list[tuple[str, str]]:
     """Runs a writer, kills it `seconds` after it has opened, and says what it was told."""
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(home.root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", WRITER, str(home.root), home.database_url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -77,14 +90,14 @@ def test_no_kill_loses_what_was_acknowledged_or_tears_a_batch(tmp_path: Path) ->
         told += _life(home, rng.uniform(0.005, 0.15))
     assert len(told) > 100, "too little was written to show anything"
 
-    engine = reader_engine(home.journal)
-    with engine.connect() as connection:
-        assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+    with open_journal(home) as connection:
+        if connection.dialect.name == "sqlite":
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         assert store.check(connection) == []
+        assert list(chain.breaks(connection)) == []
         stored = store.read_tables(connection)
         last = store.last_seq(connection)
         events = sum(1 for _ in store.read_events(connection))
-    engine.dispose()
     assert events == last
     sessions = {key[0] for key in stored.sessions}
     assert {f"{name}-{half}" for name, _ in told for half in "ab"} <= sessions
@@ -111,12 +124,12 @@ def test_a_kill_during_the_very_first_start_leaves_a_home_that_starts(tmp_path: 
     script = (
         "import sys; from pathlib import Path; from tink.home import Home\n"
         "from tink.journal.journal import prepare; print('go', flush=True)\n"
-        "prepare(Home(Path(sys.argv[1])))"
+        "prepare(Home(Path(sys.argv[1]), sys.argv[2]))"
     )
     for number in range(4):
         home = new_home(tmp_path / str(number), empty=True)
         with subprocess.Popen(
-            [sys.executable, "-c", script, str(home.root)], stdout=subprocess.PIPE
+            [sys.executable, "-c", script, str(home.root), home.database_url], stdout=subprocess.PIPE
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
+from tests.postgres import PostgresServer
 from tests.simulation import golden
 from tests.simulation.chaos import quiet, simulate
 from tests.simulation.program import program
@@ -28,11 +29,13 @@ from tink.domain import events, ids, plans, requests, sampling
 from tink.domain.lane import Lane
 from tink.errors import UserError
 from tink.home import Home
+from tink.journal.moves import move
 from tink.journal.recording import open_recording
 from tink.replay.decisions.comparison import Difference
 from tink.replay.decisions.history import look
 from tink.replay.decisions.replay import Report, replay
 from tink.replay.decisions.treatment import TREATMENTS
+from tink.world import World
 
 VERSIONS = sorted(path.parent for path in golden.GOLDEN.glob("*/*/journal.sqlite.zst"))
 NEWEST = {part: [path for path in VERSIONS if path.name == part][-1] for part in golden.PARTS}
@@ -48,11 +51,32 @@ def _replay(home: Home) -> Report:
         return replay(recording, look(recording))
 
 
-@pytest.fixture(scope="module", params=VERSIONS, ids=lambda path: f"{path.parent.name}-{path.name}")
-def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Any]:
-    """Each golden journal, and what was sent."""
+@contextmanager
+def _untold(_name: str, _total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+KEPT = [(path, place) for path in VERSIONS for place in ("sqlite", "postgresql")]
+
+
+@pytest.fixture(
+    scope="module", params=KEPT, ids=lambda kept: f"{kept[0].parent.name}-{kept[0].name}-{kept[1]}"
+)
+def kept(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Home, Any]]:
+    """Each golden journal, in files and as `tink db move` takes it to a server, and what was sent."""
+    path, place = request.param
     home = Home(tmp_path_factory.mktemp("golden") / "home")
-    return home, golden.read(request.param, home)
+    sent = golden.read(path, home)
+    if place == "sqlite":
+        yield home, sent
+        return
+    server: PostgresServer = request.getfixturevalue("postgres")
+    there = Home(home.root, server.create_database())
+    move(home, there, World(), _untold)
+    yield there, sent
+    server.drop_database(there.database_url)
 
 
 @pytest.fixture(scope="module")

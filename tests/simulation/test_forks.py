@@ -175,6 +175,7 @@ async def test_a_crash_between_the_files_and_the_journal_leaves_a_fork_or_none(
             await cluster.start_worker()
         if not made:
             assert forked(cluster) == 0
+            await trio.sleep(1)  # it is gone
             staged(cluster)
             made.append(await cluster.ask(fork(user)))
         assert forked(cluster) == 1

@@ -132,7 +132,10 @@ def test_a_page_that_the_code_contradicts_is_found():
 def test_every_command_is_documented():
     text = README.read_text()
     assert all(f"tink {command}" in text for command in COMMANDS)
-    assert all(f"tink {command}" in text for command in ("jobs show", "db upgrade", "db check"))
+    assert all(
+        f"tink {command}" in text
+        for command in ("jobs show", "db upgrade", "db check", "db move", "db backup")
+    )
 
 
 def test_every_endpoint_of_the_sdk_is_documented_and_no_other():

@@ -35,7 +35,7 @@ from tink.world import World
 # What torchrun tells the processes that it starts: the trainer is none of them, and alone.
 TORCHRUN = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 # Of the worker's environment, what its trainer must not inherit.
-WITHHELD = TORCHRUN | {"TINK_API_KEYS", "TINK_CRASH_AT"}
+WITHHELD = TORCHRUN | {"TINK_API_KEYS", "TINK_CRASH_AT", "TINK_DATABASE_URL"}
 PROC = Path("/proc")
 # States of a process, as the kernel says them: dead and not yet reaped; stopped, by a signal or a debugger.
 DEAD, STOPPED = frozenset("ZX"), frozenset("Tt")

@@ -3,6 +3,7 @@ They build on the views (journal/views.py). What a question is not about costs i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,15 +30,15 @@ class Question(NamedTuple):
 
     def filled(self, values: Mapping[str, str | int | None]) -> str:
         """The SQL with its parameters in their places."""
-        query = self.sql.strip()
+        texts = {}
         for name, kind, _, default in self.parameters:
             value = values.get(name)
             value = default if value is None else value
             if value is None:
                 raise UserError(f"it needs {name.upper()}")
-            text = str(int(value)) if kind is int else "'" + str(value).replace("'", "''") + "'"
-            query = query.replace(f":{name}", text)
-        return query
+            texts[name] = str(int(value)) if kind is int else "'" + str(value).replace("'", "''") + "'"
+        # All at once: a value may have `:step` in it.
+        return re.sub(r":(\w+)", lambda found: texts[found[1]], self.sql.strip())
 
 
 _MODEL = Parameter("model", str, "the model (training run)")
@@ -136,10 +137,12 @@ WHERE coalesce(made.steps, 0) <> m.steps OR coalesce(made.last, 0) <> m.steps
 SELECT step, loss_per_token, loss_per_token - before AS jump, grad_norm, learning_rate, tokens, jobs,
        finished
 FROM (
-  SELECT *, lag(loss_per_token) OVER (ORDER BY step) AS before FROM v_steps WHERE model_id = :model
+  SELECT step, loss_per_token, grad_norm, learning_rate, tokens, jobs, finished,
+         lag(loss_per_token) OVER (ORDER BY step) AS before
+  FROM v_steps WHERE model_id = :model
 ) AS compared
 WHERE before IS NOT NULL
-ORDER BY abs(loss_per_token - before) DESC
+ORDER BY abs(loss_per_token - before) DESC NULLS LAST
 LIMIT 20
 """,
         (_MODEL,),

@@ -109,7 +109,7 @@ def _tell(chosen: str, output: Path | None, answer: Answer) -> int:
         sys.stdout.write(content.decode())
     if answer.cut is None:
         return 0
-    write_line(f"{answer.cut}: ask for less, or for more with --max-rows")
+    write_line(answer.cut)
     return 1
 
 
@@ -122,15 +122,13 @@ def _named(output: Path | None) -> str:
 
 
 def _table(answer: Answer) -> bytes:
-    numbers = tuple(
-        name
-        for index, name in enumerate(answer.columns)
+    numbers = [
+        index
+        for index in range(len(answer.columns))
         if all(isinstance(row[index], (int, float, type(None))) for row in answer.rows)
-    )
-    made = printing.table(*map(printing.text, answer.columns), right=tuple(map(printing.text, numbers)))
-    for row in answer.rows:
-        made.add_row(*(printing.text(_short(_plain(value))) for value in row))
-    return printing.wide(made).encode()
+    ]
+    rows = [[printing.plain(_short(_plain(value))) for value in row] for row in answer.rows]
+    return printing.listing([printing.plain(name) for name in answer.columns], rows, numbers).encode()
 
 
 def _short(value: Any) -> Any:

@@ -6,6 +6,7 @@ import argparse
 
 from tink.audit.questions import QUESTIONS, Question
 from tink.cli import answers
+from tink.cli.options import positive
 from tink.journal.sql import Answer
 from tink.logs import write_line
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 command.add_argument(
                     f"--{parameter.name}",
                     metavar="N",
-                    type=parameter.kind,
+                    type=positive,
                     default=parameter.default,
                     help=f"{parameter.help} (default: %(default)s)",
                 )

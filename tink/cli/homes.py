@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tink.errors import StartupError
+from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal.database import database
 from tink.settings import Settings
@@ -28,9 +28,7 @@ def readable_home(option: Path | None) -> Iterator[Home]:
 def find_home(option: Path | None) -> Home:
     """The home that --home or TINK_HOME names, else the default one. StartupError unless a journal is
     there, or in the PostgreSQL database that TINK_DATABASE_URL names or the home's worker has noted."""
-    # Of the other settings none matters to a reader, so none of them can be wrong.
-    named = {name: os.environ.get(name, "") for name in ("TINK_HOME", "TINK_DATABASE_URL")}
-    home = Settings.load(named, home=option).home_folder
+    home = _named_home(option)
     if not home.database_url:
         home = Home(home.root, home.noted_database() or "")
     if home.database_url:
@@ -45,3 +43,54 @@ def find_home(option: Path | None) -> Home:
     if not home.journal.is_file():
         raise StartupError(f"{home.root} has no journal: {advice}")
     return home
+
+
+def moving_homes(option: Path | None, origin: str | None, goal: str) -> tuple[Home, Home]:
+    """The same home as it is now, and as it will be when its journal is moved: each with `sqlite` or the
+    URL of its database. UserError if they are one; StartupError for what is no home with a journal."""
+    home = _named_home(option)
+    root, named = home.root, home.database_url
+    target = Home(root, "" if goal == FILES else _with_password(goal, named))
+    if origin is None:
+        source = _source(home, target)
+    else:
+        source = Home(root, "" if origin == FILES else _with_password(origin, named))
+    if _address(source) == _address(target):
+        raise UserError(f"the journal is in {database(source, 'journal').place} already")
+    if not root.is_dir():
+        raise StartupError(f"there is no home {root}: pass --home DIR or set TINK_HOME")
+    if source.bundle.exists():
+        raise UserError(f"{root} is no whole journal: it came out of a bundle")
+    if not database(source, "journal").exists():
+        raise StartupError(f"{database(source, 'journal').place} has no journal: --from says where it is")
+    return source, target
+
+
+# What --to and --from call the files of the home.
+FILES = "sqlite"
+
+
+def _source(home: Home, target: Home) -> Home:
+    """Where the journal is now. TINK_DATABASE_URL may say already where it will be; and a home may, if a
+    move was interrupted."""
+    for url in (home.database_url, home.noted_database() or ""):
+        if url and _address(Home(home.root, url)) != _address(target):
+            return Home(home.root, url)
+    return Home(home.root)
+
+
+def _with_password(url: str, known: str) -> str:
+    """The URL that is known, if it is the same database: it may have a password."""
+    from tink.journal.postgres import shown  # an extra
+
+    return known if known and shown(url) == shown(known) else url
+
+
+def _address(home: Home) -> str:
+    return database(home, "journal").place
+
+
+def _named_home(option: Path | None) -> Home:
+    # Of the other settings none matters to a reader, so none of them can be wrong.
+    named = {name: os.environ.get(name, "") for name in ("TINK_HOME", "TINK_DATABASE_URL")}
+    return Settings.load(named, home=option).home_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 from tink.cli import printing
@@ -51,15 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     noted = None if arguments.head is None else Head.parse(arguments.head)
     home = find_home(arguments.home)
     with open_journal(home) as connection:
-        problems = list(chain.breaks(connection, noted))
+        breaks = chain.breaks(connection, noted)
+        problems = list(islice(breaks, SHOWN_PROBLEMS))
+        more = sum(1 for _ in breaks)
         head = chain.head(connection)
+    if more:
+        problems.append(f"and {more:,} more")
     if arguments.json:
         printing.print_document({"home": str(home.root), "head": str(head), "problems": problems})
         return int(bool(problems))
-    for problem in problems[:SHOWN_PROBLEMS]:
+    for problem in problems:
         print(problem)
-    if len(problems) > SHOWN_PROBLEMS:
-        print(f"and {len(problems) - SHOWN_PROBLEMS} more")
     if not problems:
         print(f"{head.seq:,} events, each as it was written")
     print(f"head {head}")

@@ -29,14 +29,15 @@ def keep_serving(settings: Settings, home: Home, world: World) -> None:
     not mend."""
     configure_logs(settings.log_level)
     database, past = PostgreSQL(settings.database_url, "journal"), Past()
-    first = True
+    first, port = True, settings.port
     while trio.run(_await_turn, database, world, first):
         if first:
             _note(database, home)
             first = False
         try:
             # Only now: a port that is open says that somebody serves there.
-            with world.listen(settings.host, settings.port) as listener:
+            with world.listen(settings.host, port) as listener:
+                port = listener.getsockname()[1]  # if any would do: clients come back to this one
                 trio.run(serve, settings, home, world, listener, past)
             return
         except Exception as raised:
@@ -83,7 +84,7 @@ async def _in_the_way(database: PostgreSQL, world: World) -> str:
     if holder is None:
         return ""
     if holder.silent < DATABASE_SILENT_SECONDS:
-        return f"{holder} writes there, and this worker takes its place when it ends"
+        return f"{holder} has it, and this one takes its place when it ends"
     if await world.run_sync(database.put_out, holder):
         log.warning("put out a worker that was silent", who=str(holder), seconds=round(holder.silent))
         return ""

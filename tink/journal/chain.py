@@ -5,11 +5,12 @@ whole new chain: against that, note the head now and then where he cannot write,
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Text, select, type_coerce
 
 from tink.errors import UNREADABLE, UserError
 from tink.journal import schema
@@ -24,6 +25,7 @@ COLUMNS = (
     *("seq", "at", "incarnation", "kind"),
     *("tenant", "session_id", "model_id", "job_id", "adapter_id", "replica", "data"),
 )
+_TEXTS = tuple(name for name in COLUMNS if name not in ("seq", "at", "incarnation", "data"))
 _ENCODER = msgspec.json.Encoder(order="sorted")
 
 
@@ -78,29 +80,36 @@ def head(connection: Connection) -> Head:
     table = schema.events
     query = select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1)
     row = connection.execute(query).one_or_none()
-    return NONE if row is None else Head(row.seq, bytes(row.hash or b""))
+    return NONE if row is None else Head(row.seq, digest(row.hash))
 
 
 def hash_of(connection: Connection, seq: int) -> bytes:
     table = schema.events
-    return bytes(connection.execute(select(table.c.hash).where(table.c.seq == seq)).scalar() or b"")
+    return digest(connection.execute(select(table.c.hash).where(table.c.seq == seq)).scalar())
+
+
+def digest(kept: Any) -> bytes:
+    """What a row has as its hash; nothing if that is none."""
+    return kept if isinstance(kept, bytes) else b""
 
 
 def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     """One line for each place where the events are not what was written. `noted`: a head from earlier,
     which must be in the chain."""
     table = schema.events
-    columns = [table.c[name] for name in (*COLUMNS, "hash")]
+    columns: list[Any] = [table.c[name] for name in (*COLUMNS, "hash")]
+    if connection.dialect.name == "sqlite":  # as it stands there
+        columns.append(type_coerce(table.c.data, Text).label("text"))
     last = NONE
     query = select(*columns).order_by(table.c.seq)
     found = False
     try:
         with connection.execute(query, execution_options={"yield_per": 1000}) as read:
             for row in map(dict, read.mappings()):
-                seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
+                seq, kept = int(row["seq"]), digest(row["hash"])
                 if seq != last.seq + 1:
                     yield f"no events from {last.seq + 1} to {seq - 1}"
-                elif link(last.hash, row) != kept:
+                elif link(last.hash, row) != kept or not _is_plain(row):
                     yield f"event {seq} is not what was written behind event {last.seq}"
                 if noted is not None and seq == noted.seq:
                     found = True
@@ -111,3 +120,24 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
         yield f"an event behind {last.seq} cannot be read: {error}"
     if noted is not None and not found:
         yield f"event {noted.seq}, whose hash was noted, is not there: the last one is {last.seq}"
+
+
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    """Whether SQL finds in the row what was hashed. Another one may have the same hash: with bytes, of
+    which the text that was there is the base64, or with a key twice, of which SQLite takes the first."""
+    texts = [row[name] for name in _TEXTS if row[name] is not None]
+    texts.append(row.get("text", ""))
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    return texts[-1] in ("", msgspec.json.encode(row["data"]).decode()) or not _has_a_key_twice(texts[-1])
+
+
+def _has_a_key_twice(text: str) -> bool:
+    twice = False
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal twice
+        twice |= len(dict(pairs)) < len(pairs)
+
+    json.loads(text, object_pairs_hook=look)
+    return twice

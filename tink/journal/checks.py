@@ -66,9 +66,11 @@ def _found(database: Schema, name: str, detail: str, problems: list[str]) -> Che
 
 def _file(connection: Connection, database: Schema, quick: bool) -> Check:
     if connection.dialect.name != "sqlite":  # a server keeps its own house
-        return _found(
-            database, "file", "the server answers; its files are its own to check (pg_amcheck)", []
-        )
+        from tink.journal.postgres import unsafe  # an extra
+
+        version = connection.exec_driver_sql("SHOW server_version").scalar_one()
+        detail = f"PostgreSQL {version}, whose files are its own to check (pg_amcheck)"
+        return _found(database, "file", detail, list(unsafe(connection)))
     pragma = "quick_check" if quick else "integrity_check"
     answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
     problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
@@ -85,7 +87,10 @@ def _schema(connection: Connection, database: Schema) -> Check:
             database,
             "schema",
             detail,
-            ["not at the head: run 'tink db upgrade', or the newer Tink that wrote it"],
+            [
+                revisions.moved(current or "", "this database")
+                or "not at the head: run 'tink db upgrade', or the newer Tink that wrote it"
+            ],
         )
     return _found(database, "schema", detail, migrations.differences(connection, database))
 

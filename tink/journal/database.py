@@ -36,6 +36,11 @@ class Writer(ABC):
         """Raises JournalUnavailable if what is written here would not be found again."""
 
     @abstractmethod
+    def beat(self) -> None:
+        """Between transactions, a sign of life: whoever waits takes the place of one that is silent. Raises
+        JournalUnavailable if it is lost."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 

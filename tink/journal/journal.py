@@ -9,9 +9,11 @@ Everything that `append` returned for is on stable storage.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Set
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
 
@@ -355,23 +357,28 @@ def _bodies_named(event: AnyEvent) -> Iterator[str]:
         yield event.result_sha256
 
 
+# A NUL, or a number that is written with an exponent; or a text that looks like one of them.
+_AWKWARD = re.compile(rb"\\u0000|\de\d")
+
+
 def _storable(entry: Entry) -> tuple[Entry, int]:
-    """The same, and its size. A text of PostgreSQL takes no NUL, and what one database has the other must
-    be able to take: clients' names and errors may have some."""
+    """The same, and its size, as any database gives it back: clients' names and metadata, and errors, may
+    have in them what PostgreSQL does not take."""
     subject, event = entry
     encoded = msgspec.json.encode(event)
-    if b"\\u0000" in encoded:
-        told = msgspec.to_builtins(event)
-        event = msgspec.convert(_without_nul(told), type(event))
+    if _AWKWARD.search(encoded):
+        event = msgspec.convert(_plain(msgspec.to_builtins(event)), type(event))
     return (subject, event), len(encoded)
 
 
-def _without_nul(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     match value:
-        case str():
+        case str():  # its texts have no NUL
             return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        case float() if value.is_integer() and abs(value) >= chain.EXACT:  # its numbers have no exponent
+            return int(Decimal(repr(value)))
         case dict():
-            return {_without_nul(name): _without_nul(part) for name, part in value.items()}
+            return {_plain(name): _plain(part) for name, part in value.items()}
         case list() | tuple():
-            return [_without_nul(part) for part in value]
+            return [_plain(part) for part in value]
     return value

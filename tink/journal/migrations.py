@@ -27,19 +27,22 @@ def upgrade(database: Database, *, whole: bool = True) -> None:
     that another worker writes to. `whole`: false for a part of a journal, from a bundle."""
     writer = database.writer()
     try:
-        _upgrade(writer.connection, database, whole=whole)
+        apply(writer.connection, database, whole=whole)
+        writer.connection.commit()
     finally:
         writer.close()
 
 
-def _upgrade(connection: Connection, database: Database, *, whole: bool) -> None:
+def apply(connection: Connection, database: Database, *, whole: bool = True) -> None:
+    """The same in the connection's transaction, which the caller commits."""
     schema = database.schema
     before = revisions.current(connection, schema)
     if before == HEADS[schema]:
         return
     if before is not None and before not in known(connection, schema):
         raise StartupError(
-            f"the {schema} database has schema revision {before}, which this Tink "
+            revisions.moved(before, database.place)
+            or f"the {schema} database has schema revision {before}, which this Tink "
             f"({tink.__version__}) does not know: it was written by a newer one; install that"
         )
     if connection.dialect.name == "sqlite":
@@ -62,7 +65,6 @@ def _upgrade(connection: Connection, database: Database, *, whole: bool) -> None
         if wrong:
             connection.rollback()
             raise store.damaged(database.place, wrong)
-    connection.commit()
 
 
 def known(connection: Connection, schema: Schema) -> list[str]:
@@ -73,7 +75,18 @@ def known(connection: Connection, schema: Schema) -> list[str]:
 
 def differences(connection: Connection, schema: Schema) -> list[str]:
     """What autogenerate would change: nothing, if the migrations make the schema of the code."""
-    options = {"compare_type": True, "version_table": revisions.version_table(schema)}
+    others: set[str] = set()  # that share the server's database
+    for other in METADATA.keys() - {schema}:
+        others |= {*METADATA[other].tables, revisions.version_table(other)}
+
+    def mine(name: str | None, kind: str, _parents: object) -> bool:
+        return kind != "table" or name not in others
+
+    options = {
+        "compare_type": True,
+        "version_table": revisions.version_table(schema),
+        "include_name": mine,
+    }
     context = MigrationContext.configure(connection, opts=options)
     return [str(difference) for difference in compare_metadata(context, METADATA[schema])]
 

@@ -51,7 +51,8 @@ class Holder(NamedTuple):
     silent: float
 
     def __str__(self) -> str:
-        return f"{self.name or 'another program'} on {self.host}"
+        who = "a worker" if self.name.startswith("tink ") else self.name or "another program"
+        return f"{who} on {self.host}"
 
 
 class PostgreSQL(Database):
@@ -94,9 +95,9 @@ class PostgreSQL(Database):
 
     def bytes(self) -> int:
         tables = schema.metadata if self.schema == "journal" else schema.bodies_metadata
-        query = (
-            "SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(:names) name"
-        )
+        query = """
+SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(CAST(:names AS text[])) name
+"""
         with self._asking() as connection:
             return int(connection.execute(text(query), {"names": list(tables.tables)}).scalar_one())
 
@@ -181,12 +182,8 @@ class _Session(Writer):
     def _begin(self, database: PostgreSQL) -> None:
         connection = self.connection
         with database_errors(f"{self._place} cannot be opened"), connection.begin():
-            for name, unsafe in _UNSAFE.items():
-                if connection.exec_driver_sql(f"SHOW {name}").scalar_one() == unsafe:
-                    raise StartupError(
-                        f"{self._place}: {name} is {unsafe}, so what was committed may be lost: set it "
-                        "to on (for the server, the database or the role)"
-                    )
+            for problem in unsafe(connection):
+                raise StartupError(f"{self._place}: {problem}")
             if connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
                 raise JournalUnavailable(f"{self._place} is a replica, which cannot be written")
             if database.lock(connection):
@@ -201,10 +198,24 @@ class _Session(Writer):
     def check(self) -> None:
         """A commit that was answered is one that the lock was held for."""
 
+    def beat(self) -> None:
+        with database_errors(f"{self._place} is lost"), self.connection.begin():
+            self.connection.exec_driver_sql("SELECT 1")
+
     def close(self) -> None:
         if hasattr(self, "connection"):
             self.connection.close()
         self._engine.dispose()
+
+
+def unsafe(connection: Connection) -> Iterator[str]:
+    """What is set so that a commit which was answered may be lost."""
+    for name, value in _UNSAFE.items():
+        if connection.exec_driver_sql(f"SHOW {name}").scalar_one() == value:
+            yield (
+                f"{name} is {value}, so what was committed may be lost: set it to on (for the server, the "
+                "database or the role)"
+            )
 
 
 def _configure_writer(connection: Any, _record: object) -> None:
@@ -236,9 +247,10 @@ def parse(url: str) -> URL:
 
 def shown(url: str) -> str:
     """The URL as people may see it: without its password, in whichever part."""
-    parsed = parse(url).set(drivername="postgresql", password=None)
-    query = {name: value for name, value in parsed.query.items() if "password" not in name}
-    return parsed.set(query=query).render_as_string(hide_password=False)
+    whole = parse(url)
+    query = {name: value for name, value in whole.query.items() if "password" not in name}
+    part = URL.create("postgresql", whole.username, None, whole.host, whole.port, whole.database, query)
+    return part.render_as_string(hide_password=False)
 
 
 def cause(error: SQLAlchemyError) -> object:

@@ -44,7 +44,8 @@ def open_journal(home: Home) -> Iterator[Connection]:
         current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
         if current != head:
             raise StartupError(
-                f"{journal.place} has schema revision {current or 'none'}, this Tink reads {head}: "
+                revisions.moved(current or "", journal.place)
+                or f"{journal.place} has schema revision {current or 'none'}, this Tink reads {head}: "
                 "run 'tink db upgrade', or the Tink that wrote it"
             )
         yield connection

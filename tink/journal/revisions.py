@@ -12,6 +12,9 @@ Schema = Literal["journal", "bodies"]
 # What the code knows: the newest of migrations/, which make the tables of journal/schema.py.
 HEADS: dict[Schema, str] = {"journal": "0002", "bodies": "0001"}
 
+# In the place of a revision, with a time behind it: what 'tink db move' has taken elsewhere.
+MOVED = "moved-"
+
 
 def current(connection: Connection, schema: Schema) -> str | None:
     """None for an empty database."""
@@ -25,3 +28,13 @@ def current(connection: Connection, schema: Schema) -> str | None:
 def version_table(schema: Schema) -> str:
     """Of its own for each: on PostgreSQL the two share a server."""
     return f"{schema}_schema_version"
+
+
+def moved(revision: str, place: str) -> str | None:
+    """What to say of a database that is not in use any more; None for any other."""
+    if not revision.startswith(MOVED):
+        return None
+    return (
+        f"the journal that was in {place} was moved elsewhere ({revision}): unset TINK_DATABASE_URL, or "
+        "name the database that it is in now; if 'tink db move' was interrupted, run it again"
+    )

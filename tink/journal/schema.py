@@ -212,7 +212,9 @@ jobs = Table(
     Index("uq_jobs_model_id_op_no", "model_id", "op_no", unique=True),
     # Recovery reads open jobs only, however long the history is.
     Index("ix_jobs_open", "accepted_seq", **_where(OPEN_JOBS)),
-    Index(None, "submitted_at"),
+    # The newest of a tenant, of a kind or in a state, however far they are between: what is looked at is in
+    # the index. A tenant's own index would be taken for questions about one of its models, too.
+    Index("ix_jobs_submitted_at", "submitted_at", "tenant", "op", "state"),
     # Retention asks of a body who names it, and which states were loaded.
     Index(None, "body_sha256", **_where(text("body_sha256 IS NOT NULL"))),
     Index(None, "result_sha256", **_where(text("result_sha256 IS NOT NULL"))),
@@ -239,6 +241,7 @@ adapters = Table(
     Column("deleted_at", Double),
     Index(None, "model_id", "version", unique=True),
     Index("ix_adapters_live", "adapter_id", **_where(LIVE)),
+    Index(None, "created_at"),
 )
 
 adapter_placements = Table(

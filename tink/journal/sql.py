@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from tink.errors import UserError
-from tink.limits import SQL_ANSWER_BYTES, SQL_STEPS, SQL_VALUE_BYTES
-
-# Of SQLite's authorizer. Not among them: writes, DDL, ATTACH, PRAGMA (as a function too) and transactions.
-_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE})
-_FORBIDDEN_FUNCTIONS = frozenset({"load_extension", "fts3_tokenizer"})
-
-# In the words of SQLite and its driver. VACUUM asks no authorizer: it refuses to run in a transaction.
-_REFUSALS = ("not authorized", "prohibited", "one statement", "VACUUM")
-ONLY_READING = "only reading is allowed here, one statement at a time: SELECT, VALUES, WITH or EXPLAIN"
+from tink.limits import SQL_ANSWER_BYTES
 
 
 class Answer(NamedTuple):
@@ -32,69 +21,27 @@ class Answer(NamedTuple):
 def ask(
     connection: Connection, query: str, *, rows: int, seconds: float, clock: Callable[[], float]
 ) -> Answer:
-    """What SQLite answers to `query`, at most so many rows of it, within so many seconds of `clock`.
+    """What the database answers to `query`, at most so many rows of it, within so many seconds of `clock`.
     `connection`: of journal/reader.py, which may only read. Raises UserError for what is no query, is not
     allowed, or takes longer. Blocks; Ctrl-C ends it."""
-    database = connection.connection.dbapi_connection
-    assert isinstance(database, sqlite3.Connection)
-    deadline = clock() + seconds
-    with _bounds(database, lambda: clock() >= deadline):
-        try:
-            cursor = database.execute(query)
-            if cursor.description is None:
-                raise UserError("there is no statement in it: give a SELECT")
-            columns = [str(column[0]) for column in cursor.description]
-            return Answer(columns, *_read(cursor, rows))
-        # ValueError: text that is no UTF-8, or has a NUL.
-        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-            interrupted = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
-            if interrupted and clock() < deadline:
-                raise KeyboardInterrupt from None
-            raise UserError(_told(error, interrupted, seconds)) from None
+    if connection.dialect.name == "postgresql":
+        from tink.journal import sql_postgres  # an extra
+
+        return sql_postgres.ask(connection, query, rows=rows, seconds=seconds, clock=clock)
+    from tink.journal import sql_sqlite
+
+    return sql_sqlite.ask(connection, query, rows=rows, seconds=seconds, clock=clock)
 
 
-def _read(cursor: sqlite3.Cursor, most: int) -> tuple[list[tuple[Any, ...]], str | None]:
+def read(answered: Iterable[tuple[Any, ...]], most: int) -> tuple[list[tuple[Any, ...]], str | None]:
+    """The rows and `cut` of an Answer."""
     found: list[tuple[Any, ...]] = []
     size = 0
-    for row in cursor:
+    for row in answered:
         if len(found) == most:
-            return found, f"there are more than {most} rows"
+            return found, f"there are more than {most} rows: ask for less, or for more with --max-rows"
         size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
         if size > SQL_ANSWER_BYTES:
-            return found, f"there are more than {SQL_ANSWER_BYTES} bytes"
+            return found, f"there are more than {SQL_ANSWER_BYTES} bytes: ask for less"
         found.append(row)
     return found, None
-
-
-@contextmanager
-def _bounds(database: sqlite3.Connection, late: Callable[[], bool]) -> Iterator[None]:
-    before = database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, SQL_VALUE_BYTES)
-    database.set_authorizer(_authorize)
-    database.set_progress_handler(late, SQL_STEPS)
-    try:
-        yield
-    finally:
-        # Whoever opened the connection also ends its transaction.
-        database.set_progress_handler(None, 0)
-        database.set_authorizer(None)
-        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
-
-
-def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    if action == sqlite3.SQLITE_FUNCTION:
-        allowed = str(second).lower() not in _FORBIDDEN_FUNCTIONS
-    elif action == sqlite3.SQLITE_UPDATE:
-        # So SQLite makes a table-valued function (json_each) known to itself. A file that is opened to be
-        # read has no schema that could be written.
-        allowed = first == "sqlite_master"
-    else:
-        allowed = action in _ALLOWED
-    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
-
-
-def _told(error: Exception, interrupted: bool, seconds: float) -> str:
-    if interrupted:
-        return f"it was not answered within {seconds:g} s: ask for less, or give it longer"
-    if any(words in str(error) for words in _REFUSALS):
-        return f"{ONLY_READING} ({error})"
-    return f"SQLite says: {error}"

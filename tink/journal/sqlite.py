@@ -79,6 +79,9 @@ class _FileWriter(Writer):
                 "or restore a backup"
             )
 
+    def beat(self) -> None:
+        """Nobody waits for a file."""
+
     def close(self) -> None:
         self.connection.close()
         self._engine.dispose()

@@ -7,15 +7,20 @@ import re
 
 from sqlalchemy import Connection, text
 
-# What databases say differently. UTC[x]: seconds since the epoch as text; STRINGS[x]: all of a group, with
-# a space between them.
+# What databases say differently. UTC[x]: seconds since the epoch as text. PostgreSQL rounds to milliseconds
+# here as SQLite does, which counts them from another day and loses some digits. STRINGS[x]: all of a group,
+# with a space between them.
 _UTC = {
     "sqlite": "strftime('%Y-%m-%dT%H:%M:%fZ', {}, 'unixepoch')",
-    "postgresql": "to_char(to_timestamp({}) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')",
+    "postgresql": "to_char(to_timestamp((floor({} * 1000 + 210866760000000 + 0.5) - 210866760000000) "
+    "/ 1000) AT TIME ZONE 'UTC', "
+    '\'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"\')',
 }
 _STRINGS = {"sqlite": "group_concat({}, ' ')", "postgresql": "string_agg({}, ' ')"}
 
-# `kind || ''` keeps SQLite from the index of the kinds where that of the jobs is the better one.
+# `kind || ''` keeps SQLite from the index of the kinds where that of the jobs is the better one, and
+# `model_id || ''` from all events of a model where few are of that kind. That what
+# has a sampler is a sample it finds in the index of the jobs by time: `op` is in it.
 _TEMPLATES = {
     "v_jobs": """
 SELECT job_id, tenant, op, state, session_id, model_id, sampler_id, seq_id, op_no, step, attempts, backend,
@@ -55,14 +60,16 @@ SELECT j.job_id, j.tenant, j.session_id, j.sampler_id, s.base_model, a.model_id,
 FROM jobs j
 JOIN samplers s ON s.sampler_id = j.sampler_id
 LEFT JOIN adapters a ON a.adapter_id = s.adapter_id
+WHERE j.op = 'sample'
 """,
     "v_incidents": """
-SELECT e.seq, e.at, UTC[e.at] AS happened, 'worker_crash' AS kind, e.tenant, e.model_id, e.job_id,
-       e.replica, (e.at - p.at) * 1000 AS lost_ms, 'worker ' || p.incarnation || ' left no stop' AS detail
+SELECT e.seq, e.at, UTC[e.at] AS happened, 'worker_crash' AS kind, e.tenant,
+       e.model_id || '' AS model_id, e.job_id, e.replica, (e.at - p.at) * 1000 AS lost_ms,
+       'worker ' || p.incarnation || ' left no stop' AS detail
 FROM events e JOIN events p ON p.seq = (SELECT max(b.seq) FROM events b WHERE b.seq < e.seq)
 WHERE e.kind = 'incarnation_started' AND p.kind <> 'incarnation_stopped'
 UNION ALL
-SELECT e.seq, e.at, UTC[e.at], 'trainer_restart', e.tenant, e.model_id, e.job_id, e.replica, NULL,
+SELECT e.seq, e.at, UTC[e.at], 'trainer_restart', e.tenant, e.model_id || '', e.job_id, e.replica, NULL,
        'another training server: ' || (e.data ->> 'incarnation')
 FROM events e
 WHERE e.kind = 'trainer_started'
@@ -70,32 +77,33 @@ WHERE e.kind = 'trainer_started'
                  AND p.seq > (SELECT max(b.seq) FROM events b
                                WHERE b.kind = 'incarnation_started' AND b.seq < e.seq))
 UNION ALL
-SELECT e.seq, e.at, UTC[e.at], 'redo', e.tenant, e.model_id, e.job_id, e.replica,
+SELECT e.seq, e.at, UTC[e.at], 'redo', e.tenant, e.model_id || '', e.job_id, e.replica,
        CAST(e.data ->> 'run_ms' AS DOUBLE PRECISION),
        CASE WHEN CAST(e.data ->> 'first' AS BIGINT) > CAST(e.data ->> 'last' AS BIGINT)
             THEN 'a snapshot was restored, with all that was applied'
             ELSE 'operations ' || (e.data ->> 'first') || ' to ' || (e.data ->> 'last') || ' once more' END
 FROM events e WHERE e.kind = 'redone'
 UNION ALL
-SELECT e.seq, e.at, UTC[e.at], 'divergence', e.tenant, e.model_id, e.job_id, e.replica, NULL,
+SELECT e.seq, e.at, UTC[e.at], 'divergence', e.tenant, e.model_id || '', e.job_id, e.replica, NULL,
        e.data ->> 'detail'
 FROM events e WHERE e.kind = 'diverged'
 UNION ALL
-SELECT e.seq, e.at, UTC[e.at], 'failure', e.tenant, e.model_id, e.job_id, e.replica, NULL,
+SELECT e.seq, e.at, UTC[e.at], 'failure', e.tenant, e.model_id || '', e.job_id, e.replica, NULL,
        (e.data ->> 'category') || ': ' || (e.data ->> 'error')
 FROM events e WHERE e.kind = 'job_failed'
 UNION ALL
-SELECT j.accepted_seq, j.started_at, UTC[j.started_at], 'retry', j.tenant, j.model_id, j.job_id, j.backend,
+SELECT j.accepted_seq, j.started_at, UTC[j.started_at], 'retry', j.tenant, j.model_id || '', j.job_id,
+       j.backend,
        (j.started_at - (SELECT min(e.at) FROM events e
                          WHERE e.job_id = j.job_id AND e.kind || '' = 'job_started')) * 1000,
        'started ' || j.attempts || ' times'
 FROM jobs j WHERE j.attempts > 1
 UNION ALL
-SELECT e.seq, e.at, UTC[e.at], 'gap', e.tenant, e.model_id, e.job_id, e.replica, NULL,
+SELECT e.seq, e.at, UTC[e.at], 'gap', e.tenant, e.model_id || '', e.job_id, e.replica, NULL,
        'numbers ' || (e.data ->> 'first') || ' to ' || (e.data ->> 'last') || ' never came'
 FROM events e WHERE e.kind = 'seq_skipped'
 UNION ALL
-SELECT e.seq, e.at, UTC[e.at], 'client_failure', e.tenant, e.model_id, e.job_id, e.replica, NULL,
+SELECT e.seq, e.at, UTC[e.at], 'client_failure', e.tenant, e.model_id || '', e.job_id, e.replica, NULL,
        e.data ->> 'exception_type'
 FROM events e WHERE e.kind = 'client_failed'
 """,

@@ -159,7 +159,7 @@ def broken(home: Home, found: About) -> Iterator[str]:
     with open_recording(home) as recording:
         last = chain.NONE
         for row in store.raw_events(recording.journal):
-            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
+            seq, kept = int(row["seq"]), chain.digest(row["hash"])
             noted = found.before.get(seq)
             if noted is None and seq != last.seq + 1:
                 yield f"no event before {seq} is there, and no hash of it"

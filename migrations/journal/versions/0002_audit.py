@@ -33,6 +33,9 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_retried", "jobs", ["started_at"], sqlite_where=retried, postgresql_where=retried
     )
+    op.drop_index("ix_jobs_submitted_at", "jobs")
+    op.create_index("ix_jobs_submitted_at", "jobs", ["submitted_at", "tenant", "op", "state"])
+    op.create_index("ix_adapters_created_at", "adapters", ["created_at"])
     op.create_index("ix_checkpoints_directory", "checkpoints", ["directory"])
     op.create_table(
         "steps",

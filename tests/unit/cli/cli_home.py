@@ -7,7 +7,9 @@ from pathlib import Path
 
 import httpx
 import trio
+from sqlalchemy import text
 
+from tests.unit.journal.journal_kit import written
 from tink.domain.events import (
     AdapterExported,
     AnyEvent,
@@ -150,6 +152,12 @@ async def _events(journal: Journal) -> None:
 def _about(job_id: str | None = None) -> Subject:
     model_id = None if job_id is None else MODEL
     return Subject(tenant="default", session_id=SESSION, model_id=model_id, job_id=job_id)
+
+
+def alter(home: Home, statement: str) -> None:
+    """What a curious hand does to the journal."""
+    with written(home) as connection, connection.begin():
+        connection.execute(text(statement))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,30 +1,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from cli_home import BEGAN, StillWorld, write
 
+from tests.unit.journal.journal_kit import copy_of
 from tink.cli import jobs, status
 from tink.cli.main import main
 from tink.doctor import processes
-from tink.home import Home
-
-
-@pytest.fixture(scope="session")
-def written(tmp_path_factory):
-    """The home of a worker that stopped. Not to be changed."""
-    home = Home(tmp_path_factory.mktemp("written") / "home")
-    write(home)
-    return home
 
 
 @pytest.fixture
-def home(written, tmp_path):
-    """A copy of it for one test."""
-    shutil.copytree(written.root, tmp_path / "home")
-    return Home(tmp_path / "home")
+def home(on_database, tmp_path):
+    """Of a worker that stopped, to be changed at will."""
+    return copy_of(write, tmp_path / "home")
 
 
 @pytest.fixture(autouse=True)

@@ -53,11 +53,12 @@ def test_a_program_gets_the_same_as_one_document(tink_json, monkeypatch):
 def test_no_key_is_shown(tink, monkeypatch):
     monkeypatch.setenv("TINK_API_KEYS", f"{KEY}=alice")
     monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setenv("TINK_DATABASE_URL", f"postgresql://tink:{KEY}@localhost/tink?sslpassword={KEY}")
     for arguments in (["config"], ["config", "--json"]):
         code, out, err = tink(*arguments)
         assert code == 0
         assert KEY not in out + err
-        assert out.count("***") == 2
+        assert out.count("***") == 3
 
 
 def test_everything_that_is_wrong_has_a_line_beside_the_settings(tink, monkeypatch):

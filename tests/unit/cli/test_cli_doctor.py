@@ -52,8 +52,9 @@ def _nothing_set(monkeypatch):
 
 
 @pytest.fixture
-def diagnosis(tink_json, home):
+def diagnosis(tink_json, home, monkeypatch):
     """Runs it: (exit status, (check, state) -> what was said)."""
+    monkeypatch.setenv("TINK_DATABASE_URL", home.database_url)
 
     def run(*arguments):
         code, document = tink_json("doctor", "--home", home.root, *arguments)
@@ -137,6 +138,7 @@ def test_little_room_is_found(diagnosis, monkeypatch, free, state):
     assert f"{free / 1e9:.1f} GB free" in found["disk", state]
 
 
+@pytest.mark.on_files
 def test_a_home_on_a_network_is_found(diagnosis, monkeypatch):
     monkeypatch.setattr(machine, "_file_system", lambda folder: "nfs4")
     code, found = diagnosis()
@@ -151,11 +153,27 @@ def test_a_clock_that_was_set_back_is_found(diagnosis, monkeypatch):
     assert "s behind the journal's newest event" in found["clock", "wrong"]
 
 
+@pytest.mark.on_files
 def test_a_journal_that_is_none_is_found(diagnosis, home):
     home.journal.write_bytes(b"no database" * 1000)
     code, found = diagnosis()
     assert code == 1
     assert "-> tink db check" in found["journal", "wrong"]
+
+
+def test_a_journal_that_is_in_another_place_than_the_settings_say_is_found(
+    diagnosis, home, monkeypatch, on_database
+):
+    if on_database == "sqlite":
+        monkeypatch.setenv("TINK_DATABASE_URL", "postgresql://tink:secret@nowhere/tink")
+        place = f"in SQLite files in {home.root}"
+    else:
+        monkeypatch.delenv("TINK_DATABASE_URL")
+        place = f"in {home.noted_database()}"
+    code, found = diagnosis()
+    assert code == 1
+    assert place in found["journal", "wrong"]
+    assert "secret" not in str(found)
 
 
 @pytest.mark.parametrize(

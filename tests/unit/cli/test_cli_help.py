@@ -47,6 +47,8 @@ def test_the_commands_are_these():
         ("db",),
         ("db", "upgrade"),
         ("db", "check"),
+        ("db", "move"),
+        ("db", "backup"),
         ("gc",),
         ("trainer",),
         ("vllm",),

@@ -6,12 +6,12 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
-from cli_home import TRAINED
-from sqlalchemy import select
+from cli_home import TRAINED, alter
+from sqlalchemy import select, text
 
+from tests.unit.journal.journal_kit import written
 from tink.journal import queries, schema
 from tink.journal.reader import open_journal
-from tink.journal.sqlite import writer_engine
 
 READERS = [("status",), ("jobs",), ("jobs", "show", TRAINED), ("db", "check"), ("db", "upgrade")]
 
@@ -33,6 +33,7 @@ def test_a_file_for_a_home_is_one_line(tmp_path, tink, command):
     assert "is not a folder" in err
 
 
+@pytest.mark.on_files
 @pytest.mark.parametrize("command", [*READERS[:3], ("db", "upgrade")], ids=" ".join)
 @pytest.mark.parametrize("content", ["text", "nothing", "another program's tables"])
 def test_a_file_that_is_no_journal_is_one_line_and_stays_as_it_is(home, tink, command, content):
@@ -53,11 +54,9 @@ def test_a_file_that_is_no_journal_is_one_line_and_stays_as_it_is(home, tink, co
     assert home.journal.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["kind = 'miracle'", "data = '{'", "data = '{}'"])
+@pytest.mark.parametrize("damage", ["kind = 'miracle'", "data = '\"{\"'", "data = '{}'"])
 def test_an_event_that_cannot_be_read_is_one_line(home, tink, damage):
-    with sqlite3.connect(home.journal) as connection:
-        connection.execute(f"UPDATE events SET {damage} WHERE job_id = '{TRAINED}'")
-    connection.close()
+    alter(home, f"UPDATE events SET {damage} WHERE job_id = '{TRAINED}'")
     code, out, err = tink("jobs", "show", TRAINED, "--home", home.root)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "tink db check" in err
@@ -81,21 +80,17 @@ def test_settings_of_the_worker_do_not_stop_a_reader(home, tink, monkeypatch):
 
 
 def test_a_reader_neither_waits_for_the_writer_nor_holds_it_up(home, tink):
-    engine = writer_engine(home.journal)
-    try:
-        with engine.connect() as writer:
-            writer.exec_driver_sql("BEGIN IMMEDIATE")
-            writer.exec_driver_sql("UPDATE sessions SET display_name = 'new'")
-            assert tink("jobs", "--home", home.root)[0] == 0
-            with open_journal(home) as reader:
-                name = select(schema.sessions.c.display_name)
-                assert reader.execute(name).scalar_one() is None
-                writer.commit()
-                assert reader.execute(name).scalar_one() is None, "another moment than the first read"
-    finally:
-        engine.dispose()
+    with written(home) as writer:
+        writer.execute(text("UPDATE sessions SET display_name = 'new'"))
+        assert tink("jobs", "--home", home.root)[0] == 0
+        with open_journal(home) as reader:
+            name = select(schema.sessions.c.display_name)
+            assert reader.execute(name).scalar_one() is None
+            writer.commit()
+            assert reader.execute(name).scalar_one() is None, "another moment than the first read"
 
 
+@pytest.mark.on_files  # of PostgreSQL: tests/unit/journal/test_postgres_plans.py
 @pytest.mark.parametrize(
     ("query", "index"),
     [

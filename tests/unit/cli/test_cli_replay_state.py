@@ -6,15 +6,15 @@ from __future__ import annotations
 import io
 import json
 import re
-import sqlite3
 import sys
 
 import pytest
-from cli_home import BEGAN, MADE, MODEL, REFUSED, SECRET, SESSION, TRAINED, files
+from cli_home import BEGAN, MADE, MODEL, REFUSED, SECRET, SESSION, TRAINED, alter, files
 
 from tink.cli import printing
 from tink.home import Home
 from tink.journal.journal import prepare
+from tink.journal.reader import open_journal
 from tink.limits import STATE_ROWS
 from tink.replay.steps import Walk
 
@@ -64,9 +64,9 @@ def step(replay, monkeypatch):
 
 
 def _stored(home, table):
-    with sqlite3.connect(home.journal) as database:
-        database.row_factory = sqlite3.Row
-        return [dict(row) for row in database.execute(f"SELECT * FROM {table}")]
+    with open_journal(home) as connection:
+        found = connection.exec_driver_sql(f"SELECT * FROM {table}")
+        return [dict(row) for row in found.mappings()]
 
 
 def test_the_state_at_the_end_is_what_the_tables_have(replay_json, home):
@@ -169,10 +169,9 @@ def test_a_difference_can_be_of_a_job_alone(replay_json):
 
 
 def test_numbers_that_differ_in_a_bit_do_not_look_the_same(replay, home):
-    with sqlite3.connect(home.journal) as database:
-        database.execute(
-            "UPDATE events SET data = replace(data, '2.5', '0.30000000000000004') WHERE seq = 9"
-        )
+    kind = "JSONB" if home.database_url else "TEXT"
+    data = f"CAST(replace(CAST(data AS TEXT), '2.5', '0.30000000000000004') AS {kind})"
+    alter(home, f"UPDATE events SET data = {data} WHERE seq = 9")
     assert "    loss_sum: - -> 0.30000000000000004" in replay("--diff", "8", "9").splitlines()
 
 
@@ -343,14 +342,13 @@ def test_a_journal_without_events_says_so(tink, tmp_path):
     ("damage", "told"),
     [
         ("DELETE FROM events WHERE seq = 5", "the journal has no event 5"),
-        ("UPDATE events SET data = '{' WHERE seq = 5", "event 5 is not one that this Tink can read"),
+        ("UPDATE events SET data = '\"{\"' WHERE seq = 5", "event 5 is not one that this Tink can read"),
         ("UPDATE events SET kind = 'party' WHERE seq = 5", "event 5 is not one that this Tink can read"),
         ("UPDATE events SET job_id = 'x' WHERE seq = 5", "jobs has no open row"),
     ],
 )
 def test_a_damaged_journal_is_one_line(refused, home, monkeypatch, damage, told):
-    with sqlite3.connect(home.journal) as database:
-        database.execute(damage)
+    alter(home, damage)
     for options in (["--at", "6"], ["--diff", "2", "6"], ["--step", "--from", "6"]):
         assert told in refused(*options)
         assert "'tink db check' tells more" in refused(*options)

@@ -26,6 +26,7 @@ from tink.cli import printing
 from tink.doctor import processes
 from tink.domain.events import Diverged
 from tink.home import Home
+from tink.journal.database import database
 
 WORKER = {
     "pid": 4242,
@@ -184,8 +185,10 @@ def test_models_sessions_and_the_last_jobs_are_there(home, tink, tink_json):
 
 def test_the_disk_that_is_used_is_there(home, tink, tink_json):
     disk = tink_json("status", "--home", home.root)[1]["disk"]
-    bodies = sum(path.stat().st_size for path in home.root.glob("bodies.sqlite*") if path.suffix != "-shm")
-    assert 0 < disk["bodies"] <= bodies
+    assert (disk["journal"], disk["bodies"]) == tuple(
+        database(home, name).bytes() for name in ("journal", "bodies")
+    )
+    assert disk["bodies"] > 0
     assert (disk["checkpoints"], disk["adapters"], disk["snapshots"]) == (0, 1500, 0)
     assert "adapters 1.5 kB" in tink("status", "--home", home.root)[1]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -104,6 +106,30 @@ def new_home(folder: Path, *, empty: bool = False) -> Home:
     if not empty:
         for name, content in _migrated().items():
             (folder / name).write_bytes(content)
+    return home
+
+
+@functools.cache
+def _made_once(write: Callable[[Home], None], server: PostgresServer | None) -> Home:
+    """For as long as the process, or the server, is there."""
+    folder = Path(tempfile.mkdtemp(prefix="tink-home-"))
+    atexit.register(shutil.rmtree, folder, True)
+    home = new_home(folder / "home")
+    if server is not None:
+        _made.remove(home.database_url)
+    write(home)
+    return home
+
+
+def copy_of(write: Callable[[Home], None], folder: Path) -> Home:
+    """A home as `write` leaves an empty one, for a test that may change it. It notes its database."""
+    made = _made_once(write, _server)
+    shutil.copytree(made.root, folder)
+    if _server is None:
+        return Home(folder)
+    _made.append(_server.create_database(made.database_url))
+    home = Home(folder, _made[-1])
+    home.note_database(home.database_url)
     return home
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ async def _written(folder: Path) -> Home:
     """Ten events, of two workers."""
     home = new_home(folder)
     async with opened(home) as journal:
-        await journal.append(*(session(number) for number in range(1, 4)))
+        await journal.append(session(1), session(2), session("abc"))
     async with opened(home) as journal:
         await journal.append(*(session(number) for number in range(4, 7)))
     return home
@@ -60,14 +61,28 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 async def test_a_changed_row_is_named(autojump_clock: MockClock, tmp_path: Path, change: str) -> None:
-    (found,) = _breaks(await _written(tmp_path), CHANGES[change])
+    found, *_ = _breaks(await _written(tmp_path), CHANGES[change])
     assert "event 4 is not what was written" in found
 
 
+# These have the same hash. Of the bytes the base64 is the text that was there.
+CHANGES_OF_FILES = {
+    "its hash": "UPDATE events SET hash = 'text' WHERE seq = 4",
+    "bytes for a text": f"UPDATE events SET session_id = x'{b64decode('sabc').hex()}' WHERE seq = 4",
+    "bytes for JSON": "UPDATE events SET data = CAST(data AS BLOB) WHERE seq = 4",
+    "a key twice": """UPDATE events SET data = '{"sdk_version":"9",' || substr(data, 2) WHERE seq = 4""",
+    "no JSON": "UPDATE events SET data = '{' WHERE seq = 4",
+}
+
+
 @pytest.mark.on_files
-async def test_a_row_that_is_no_json_is_named(autojump_clock: MockClock, tmp_path: Path) -> None:
-    (found,) = _breaks(await _written(tmp_path), "UPDATE events SET data = '{' WHERE seq = 4")
-    assert "behind 3 cannot be read" in found
+@pytest.mark.parametrize("change", CHANGES_OF_FILES)
+async def test_a_row_of_a_file_that_only_looks_the_same_is_named(
+    autojump_clock: MockClock, tmp_path: Path, change: str
+) -> None:
+    found, *_ = _breaks(await _written(tmp_path), CHANGES_OF_FILES[change])
+    expected = "behind 3 cannot be read" if change == "no JSON" else "event 4 is not what was written"
+    assert expected in found
 
 
 async def test_a_removed_row_is_named(autojump_clock: MockClock, tmp_path: Path) -> None:

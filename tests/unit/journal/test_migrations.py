@@ -105,7 +105,7 @@ MIGRATION = """
 from alembic import op
 revision, down_revision = "9000", "{head}"
 def upgrade():
-    op.execute("CREATE TABLE added (x)")
+    op.execute("CREATE TABLE added (x int)")
     op.execute("UPDATE sessions SET sdk_version = '{version}' WHERE session_id = 's1'")
 """
 
@@ -239,6 +239,9 @@ BACK = {
         "DROP TABLE usage",
         "DROP INDEX ix_jobs_model_id_step",
         "DROP INDEX ix_jobs_retried",
+        "DROP INDEX ix_adapters_created_at",
+        "DROP INDEX ix_jobs_submitted_at",
+        "CREATE INDEX ix_jobs_submitted_at ON jobs (submitted_at)",
         "DROP INDEX ix_checkpoints_directory",
         "ALTER TABLE events DROP COLUMN hash",
         "ALTER TABLE models DROP COLUMN steps",

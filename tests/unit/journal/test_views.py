@@ -11,14 +11,14 @@ import pytest
 import trio
 from sqlalchemy import Connection
 
-from tests.unit.journal.journal_kit import new_home, opened
+from tests.unit.journal.hot import Asked, hot
+from tests.unit.journal.journal_kit import copy_of, opened, written
 from tink.audit.questions import QUESTIONS
 from tink.domain import events
 from tink.domain.events import AnyEvent, Subject
 from tink.home import Home
 from tink.journal import views
 from tink.journal.reader import open_journal
-from tink.journal.sqlite import writer_engine
 
 SESSION, MODEL, CHILD, SAMPLER = "s", "s:train:0", "s:train:1", "s:sample:0"
 SHAPE: dict[str, Any] = {
@@ -123,10 +123,8 @@ def _trainer(incarnation: str) -> AnyEvent:
     )
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def _write(made: Home) -> None:
     """Two workers: the first one crashed."""
-    made = new_home(tmp_path_factory.mktemp("views"))
 
     async def live() -> None:
         with pytest.RaisesGroup(RuntimeError, flatten_subgroups=True, allow_unwrapped=True):
@@ -142,7 +140,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
                 await journal.append(entry)
 
     trio.run(live)
-    return made
+
+
+@pytest.fixture
+def home(on_database: str, tmp_path: Path) -> Home:
+    return copy_of(_write, tmp_path / "home")
 
 
 @pytest.fixture
@@ -256,15 +258,10 @@ def test_no_step_is_double_or_missing_until_one_is(asked: Connection) -> None:
         "UPDATE jobs SET step = NULL WHERE job_id = 's:train:0:1'",
     ],
 )
-def test_a_step_that_is_double_or_missing_is_told(home: Home, tmp_path: Path, change: str) -> None:
-    copy = Home(tmp_path)
-    copy.make()
-    copy.journal.write_bytes(home.journal.read_bytes())
-    engine = writer_engine(copy.journal)
-    with engine.begin() as connection:
+def test_a_step_that_is_double_or_missing_is_told(home: Home, change: str) -> None:
+    with written(home) as connection:
         connection.exec_driver_sql(change)
         assert [row["model_id"] for row in _answer(connection, "steps")] == [MODEL]
-    engine.dispose()
 
 
 @pytest.mark.parametrize("name", ["slow-jobs", "lost-time", "samples", "usage"])
@@ -272,24 +269,21 @@ def test_a_question_has_an_answer(asked: Connection, name: str) -> None:
     assert _answer(asked, name)
 
 
+def test_a_value_is_taken_as_it_is() -> None:
+    """Whatever is in it that the SQL has, too."""
+    query = QUESTIONS["data"].filled({"model": "it's:step", "step": 3})
+    assert "WHERE model_id = 'it''s:step' AND step = 3\n" in query
+
+
 # -- plans and dialects -----------------------------------------------------------------------------
 
-# What is asked of each view most.
-HOT = {
-    "v_jobs": "SELECT * FROM v_jobs WHERE model_id = 'm' ORDER BY seq_id",
-    "v_jobs by time": "SELECT * FROM v_jobs WHERE submitted_at > 5 ORDER BY submitted_at",
-    "v_steps": "SELECT * FROM v_steps WHERE model_id = 'm' ORDER BY step",
-    "v_adapters": "SELECT * FROM v_adapters WHERE model_id = 'm'",
-    "v_samples": "SELECT * FROM v_samples WHERE adapter_id = 'a'",
-    "v_incidents": "SELECT * FROM v_incidents ORDER BY at",
-    "v_usage": "SELECT * FROM v_usage WHERE tenant = 't'",
-    **{f"tink audit {name}": question.filled(ARGUMENTS) for name, question in QUESTIONS.items()},
-}
+HOT = hot(Asked())
 # As the views and questions call the tables that grow with what happens. The first event from the end is
 # "SCAN events", once.
 LONG = re.compile(r"SCAN (events|jobs|e|p|b|j|l|x|f|loaded|load|samplers|checkpoints|c|adapters|a)\b")
 
 
+@pytest.mark.on_files  # of PostgreSQL: test_postgres_plans.py
 @pytest.mark.parametrize("name", HOT)
 def test_no_hot_question_goes_through_a_long_table(asked: Connection, name: str) -> None:
     plan = [row[3] for row in asked.exec_driver_sql(f"EXPLAIN QUERY PLAN {HOT[name]}")]
@@ -298,13 +292,17 @@ def test_no_hot_question_goes_through_a_long_table(asked: Connection, name: str)
     assert scans == (["SCAN events"] if newest else [])
     if "incidents" in name:  # of a retried job its own events, not all that ever began
         assert any("ix_events_job_id (job_id=?)" in line for line in plan)
+        # and of a model what went wrong, not all that ever was
+        assert not any("model_id=?" in line for line in plan)
 
 
 def _is_partial(line: str) -> bool:
-    """Through an index that has few rows, or little of each."""
-    return "ix_jobs_retried" in line or "COVERING INDEX ix_jobs_model_id_step" in line
+    """Through an index that has few rows, or little of each: that by time has what is asked for."""
+    few = ("ix_jobs_retried", "ix_jobs_submitted_at", "ix_adapters_created_at")
+    return "COVERING INDEX ix_jobs_model_id_step" in line or any(f"INDEX {name}" in line for name in few)
 
 
+@pytest.mark.on_files
 def test_the_views_have_the_same_names_and_columns_on_every_database() -> None:
     sqlite, postgresql = views.definitions("sqlite"), views.definitions("postgresql")
     assert list(sqlite) == list(postgresql) == list(views.VIEWS)

@@ -15,17 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.journal.histories import Entry, histories
-from tests.unit.journal.journal_kit import new_home
+from tests.unit.journal.journal_kit import new_home, written
 from tink.domain import events, rows
 from tink.domain.events import IncarnationStarted, JobFailed, Record, SessionCreated, SessionMoved, Subject
 from tink.domain.ledger import Difference, Ledger, fold
 from tink.errors import NotFound, UserError
 from tink.journal import chain, schema, store
 from tink.journal.recording import Recording, open_recording
-from tink.journal.sqlite import writer_engine
 from tink.replay import state
 from tink.replay.state import Scope
 from tink.replay.steps import Breakpoint, Walk, parse_breakpoint
+
+on_each_database = pytest.mark.usefixtures("on_database")
 
 # In memory where there is such a folder: syncs to a disk are what takes the time here.
 FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -43,13 +44,11 @@ def _records(history: list[Entry]) -> list[Record]:
 
 @contextmanager
 def _recorded(records: list[Record]) -> Iterator[Recording]:
-    """As a worker leaves them."""
+    """As a worker leaves them. A large float may come back as the whole number that it is."""
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         home = new_home(Path(folder))
-        engine = writer_engine(home.journal)
-        with engine.begin() as connection:
+        with written(home) as connection, connection.begin():
             store.write(connection, records, chain.START)
-        engine.dispose()
         with open_recording(home) as recording:
             yield recording
 
@@ -62,11 +61,12 @@ def _plain(tables: state.Tables) -> Any:
     return {name: sorted(map(repr, found)) for name, found in tables.items()}
 
 
+@on_each_database
 @settings(max_examples=15, deadline=None)
 @given(histories(), st.lists(st.integers(0, 1000), min_size=3, max_size=3))
 def test_the_state_at_an_event_is_the_fold_up_to_it(history: list[Entry], jumps: list[int]) -> None:
-    records = _records(history)
-    with _recorded(records) as recording:
+    with _recorded(_records(history)) as recording:
+        records = list(recording.records())
         for seq in range(1, len(records) + 1):
             assert _same(state.at(recording, ALL, seq), fold(records[:seq]))
         walk = Walk(recording, len(records))
@@ -93,11 +93,12 @@ def _applied(ledger: Ledger, found: list[Difference]) -> Ledger:
     return ledger
 
 
+@on_each_database
 @settings(max_examples=15, deadline=None)
 @given(histories(), st.lists(st.integers(0, 1000), min_size=8, max_size=8))
 def test_a_difference_makes_one_state_of_the_other(history: list[Entry], jumps: list[int]) -> None:
-    records = _records(history)
-    with _recorded(records) as recording:
+    with _recorded(_records(history)) as recording:
+        records = list(recording.records())
         for one, other in zip(jumps[::2], jumps[1::2], strict=True):
             old, new = 1 + one % len(records), 1 + other % len(records)
             found = state.difference(recording, ALL, old, new)
@@ -117,13 +118,14 @@ def test_the_changes_of_each_event_make_the_next_state(history: list[Entry]) -> 
         assert _same(_applied(followed, changes), ledger)
 
 
+@on_each_database
 @settings(max_examples=15, deadline=None)
 @given(histories(40), st.integers(0, 1000), st.integers(0, 1000))
 def test_a_models_part_is_made_from_its_own_events(history: list[Entry], one: int, other: int) -> None:
-    records = _records(history)
-    old, new = sorted((1 + one % len(records), 1 + other % len(records)))
-    whole = fold(records[:new])
-    with _recorded(records) as recording:
+    with _recorded(_records(history)) as recording:
+        records = list(recording.records())
+        old, new = sorted((1 + one % len(records), 1 + other % len(records)))
+        whole = fold(records[:new])
         for model in [row.model_id for row in whole.models.values()]:
             scope = Scope(model=model)
             part = state.select(state.at(recording, scope, new), scope, new)
@@ -166,6 +168,7 @@ def _models() -> list[Record]:
     return _records(found)
 
 
+@on_each_database
 def test_a_models_part_has_its_samples_of_every_session() -> None:
     records = _models()
     with _recorded(records) as recording:
@@ -206,6 +209,7 @@ def test_a_job_has_what_it_exported_beside_it() -> None:
     assert state.select(ledger, Scope(job="b:train:0:0", table="adapters"), 1).keys() == {"adapters"}
 
 
+@on_each_database
 @pytest.mark.parametrize("scope", [Scope(model="a:train:7"), Scope(job="a:train:7")])
 def test_what_is_not_there_yet_is_said_with_the_point(scope: Scope) -> None:
     records = _models()
@@ -216,6 +220,7 @@ def test_what_is_not_there_yet_is_said_with_the_point(scope: Scope) -> None:
             state.difference(recording, scope, 5, 2)
 
 
+@on_each_database
 def test_a_missing_event_is_never_passed_over() -> None:
     records = _models()
     *_, lost, last = records
@@ -232,6 +237,7 @@ def test_a_missing_event_is_never_passed_over() -> None:
 # -- steps ------------------------------------------------------------------------------------------
 
 
+@on_each_database
 def test_a_walk_stops_behind_the_event_that_a_breakpoint_hits() -> None:
     records = _models()
     with _recorded(records) as recording:
@@ -252,6 +258,7 @@ def test_a_walk_stops_behind_the_event_that_a_breakpoint_hits() -> None:
         assert [(one.table, one.key) for one in again.changes] == [("jobs", ("b:sample:0:0",))]
 
 
+@on_each_database
 def test_a_step_tells_each_column_that_changes() -> None:
     accepted = _models()[:3]
     who = accepted[-1].subject
