@@ -159,9 +159,12 @@ async def test_a_crash_between_the_files_and_the_journal_leaves_a_fork_or_none(
         made: list[rows.Checkpoint] = []
 
         async def ask() -> None:
-            # Retention was there before the repeat, or just is.
-            with suppress(NotFound, BackendError):
-                made.append(await cluster.ask(fork(user)))
+            with suppress(NotFound):  # retention was there before the repeat
+                while not made:
+                    try:
+                        made.append(await cluster.ask(fork(user)))
+                    except BackendError:  # it is there just now: try again
+                        await trio.sleep(1.0)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
