@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -79,3 +80,14 @@ def _running() -> dict[int, list[bytes]]:
         with contextlib.suppress(OSError):  # it has just ended
             found[int(entry.parent.name)] = entry.read_bytes().split(b"\0")
     return found
+
+
+# Of Linux's capabilities (linux/capability.h).
+NET_ADMIN, SYS_ADMIN = 12, 21
+
+
+def may(*capabilities: int) -> bool:
+    """Whether this process may do what takes these: root in a container may not everything."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.M)[1], 16)  # type: ignore[index]
+    return all(effective >> one & 1 for one in capabilities)

@@ -19,7 +19,7 @@ from tests import postgres
 from tests.crash.runs import Numbers, Run, sft
 from tests.live import LiveServer
 from tests.postgres import PostgresServer
-from tests.processes import children_of
+from tests.processes import SYS_ADMIN, children_of, may
 from tink.home import Home
 from tink.journal import chain, store
 from tink.journal.reader import open_journal
@@ -146,7 +146,7 @@ def test_a_server_that_is_frozen_is_waited_for(
         assert "nothing is taken until it is back" not in worker.output()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="to mount a small disk takes root")
+@pytest.mark.skipif(not may(SYS_ADMIN), reason="to mount a small disk takes root")
 def test_a_server_whose_disk_is_full_is_waited_for(tmp_path: Path, undisturbed: Numbers) -> None:
     with postgres.scratch() as scratch:
         disk = scratch / "disk"

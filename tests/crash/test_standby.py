@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from tests.crash.balancer import Balancer
 from tests.crash.runs import Numbers, Run, sft
 from tests.live import LiveServer, LiveTrainer
 from tests.postgres import PostgresServer
+from tests.processes import NET_ADMIN, SYS_ADMIN, may
 from tink.home import Home
 from tink.journal import chain, store
 from tink.journal.reader import open_journal
@@ -248,7 +250,10 @@ class Elsewhere(Worker):
         subprocess.run(["ip", "link", "set", link, "up" if up else "down"], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace takes root")
+@pytest.mark.skipif(
+    not may(NET_ADMIN, SYS_ADMIN) or shutil.which("ip") is None,
+    reason="a network namespace takes root, and iproute2",
+)
 def test_a_worker_whose_network_is_cut_gives_way_and_waits_when_it_is_back(
     tmp_path: Path, undisturbed: Numbers
 ) -> None:
