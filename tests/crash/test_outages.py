@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from tests import postgres
-from tests.crash.runs import Numbers, Run, sft
+from tests.crash.runs import Numbers, Run
+from tests.crash.short import await_half, begun, ended, wait
 from tests.live import LiveServer
 from tests.postgres import PostgresServer
 from tests.processes import SYS_ADMIN, children_of, may
@@ -30,23 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-STEPS, SEED = 8, 5
-PATIENCE_SECONDS = 120.0
 AWAY_SECONDS = 2.0
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
-    """What the run gives where nothing happens."""
-    alone = LiveServer(tmp_path_factory.mktemp("undisturbed") / "home")
-    try:
-        alone.start()
-        run = _begun(alone.url)
-        _wait(lambda: run.ended, "the run ended")
-        assert run.error is None
-        return run.numbers
-    finally:
-        alone.close()
 
 
 @pytest.fixture
@@ -65,28 +50,9 @@ def _serving(home: Path, url: str) -> Iterator[LiveServer]:
         worker.close()
 
 
-def _begun(url: str) -> Run:
-    run = Run("sft", sft, SEED, STEPS)
-    run.start(url)
-    return run
-
-
-def _wait(done: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not done():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.02)
-
-
-def _half_way(run: Run) -> None:
-    _wait(lambda: len(run.results) > STEPS, "the run is half way")
-
-
 def _ends_well(run: Run, worker: LiveServer, undisturbed: Numbers, process: int, url: str) -> None:
     """In the worker that it began in; and what is in the journal is whole."""
-    _wait(lambda: run.ended, "the run ended")
-    assert run.error is None
-    assert run.numbers == undisturbed
+    assert ended(run).numbers == undisturbed
     assert worker.process is not None
     assert worker.process.pid == process
     assert worker.process.poll() is None
@@ -109,8 +75,8 @@ def test_a_server_that_is_away_is_waited_for(
 ) -> None:
     url = server.create_database()
     with _serving(tmp_path / "home", url) as worker:
-        process, run = _pid(worker), _begun(worker.url)
-        _half_way(run)
+        process, run = _pid(worker), begun(worker.url)
+        await_half(run)
         if how == "kill":
             server.kill()
         else:
@@ -131,8 +97,8 @@ def test_a_server_that_is_frozen_is_waited_for(
 ) -> None:
     url = server.create_database()
     with _serving(tmp_path / "home", url) as worker:
-        process, run = _pid(worker), _begun(worker.url)
-        _half_way(run)
+        process, run = _pid(worker), begun(worker.url)
+        await_half(run)
         assert server.process is not None
         frozen = [server.process.pid, *children_of(server.process.pid)]
         for pid in frozen:
@@ -158,12 +124,12 @@ def test_a_server_whose_disk_is_full_is_waited_for(tmp_path: Path, undisturbed: 
             with postgres.running(disk / "data", options=options) as server:
                 url = server.create_database()
                 with _serving(tmp_path / "home", url) as worker:
-                    process, run = _pid(worker), _begun(worker.url)
-                    _half_way(run)
+                    process, run = _pid(worker), begun(worker.url)
+                    await_half(run)
                     ballast = disk / "ballast"
                     _fill(disk, ballast)
                     # A server without room for its log stops; whoever runs it starts it again.
-                    _wait(
+                    wait(
                         lambda: "nothing is taken until it is back" in worker.output() or run.ended,
                         "the disk is full",
                     )
@@ -197,8 +163,8 @@ def test_a_replica_takes_over_from_its_primary(
             f"&host=127.0.0.1:{replica.port}&target_session_attrs=read-write"
         )
         with _serving(tmp_path / "home", url) as worker:
-            process, run = _pid(worker), _begun(worker.url)
-            _half_way(run)
+            process, run = _pid(worker), begun(worker.url)
+            await_half(run)
             server.kill()
             worker.wait_for_output("waiting for the database")
             replica.promote()
@@ -215,8 +181,8 @@ def test_a_database_that_lost_what_was_acknowledged_is_refused(
         subprocess.run(["cp", "--archive", server.folder, older], check=True)
         server.start()
         worker.wait_until_ready()
-        run = _begun(worker.url)
-        _half_way(run)
+        run = begun(worker.url)
+        await_half(run)
         server.kill()
         shutil.rmtree(server.folder)
         older.rename(server.folder)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import pytest
 
 from tests import postgres
 from tests.crash.balancer import Balancer
-from tests.crash.runs import Numbers, Run, sft
+from tests.crash.runs import Numbers
+from tests.crash.short import await_half, begun, ended
 from tests.live import LiveServer, LiveTrainer
 from tests.postgres import PostgresServer
 from tests.processes import NET_ADMIN, SYS_ADMIN, may
@@ -33,8 +34,6 @@ pytestmark = [
 
 # With less patience than usual.
 LIMITS = {"DATABASE_BEAT_SECONDS": 0.2, "DATABASE_SILENT_SECONDS": 2.0, "DATABASE_LOST_SECONDS": 4}
-STEPS, SEED = 8, 5
-PATIENCE_SECONDS = 120.0
 
 
 class Worker(LiveServer):
@@ -59,36 +58,6 @@ class Worker(LiveServer):
 def server() -> Iterator[PostgresServer]:
     with postgres.running() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
-    """What the run gives where nothing happens."""
-    alone = LiveServer(tmp_path_factory.mktemp("undisturbed") / "home")
-    try:
-        alone.start()
-        return _to_its_end(_begun(alone.url)).numbers
-    finally:
-        alone.close()
-
-
-def _begun(url: str) -> Run:
-    run = Run("sft", sft, SEED, STEPS)
-    run.start(url)
-    return run
-
-
-def _to_its_end(run: Run) -> Run:
-    _wait(lambda: run.ended, "the run ended")
-    assert run.error is None
-    return run
-
-
-def _wait(done: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not done():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.02)
 
 
 @contextmanager
@@ -129,11 +98,11 @@ def test_a_standby_takes_over_from_a_worker_that_is_killed(
 ) -> None:
     url = server.create_database()
     with _pair(tmp_path, url) as (one, two, balancer):
-        run = _begun(balancer.url)
-        _wait(lambda: len(run.results) > STEPS, "the run is half way")
+        run = begun(balancer.url)
+        await_half(run)
         one.kill()
         seconds = _take_over(two, balancer)
-        assert _to_its_end(run).numbers == undisturbed
+        assert ended(run).numbers == undisturbed
         print(f"killed: the stand-by serves after {seconds:.1f} s")
         _check_journal(tmp_path, url)
 
@@ -176,15 +145,15 @@ def test_a_worker_that_was_stopped_wakes_up_and_can_do_nothing(
         trainer.start()
         trainer.wait_until_ready()
         with _pair(tmp_path, url, **settings) as (one, two, balancer):
-            run = _begun(balancer.url)
-            _wait(lambda: len(run.results) > STEPS, "the run is half way")
+            run = begun(balancer.url)
+            await_half(run)
             one.send(signal.SIGSTOP)
             seconds = _take_over(two, balancer)
             two.wait_for_output("put out a worker that was silent")
             two.wait_until_ready()
             one.send(signal.SIGCONT)
             one.wait_for_output("the journal's database is lost", "waiting for the database")
-            assert _to_its_end(run).numbers == undisturbed
+            assert ended(run).numbers == undisturbed
             print(f"stopped: the stand-by serves after {seconds:.1f} s")
             assert one.process is not None
             assert one.process.poll() is None
@@ -272,11 +241,11 @@ def test_a_worker_whose_network_is_cut_gives_way_and_waits_when_it_is_back(
         two.start(wait=False)
         two.wait_for_output("takes its place when it ends")
         balancer = stack.enter_context(Balancer([one.url]))
-        run = _begun(balancer.url)
-        _wait(lambda: len(run.results) > STEPS, "the run is half way")
+        run = begun(balancer.url)
+        await_half(run)
         one.unplug()
         seconds = _take_over(two, balancer)
-        assert _to_its_end(run).numbers == undisturbed
+        assert ended(run).numbers == undisturbed
         print(f"cut off: the stand-by serves after {seconds:.1f} s")
         one.wait_for_output("the journal's database is lost")
         one.unplug(up=True)

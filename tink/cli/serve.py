@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
                 trio.run(serve, settings, home, world, listener)
                 return 0
-        from tink.cli.standby import keep_serving
+        from tink.cli.turns import keep_serving
 
         keep_serving(settings, home, world)
     return 0
