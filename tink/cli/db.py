@@ -34,7 +34,8 @@ examples:
   tink db upgrade --home /srv/tink    before a new Tink starts ('serve' does it too)
   tink db check                       after a restore, or out of caution
   tink db check --quick --json        without reading every body again
-  tink db move --to "$TINK_DATABASE_URL"     from the home's files to PostgreSQL
+  tink db move --to postgresql               from the home's files to where
+                                             TINK_DATABASE_URL says
   tink db move --to sqlite                   and back
   tink db backup /backup/today        of the files, while the worker runs, too
 
@@ -79,14 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moving.add_argument(
         "--to",
         required=True,
-        metavar="sqlite|URL",
-        help="the home's files, or postgresql+psycopg://USER@HOST/DATABASE; "
-        "the password may be in TINK_DATABASE_URL, PGPASSWORD or ~/.pgpass",
+        metavar="sqlite|postgresql|URL",
+        help="the home's files; the database that TINK_DATABASE_URL names; or another one, as "
+        "postgresql+psycopg://USER@HOST/DATABASE with its password in PGPASSWORD or ~/.pgpass",
     )
     moving.add_argument(
         "--from",
         dest="source",
-        metavar="sqlite|URL",
+        metavar="sqlite|postgresql|URL",
         help="where it is now (default: TINK_DATABASE_URL unless it is --to, or what the home says)",
     )
     moving.set_defaults(run=run_move)

@@ -66,8 +66,9 @@ def moving_homes(option: Path | None, origin: str | None, goal: str) -> tuple[Ho
     return source, target
 
 
-# What --to and --from call the files of the home.
-FILES = "sqlite"
+# What --to and --from call the files of the home, and the database that TINK_DATABASE_URL names: a password
+# on a command line is for everybody to see.
+FILES, SERVER = "sqlite", "postgresql"
 
 
 def _source(home: Home, target: Home) -> Home:
@@ -83,6 +84,10 @@ def _with_password(url: str, known: str) -> str:
     """The URL that is known, if it is the same database: it may have a password."""
     from tink.journal.postgres import shown  # an extra
 
+    if url == SERVER:
+        if not known:
+            raise UserError(f"{SERVER} is the database that TINK_DATABASE_URL names, and it names none")
+        return known
     return known if known and shown(url) == shown(known) else url
 
 

@@ -293,6 +293,18 @@ def test_a_home_that_is_not_there_is_not_moved(tmp_path, postgres_url, tink):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_move_goes_to_the_database_that_is_set_without_its_password_on_the_command_line(
+    home, postgres_url, tink, monkeypatch
+):
+    monkeypatch.delenv("TINK_DATABASE_URL", raising=False)
+    code, _, err = tink("db", "move", "--home", home.root, "--to", "postgresql")
+    assert (code, "TINK_DATABASE_URL names, and it names none" in err) == (2, True)
+    monkeypatch.setenv("TINK_DATABASE_URL", postgres_url.replace("postgres@", "postgres:s3cret@"))
+    code, out, err = tink("db", "move", "--home", home.root, "--to", "postgresql")
+    assert code == 0, err
+    assert "s3cret" not in out + err + home.database.read_text()
+
+
 @pytest.mark.parametrize("command", [("upgrade",), ("move", "--to", "sqlite")], ids=" ".join)
 def test_while_a_worker_writes_to_the_server_it_is_one_line(home, postgres_url, tink, command):
     assert tink("db", "move", "--home", home.root, "--to", postgres_url)[0] == 0
