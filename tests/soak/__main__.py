@@ -8,9 +8,9 @@ another one has saved), trained, sampled, saved by name and for samplers, unload
 overwritten, deleted and expire; sessions are finished.
 
 Not real: the servers compute nothing (servers.py), and without --http they are in the worker's process.
-There is no HTTP side: clients ask the Router. Retention is as fast as that: what it keeps for a week is
-kept for --kept seconds, it makes a pass thirty times in that and looks for what has ended three hundred
-times.
+There is no HTTP side: clients ask the Router. Weeks are short: what retention keeps for one is kept for
+--kept seconds; thirty times in that it makes a pass, and the worker forgets what has ended; three hundred
+times it looks for checkpoints that have. Nothing else is faster than it is.
 
 A figure's baseline is the same of the first tenth of the jobs, after a warm-up. Times that are minutes
 apart are also those of what else the machine had to do: so the worker, when it is old, is compared with a
