@@ -155,6 +155,8 @@ DATABASE_LOST_SECONDS = 8
 # takes it after so long a silence.
 DATABASE_BEAT_SECONDS = 1.0
 DATABASE_SILENT_SECONDS = 10.0
+# For so long a server may take to notice that a connection was closed.
+DATABASE_CLOSED_SECONDS = 1.0
 # Between two looks whether it is one's turn, and before a server that was lost is tried again.
 DATABASE_LOOK_SECONDS = 0.5
 # A commit that takes longer is told of while it lasts.

@@ -16,6 +16,7 @@ from tink.journal import revisions, schema
 from tink.journal.database import JSON, Database, Writer, database_errors, one_line
 from tink.journal.revisions import Schema
 from tink.limits import (
+    DATABASE_CLOSED_SECONDS,
     DATABASE_CONNECT_SECONDS,
     DATABASE_LOST_SECONDS,
     DATABASE_READ_SECONDS,
@@ -180,9 +181,17 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
         return bool(connection.execute(_HELD, asked).scalar_one())
 
     def lock(self, connection: Connection) -> bool:
-        """For the life of the connection."""
-        query = text("SELECT pg_try_advisory_lock(:lock, :number)")
-        return bool(connection.execute(query, {"lock": LOCK, "number": self._number}).scalar_one())
+        """For the life of the connection. Whoever has just closed his own has it for a moment yet."""
+        asked = {"lock": LOCK, "number": self._number}
+        try:
+            with connection.begin_nested():
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{DATABASE_CLOSED_SECONDS:g}s'")
+                connection.execute(text("SELECT pg_advisory_lock(:lock, :number)"), asked)
+        except DBAPIError as error:
+            if _state(error) != "55P03":  # lock_not_available
+                raise
+            return False
+        return True
 
 
 class _Session(Writer):
