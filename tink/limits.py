@@ -308,8 +308,8 @@ SAMPLE_ROWS = 64
 # Results of one model that wait to be acknowledged. A worker acks with each op, so that more than
 # this means it does not, and the trainer's memory would only grow.
 TRAINER_KEPT = 256
-# Removed models whose op numbers are still known, to answer a repeat.
-TRAINER_TOMBSTONES = 4096
+# Removed models whose op numbers are still known, to answer a repeat: more than a worker has under way.
+TRAINER_TOMBSTONES = 1024
 # How long a process of a model that is in slices waits in a collective for the others before it takes them
 # for hung: a collective is small, but a rank may come late to it, after a file that only it has to read.
 COLLECTIVE_SECONDS = 300.0

@@ -84,6 +84,22 @@ async def test_a_number_that_never_comes_does_not_stop_the_lane(
         cluster.check_journal()
 
 
+async def test_numbers_that_came_out_of_order_leave_no_task_behind(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """A worker that lives for weeks sees it at almost every step: a client sends one as a whole."""
+    async with Cluster.running(tmp_path) as cluster:
+        living = []
+        for _ in range(4):
+            model = await cluster.create(await cluster.session())
+            await cluster.submit(model, 2, "forward_backward", b"second")
+            await cluster.submit(model, 1, "forward_backward", b"first")
+            assert (await cluster.outcome(f"{model}:2")).state == "done"
+            await trio.testing.wait_all_tasks_blocked()
+            living.append(trio.lowlevel.current_statistics().tasks_living)
+        assert living == living[:1] * 4
+
+
 async def test_a_failed_job_consumes_its_number_and_the_next_one_runs(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ import trio
 from tink import files
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import TrainerClient, TrainerRefused
+from tink.trainer import books
 from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books, Outcome, Refused
 from tink.wire import tink_train
@@ -57,6 +58,8 @@ from tink.world import World
 MODEL, CONTEXT, TOKENS = "soak/null", 1024, 16
 # What each operation says that it took: a model is snapshotted every few steps.
 OP_MS = 2500.0
+# Models that are no more are remembered by the books; so few that there are as many before it is measured.
+books.TRAINER_TOMBSTONES = 64
 
 
 class Trainer:

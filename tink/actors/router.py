@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,14 @@ class _Restarted:
         self.reply: Reply[None] = Reply()
 
 
+@dataclass
+class _Gap:
+    """The first and the last of the numbers that a lane waits for, and how often it was looked for them."""
+
+    missing: tuple[int, int]
+    looks: int = 0
+
+
 class Router:
     """`ask` is for the HTTP side, `settle` for the actors, which run the jobs in `training` and `sampling`;
     `run` is its task."""
@@ -91,7 +100,7 @@ class Router:
         self._mailbox: Mailbox[_Question | _Settled | _Released | _Restarted] = Mailbox(MAILBOX)
         self._lanes: dict[str, Lane] = {}
         self._accepting: dict[str, trio.Event] = {}
-        self._gap_watched: set[str] = set()
+        self._gaps: dict[str, _Gap] = {}  # of the lanes that wait for numbers which have not come
         self._cancelling: set[str] = set()
         self._by_key: dict[tuple[str, str], trio.Event] = {}  # until a submission with a key is decided
 
@@ -125,6 +134,7 @@ class Router:
             self._nursery = nursery
             self._load_lanes()
             nursery.start_soon(self._forget_now_and_then)
+            nursery.start_soon(self._look_for_gaps)
             async for message in self._mailbox:
                 match message:
                     case _Settled():
@@ -514,27 +524,31 @@ class Router:
         job_id = lane.start()
         if job_id is not None:
             self._training.send(job_id)
-        elif lane.gap() is not None and model_id not in self._gap_watched:
-            self._gap_watched.add(model_id)
-            self._nursery.start_soon(self._watch_gap, model_id)
+        missing = lane.gap()
+        if missing is None:
+            self._gaps.pop(model_id, None)
+        elif model_id not in self._gaps or self._gaps[model_id].missing != missing:
+            self._gaps[model_id] = _Gap(missing)
         for following in lane.behind(AHEAD_JOBS_PER_SLOT):
             self._training.expect(following)
 
-    async def _watch_gap(self, model_id: str) -> None:
+    async def _look_for_gaps(self) -> None:
         """Skips numbers that do not come while later ones wait."""
-        lane = self._lane(model_id)
-        while (gap := lane.gap()) is not None:
-            for _ in range(GAP_LOOKS):
-                await trio.sleep(SEQ_GAP_SECONDS / GAP_LOOKS)
-            on_its_way = any(job_id.startswith(f"{model_id}:") for job_id in self._accepting)
-            if lane.gap() != gap or on_its_way:
-                continue
-            first, last = gap
-            lane.skip(last)  # before the commit: what comes now comes too late
-            log.warning("sequence numbers skipped", model=model_id, first=first, last=last)
-            await self._journal.append((Subject(model_id=model_id), SeqSkipped(first=first, last=last)))
-            break
-        self._gap_watched.discard(model_id)
+        while True:
+            await trio.sleep(SEQ_GAP_SECONDS / GAP_LOOKS)
+            for model_id, gap in list(self._gaps.items()):
+                gap.looks += 1
+                if any(job_id.startswith(f"{model_id}:") for job_id in self._accepting):
+                    gap.looks = 0
+                elif gap.looks > GAP_LOOKS:  # the first came at any time after the gap
+                    del self._gaps[model_id]
+                    # Before the commit: what comes now comes too late.
+                    self._lane(model_id).skip(gap.missing[1])
+                    self._nursery.start_soon(self._skipped, model_id, *gap.missing)
+
+    async def _skipped(self, model_id: str, first: int, last: int) -> None:
+        log.warning("sequence numbers skipped", model=model_id, first=first, last=last)
+        await self._journal.append((Subject(model_id=model_id), SeqSkipped(first=first, last=last)))
         self._advance(model_id)
 
     def _released(self, job_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,23 @@ async def test_a_directory_is_as_large_as_its_files_and_one_that_is_gone_is_noth
     (folder.root / name / "inside" / "file").write_bytes(bytes(1000))
     assert await folder.size(name) == 1000 + len("content")
     assert await folder.size(f"{HERE}/00000002-snapshot") == 0
+
+
+async def test_a_directory_that_goes_while_it_is_measured_is_no_error(
+    folder: ArtifactFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever let a version go removes its files, while retention looks what is left."""
+    name = f"{HERE}/00000001-snapshot"
+    _make(folder, name, f"{name}/inside")
+    lstat = Path.lstat
+
+    def gone(path: Path) -> os.stat_result:
+        found = lstat(path)
+        shutil.rmtree(folder.root / name)
+        return found
+
+    monkeypatch.setattr(Path, "lstat", gone)
+    assert await folder.size(name) == len("content")
 
 
 async def test_folders_of_models_are_listed_and_go_once_they_are_empty(folder: ArtifactFolder) -> None:

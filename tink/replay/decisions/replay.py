@@ -172,7 +172,7 @@ class _Replay:
                     await self._provoke_job(records)
                 case SeqSkipped():
                     # The clock of the record is a wall clock, which may have been set back.
-                    for _ in range(GAP_LOOKS + 1):
+                    for _ in range(GAP_LOOKS + 2):
                         if place not in self._journal.pending:
                             self._clock.jump(LOOK_SECONDS)
                             await wait_all_tasks_blocked()
