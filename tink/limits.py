@@ -89,6 +89,9 @@ BODY_BATCH_BYTES = 64 * 1024 * 1024
 # Bodies just put, for the backend or client that is about to read them.
 BODY_CACHE_BYTES = 64 * 1024 * 1024
 READ_CONNECTIONS = 4
+# Of each: statements that it keeps prepared, each some 20 kB. Those that name many rows are as many as
+# there are numbers of rows, and would fill any cache.
+READ_STATEMENTS = 32
 # Events at the end of the journal that a start compares with the tables: several of the largest commits.
 CHECKED_EVENTS = 5_000
 # Keys of one query: every build of SQLite takes so many parameters.

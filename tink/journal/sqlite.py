@@ -18,6 +18,7 @@ from tink.limits import (
     LOCK_SECONDS,
     READ_CONNECTIONS,
     READ_LOCK_SECONDS,
+    READ_STATEMENTS,
 )
 
 # pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
@@ -117,6 +118,7 @@ def reader_engine(path: Path) -> Engine:
         hide_parameters=True,
         pool_size=READ_CONNECTIONS,
         max_overflow=0,
+        connect_args={"cached_statements": READ_STATEMENTS},
         **JSON,
     )
 
