@@ -1,4 +1,5 @@
-"""Looking at other processes, for tests that must leave none behind."""
+"""Other processes: one that serves for a while; and looking at others, for tests that must leave none
+behind."""
 
 from __future__ import annotations
 
@@ -7,7 +8,43 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+READY_SECONDS = 60.0
+
+
+class Serving(NamedTuple):
+    """`said`: what is in its ready file."""
+
+    pid: int
+    said: bytes
+
+
+@contextmanager
+def serving(module: str, ready: Path, *arguments: str) -> Iterator[Serving]:
+    """A process of `module`, from when it has written that file, its first argument, until the end of the
+    block, when it is killed. What it prints is beside the file."""
+    log = ready.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(ready), *arguments], stdout=output, stderr=output
+        )
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while not ready.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{module} did not come up:\n{log.read_text()}")
+            time.sleep(0.02)
+        yield Serving(process.pid, ready.read_bytes())
+    finally:
+        process.kill()
+        process.wait()
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import affinity, audit, calls, journal, lane, recovery, replay, rerun, sampling
+from tests.bench import affinity, audit, calls, journal, lane, overhead, recovery, replay, rerun, sampling
 
 BENCHES: dict[str, ModuleType] = {
     "affinity": affinity,
@@ -21,6 +21,7 @@ BENCHES: dict[str, ModuleType] = {
     "calls": calls,
     "journal": journal,
     "lane": lane,
+    "overhead": overhead,
     "recovery": recovery,
     "replay": replay,
     "rerun": rerun,

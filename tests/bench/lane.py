@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +23,7 @@ import trio
 
 from tests.bench import still
 from tests.bench.figures import Figure
+from tests.processes import Serving, serving
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.backends.endpoint import ExternalEndpoint
@@ -39,7 +37,6 @@ from tink.world import World
 
 SUMMARY = "how long the trainer idles between two jobs, with bodies ahead and without"
 TENANT = "bench"
-START_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +65,9 @@ async def measure(arguments: argparse.Namespace, size: int, models: int, bodies:
     """`idle_ms` of each job but the first."""
     with (
         tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
-        _server(Path(name), arguments.op_ms / 1000, bodies) as url,
+        _server(Path(name), arguments.op_ms / 1000, bodies) as server,
     ):
+        url = f"http://127.0.0.1:{json.loads(server.said)['port']}"
         async with _worker(Path(name) / "home", url) as (journal, router):
             created: messages.Created = await router.ask(messages.CreateSession(TENANT))
             made = [await _create(router, created.id, number) for number in range(models)]
@@ -126,19 +124,9 @@ async def _worker(folder: Path, url: str) -> AsyncIterator[tuple[Journal, Router
         yield journal, router
 
 
-@contextmanager
-def _server(folder: Path, seconds: float, bodies: bool) -> Iterator[str]:
-    ready = folder / "trainer" / "ready.json"
-    ready.parent.mkdir()
-    command = [sys.executable, "-m", "tests.bench.still", str(ready), str(seconds)]
-    with (folder / "trainer.log").open("wb") as log:
-        server = subprocess.Popen([*command, *([] if bodies else ["--no-bodies"])], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not ready.exists():
-            assert time.monotonic() < deadline, (folder / "trainer.log").read_text()
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{json.loads(ready.read_text())['port']}"
-    finally:
-        server.kill()
-        server.wait()
+def _server(folder: Path, seconds: float, bodies: bool) -> AbstractContextManager[Serving]:
+    folder = folder / "trainer"
+    folder.mkdir()
+    return serving(
+        "tests.bench.still", folder / "ready.json", str(seconds), *([] if bodies else ["--no-bodies"])
+    )

@@ -7,10 +7,11 @@ synced at every commit, and what its clients do, one session after the other: mo
 another one has saved), trained, sampled, saved by name and for samplers, unloaded; checkpoints are
 overwritten, deleted and expire; sessions are finished.
 
-Not real: the servers compute nothing (servers.py), and without --http they are in the worker's process.
-There is no HTTP side: clients ask the Router. Weeks are short: what retention keeps for one is kept for
---kept seconds; thirty times in that it makes a pass, and the worker forgets what has ended; three hundred
-times it looks for checkpoints that have. Nothing else is faster than it is.
+Not real: the servers compute nothing (tests/null_servers.py), and without --http they are in the worker's
+process. There is no HTTP side: clients ask the Router. Weeks are short: what retention keeps for one is
+kept for --kept seconds; thirty times in that it makes a pass, and the worker forgets what has ended;
+three hundred times it looks for checkpoints that have. Of the models that are gone the trainer's books
+remember few. Nothing else is faster than it is.
 
 A figure's baseline is the same of the first tenth of the jobs, after a warm-up. Times that are minutes
 apart are also those of what else the machine had to do: so the worker, when it is old, is compared with a

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import trio
 
-from tests.soak.servers import MODEL
+from tests.null_servers import MODEL
 from tink.domain import ids, keys, messages
 from tink.domain.requests import DATA_OPS, OpName
 from tink.world import World

@@ -9,19 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from tests.processes import cpu_seconds
-from tests.soak.servers import Ports
+from tests.null_servers import Ports
+from tests.processes import cpu_seconds, serving
 from tests.soak.worker import Done, Opened, Options
 from tink.home import Home
 
-START_SECONDS = 60.0
 LOOK_SECONDS = 0.5
+END_SECONDS = 60.0
 
 
 class Look(NamedTuple):
@@ -71,7 +71,7 @@ class SoakWorker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         done = msgspec.json.decode(self._answer(), type=Done)
-        if self._process.wait(timeout=START_SECONDS) != 0:
+        if self._process.wait(timeout=END_SECONDS) != 0:
             raise self._failed()
         return done
 
@@ -144,29 +144,11 @@ def worker(options: Options, *, http: bool = False) -> Iterator[SoakWorker]:
     """`http`: with servers of its own."""
     home = Home(Path(options.home))
     home.make()
-    servers = None
-    try:
+    with ExitStack() as stack:
         if http:
-            servers, ports = _servers(home)
-            options = msgspec.structs.replace(options, ports=ports)
+            ready = home.root / "servers.json"
+            servers = stack.enter_context(serving("tests.null_servers", ready, str(home.artifacts)))
+            options = msgspec.structs.replace(options, ports=msgspec.json.decode(servers.said, type=Ports))
         running = SoakWorker(options)
-        try:
-            yield running
-        finally:
-            running.kill()
-    finally:
-        if servers is not None:
-            servers.kill()
-            servers.wait()
-
-
-def _servers(home: Home) -> tuple[subprocess.Popen[bytes], Ports]:
-    ready = home.root / "servers.json"
-    command = [sys.executable, "-m", "tests.soak.servers", str(ready), str(home.artifacts)]
-    servers = subprocess.Popen(command)
-    deadline = time.monotonic() + START_SECONDS
-    while not ready.exists():
-        if servers.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the servers did not come up")
-        time.sleep(0.02)
-    return servers, msgspec.json.decode(ready.read_bytes(), type=Ports)
+        stack.callback(running.kill)
+        yield running

@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 import trio
 
+from tests.null_servers import DirectEndpoint, Ports
 from tests.soak import mutants
 from tests.soak.clients import Clients
-from tests.soak.servers import DirectEndpoint, Ports
 from tink.actors import retention, router
 from tink.actors.router import Router
 from tink.actors.trainer_samples import TrainerSamples

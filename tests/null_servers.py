@@ -1,7 +1,7 @@
-"""The servers of a soak: a training server and a vLLM server that compute nothing, and so have the worker
-work as hard as one core can.
+"""Servers that compute nothing, for soaks and benches: a training server and a vLLM server, which have the
+worker work as hard as one core can.
 
-    python -m tests.soak.servers READY_FILE ARTIFACTS
+    python -m tests.null_servers READY_FILE ARTIFACTS
 
 is both of them in a process of their own, over HTTP. `Direct` is the training server without it: in the
 worker's own process, where a call costs a tenth.
@@ -20,11 +20,13 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import trio
+from google.protobuf.message import DecodeError
 
 from tink import files
 from tink.backends.endpoint import Endpoint
@@ -33,6 +35,7 @@ from tink.trainer import books
 from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books, Outcome, Refused
 from tink.wire import tink_train
+from tink.wire import tinker_pb2 as pb
 from tink.wire.tink_train import (
     CreateModel,
     ExportAdapter,
@@ -55,7 +58,7 @@ from tink.wire.tink_train import (
 )
 from tink.world import World
 
-MODEL, CONTEXT, TOKENS = "soak/null", 1024, 16
+MODEL, CONTEXT, TOKENS = "null/null", 1024, 16
 # What each operation says that it took: a model is snapshotted every few steps.
 OP_MS = 2500.0
 # Models that are no more are remembered by the books; so few that there are as many before it is measured.
@@ -65,7 +68,7 @@ books.TRAINER_TOMBSTONES = 64
 class Trainer:
     """What `tink-train/1` asks. Raises Refused, as the protocol's table says."""
 
-    incarnation = "soak"
+    incarnation = "null"
 
     def __init__(self, artifacts: Path) -> None:
         self._artifacts = artifacts
@@ -125,8 +128,7 @@ class Trainer:
     def _apply(self, op: tink_train.Op, job_id: str) -> OpResult:
         match op:
             case Forward() | ForwardBackward():
-                # As a real one: of 16 bytes for a token, 4 come back.
-                return OpResult(body=op.body[: len(op.body) // 4], loss=1.0, tokens=len(op.body) // 16)
+                return OpResult(body=logprobs(op.body), loss=1.0, tokens=len(op.body) // 16)
             case OptimStep():
                 return OpResult(metrics={"grad_norm": 1.0})
             case CreateModel():
@@ -157,7 +159,27 @@ class Trainer:
         return written
 
     def refused(self) -> Refused:
-        return self._books.refused(404, "no_op", "this is nothing that a soak asks for")
+        return self._books.refused(404, "no_op", "this is nothing that is asked for here")
+
+
+def logprobs(body: bytes) -> bytes:
+    """The result of a batch, as the SDK wants it. Of what is no batch a quarter, as a real one is."""
+    try:
+        request = pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        return body[: len(body) // 4]
+    counts = [sum(len(chunk.encoded_text.tokens) for chunk in datum.model_input) for datum in request.data]
+    tensor = pb.BatchedTensor(
+        data=bytes(sum(counts)),
+        offsets=b"".join(end.to_bytes(8, "little") for end in accumulate(counts, initial=0)),
+        dtype=pb.DTYPE_FLOAT32,
+    )
+    record = pb.ArrayRecord(type_tag="ArrayRecord", num_datums=len(counts), fields={"logprobs": tensor})
+    metrics = {"loss:sum": float(len(counts))}
+    result = pb.ForwardBackwardOutput(
+        loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics=metrics
+    )
+    return result.SerializeToString()
 
 
 # -- without HTTP -----------------------------------------------------------------------------------
@@ -217,8 +239,11 @@ class Ports(NamedTuple):
 
 
 class Answer(NamedTuple):
+    """`kind`: of content."""
+
     body: bytes
     status: int = 200
+    kind: str = "application/json"
 
 
 # Of a path and what came with it.
@@ -328,8 +353,8 @@ async def serve(handler: Handler, stream: trio.SocketStream) -> None:
                 continue
             received.clear()
             path = first.decode().split(" ")[1].partition("?")[0]
-            body, status = handler(path, rest)
-            answer = f"HTTP/1.1 {status} -\r\ncontent-length: {len(body)}\r\n\r\n"
+            body, status, kind = handler(path, rest)
+            answer = f"HTTP/1.1 {status} -\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
             await stream.send_all(answer.encode() + body)
 
 

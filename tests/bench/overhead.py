@@ -1,0 +1,141 @@
+"""What Tink adds to an operation that does nothing: how long the unmodified SDK waits for optim_step, for
+forward_backward, and for both sent as one, one after the other; of a fresh worker, and of one that has done
+`--operations` more. The baseline is the SDK against a server that answers at once (tests/bench/instant.py):
+its own time.
+
+A real `tink serve`, durable as always, and a training server that computes nothing, each in a process of its
+own. In turn, `--each` of one kind and then of the other server. The CPU time of the worker is told for each
+operation: a request that submits it, a poll for its result, and the calls to the training server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import msgspec
+import tinker
+
+from tests.bench.figures import Figure
+from tests.live import LiveServer
+from tests.null_servers import MODEL, Ports
+from tests.processes import cpu_seconds, serving
+
+SUMMARY = "what Tink adds to an operation that does nothing, by the SDK"
+TOKENS = 32
+# Sent at once, to make a worker old: as a client that is far ahead.
+AHEAD = 50
+
+
+class Waits(NamedTuple):
+    """Seconds, of each operation."""
+
+    optim_step: list[float]
+    forward_backward: list[float]
+    pair: list[float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--each", type=int, default=50, help="operations of a kind in a round (50)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each server (4)")
+    parser.add_argument("--operations", type=int, default=10_000, help="to make a worker old (10000)")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory(prefix="tink-bench-") as name, servers(Path(name)) as (live, floor):
+        assert live.process is not None
+        client, instant = connect(live.url), connect(floor)
+        for age in ("fresh", "old"):
+            if age == "old":
+                work(client, arguments.operations)
+            for one in (instant, client):
+                wait(one, arguments.each // 5)  # what is done once
+            tink, base, cpu = [], [], 0.0
+            for _ in range(arguments.rounds):
+                base.append(wait(instant, arguments.each))
+                before = cpu_seconds(live.process.pid)
+                tink.append(wait(client, arguments.each))
+                cpu += cpu_seconds(live.process.pid) - before
+            for kind in Waits._fields:
+                found, floors = (
+                    [second for waits in some for second in getattr(waits, kind)] for some in (tink, base)
+                )
+                yield Figure(f"{age}_{kind}_p50", median(found) * 1000, "ms", median(floors) * 1000)
+                yield Figure(f"{age}_{kind}_p95", _p95(found) * 1000, "ms", _p95(floors) * 1000)
+            yield Figure(f"{age}_cpu", cpu / (arguments.rounds * arguments.each * 4) * 1000, "ms/operation")
+
+
+def _p95(some: list[float]) -> float:
+    return quantiles(some, n=20)[18]
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[tuple[LiveServer, str]]:
+    """A worker with a training server that does nothing, and the URL of a server that is no worker."""
+    home = folder / "home"
+    with (
+        serving("tests.null_servers", folder / "null.json", str(home / "artifacts")) as null,
+        serving("tests.bench.instant", folder / "instant.json") as instant,
+    ):
+        ports = msgspec.json.decode(null.said, type=Ports)
+        live = LiveServer(
+            home, USE_MEGATRON="true", MEGATRON_SERVER_URL=f"http://127.0.0.1:{ports.trainer}"
+        )
+        live.start()
+        try:
+            yield live, f"http://127.0.0.1:{msgspec.json.decode(instant.said)}"
+        finally:
+            live.close()
+
+
+def connect(url: str) -> Any:
+    service = tinker.ServiceClient(base_url=url, api_key="tml-local")
+    return service.create_lora_training_client(MODEL, rank=8, seed=1).result()
+
+
+def batch() -> list[tinker.types.Datum]:
+    tokens = list(range(10, 10 + TOKENS))
+    inputs = {"target_tokens": tokens, "weights": [1.0] * TOKENS}
+    return [
+        tinker.types.Datum(model_input=tinker.types.ModelInput.from_ints(tokens), loss_fn_inputs=inputs)
+    ]
+
+
+def wait(client: Any, each: int) -> Waits:
+    data, adam = batch(), tinker.types.AdamParams()
+
+    def pair() -> None:
+        first, second = client.forward_backward(data, "cross_entropy"), client.optim_step(adam)
+        first.result()
+        second.result()
+
+    return Waits(
+        _timed(lambda: client.optim_step(adam).result(), each),
+        _timed(lambda: client.forward_backward(data, "cross_entropy").result(), each),
+        _timed(pair, each),
+    )
+
+
+def _timed(call: Callable[[], object], times: int) -> list[float]:
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def work(client: Any, operations: int) -> None:
+    data, adam = batch(), tinker.types.AdamParams()
+    for _ in range(operations // (2 * AHEAD)):
+        sent = []
+        for _ in range(AHEAD):
+            sent += [client.forward_backward(data, "cross_entropy"), client.optim_step(adam)]
+        for future in sent:
+            future.result()
