@@ -54,6 +54,8 @@ LONGEST_TTL = 10 * 365 * 24 * 3600
 BACKLOG = 1024
 # An idle connection of a client, above the SDK's 45 s for one poll.
 KEEP_ALIVE_SECONDS = 75.0
+# The first line and the headers of a request.
+MAX_HEAD_BYTES = 64 * 1024
 
 # -- promises ---------------------------------------------------------------------------------------
 

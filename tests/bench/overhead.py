@@ -3,9 +3,9 @@ forward_backward, and for both sent as one, one after the other; of a fresh work
 `--operations` more. The baseline is the SDK against a server that answers at once (tests/bench/instant.py):
 its own time.
 
-A real `tink serve`, durable as always, and a training server that computes nothing, each in a process of its
-own. In turn, `--each` of one kind and then of the other server. The CPU time of the worker is told for each
-operation: a request that submits it, a poll for its result, and the calls to the training server.
+A real `tink serve`, durable as always, and a training server that computes nothing, each in a process of
+its own. In turn, `--each` of one kind and then of the other server. The CPU time of the worker is told for
+each operation: a request that submits it, a poll for its result, and the calls to the training server.
 """
 
 from __future__ import annotations

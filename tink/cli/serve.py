@@ -8,8 +8,6 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-import trio
-
 from tink import crash
 from tink.errors import StartupError
 from tink.home import Home
@@ -70,9 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         # takes a second to import: clients that come meanwhile wait that long, instead of being refused.
         with world.listen(settings.host, settings.port) as listener:
             if not home.database_url:
+                from tink import http_server
                 from tink.cli.serving import serve
 
-                trio.run(serve, settings, home, world, listener)
+                http_server.run(serve, settings, home, world, listener)
                 return 0
         from tink.cli.turns import keep_serving
 

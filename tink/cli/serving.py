@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import hypercorn.config
-import hypercorn.trio
 import structlog
 import trio
 from starlette.applications import Starlette
 
 import tink
+from tink import http_server
 from tink.actors.embedded import EmbeddedTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
@@ -27,11 +26,7 @@ from tink.home import Home, WorkerRecord
 from tink.journal import chain
 from tink.journal.database import database
 from tink.journal.journal import Journal
-from tink.limits import (
-    BACKLOG,
-    KEEP_ALIVE_SECONDS,
-    STOPPING_SECONDS,
-)
+from tink.limits import KEEP_ALIVE_SECONDS, STOPPING_SECONDS
 from tink.logs import configure_logs, write_line
 from tink.pretrained import BUILT_IN
 from tink.settings import Settings
@@ -116,22 +111,15 @@ async def _listen(
     anywhere = settings.host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
     local = "127.0.0.1" if anywhere else settings.host
     public = socket.gethostname() if anywhere else settings.host
-    config = hypercorn.config.Config()
-    # hypercorn owns the socket from here, and closes it first when it stops.
-    config.bind = [f"fd://{listener.detach()}"]
-    config.errorlog = None
-    config.accesslog = None
-    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-    config.graceful_timeout = STOPPING_SECONDS
-    config.backlog = BACKLOG
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(_await_signals, stop, past)
         if past.stopped:  # before anyone listened
             stop.set()
         async with trio.open_nursery() as serving:
-            serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
-            await serving.start(serve)
+            serve = partial(http_server.serve, app, listener, stop=stop)
+            seconds = {"idle_seconds": KEEP_ALIVE_SECONDS, "last_seconds": STOPPING_SECONDS}
+            await serving.start(partial(serve, **seconds))
             record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
             home.announce(record)
             write_line(_banner(settings, home, _url(public, port)), sys.stdout)

@@ -9,6 +9,7 @@ import signal
 import structlog
 import trio
 
+from tink import http_server
 from tink.cli.serving import Past, serve
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError, tink_error
 from tink.home import Home
@@ -44,7 +45,7 @@ def keep_serving(settings: Settings, home: Home, world: World) -> None:
                 # Only now: a port that is open says that somebody serves there.
                 with world.listen(settings.host, port) as listener:
                     port = listener.getsockname()[1]  # if any would do: clients come back to this one
-                    trio.run(serve, settings, home, world, listener, past)
+                    http_server.run(serve, settings, home, world, listener, past)
                 return
             except Exception as raised:
                 pause = _pause(raised, past)

@@ -22,13 +22,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
-import hypercorn.config
-import hypercorn.trio
 import msgspec
 import structlog
 import trio
 
-from tink import crash, files
+from tink import crash, files, http_server
 from tink.errors import StartupError
 from tink.limits import ORPHAN_LOOKS, TRAINER_GRACE, TRAINER_KEEP_ALIVE_SECONDS, TRAINER_LAST_SECONDS
 from tink.logs import configure_logs, write_line
@@ -62,7 +60,7 @@ def _listen(options: Options, world: World) -> int:
     if options.preload:
         _begin_anew_for_cuda()
     with world.listen(options.host, options.port) as listener:
-        trio.run(_serve, options, listener, world)
+        http_server.run(_serve, options, listener, world)
     return 0
 
 
@@ -98,8 +96,9 @@ async def _serve(options: Options, listener: socket.socket, world: World) -> Non
         trainer = Trainer(world, options.slots, nursery)
         async with trio.open_nursery() as listening:
             app = application(trainer, options.token)
-            serve = partial(hypercorn.trio.serve, app, _config(listener), shutdown_trigger=close.wait)
-            await listening.start(serve)
+            serve = partial(http_server.serve, app, listener, stop=close)
+            seconds = {"idle_seconds": TRAINER_KEEP_ALIVE_SECONDS, "last_seconds": TRAINER_LAST_SECONDS}
+            await listening.start(partial(serve, **seconds))
             crash.point("trainer.bound")
             if options.ready_file is not None:
                 ready = Ready(os.getpid(), port, trainer.incarnation)
@@ -119,16 +118,6 @@ async def _serve(options: Options, listener: socket.socket, world: World) -> Non
             close.set()
         nursery.cancel_scope.cancel()
     log.info("stopped")
-
-
-def _config(listener: socket.socket) -> hypercorn.config.Config:
-    config = hypercorn.config.Config()
-    # hypercorn owns the socket from here, and closes it first when it stops.
-    config.bind = [f"fd://{listener.detach()}"]
-    config.errorlog = None
-    config.keep_alive_timeout = TRAINER_KEEP_ALIVE_SECONDS
-    config.graceful_timeout = TRAINER_LAST_SECONDS
-    return config
 
 
 async def _await_sigterm(stop: trio.Event) -> None:

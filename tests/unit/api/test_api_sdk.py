@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hypercorn.config
-import hypercorn.trio
 import pytest
 import trio
 from api_double import BASE, SESSION, Worker
 
+from tests.hosted import hosted
 from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.domain import ids, messages
@@ -86,20 +85,17 @@ def _logprobs() -> bytes:
 
 
 @pytest.fixture
-async def server(nursery, tmp_path):
+def server(tmp_path):
     """(url, worker) of a real HTTP server."""
     worker = FinishingWorker()
     auth = Auth({KEY: "alice"})
-    app = create_app(worker.ask, auth=auth, artifacts=tmp_path, secret=b"s", world=World())
-    config = hypercorn.config.Config()
-    config.bind = ["127.0.0.1:0"]
-    config.errorlog = None
-    stop = trio.Event()
-    binds = await nursery.start(
-        partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
-    )
-    yield binds[0], worker
-    stop.set()
+
+    async def make(nursery):
+        await trio.lowlevel.checkpoint()
+        return create_app(worker.ask, auth=auth, artifacts=tmp_path, secret=b"s", world=World())
+
+    with hosted(make) as host:
+        yield host.url, worker
 
 
 @pytest.mark.slow

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hypercorn.trio
 import numpy as np
 import pytest
 import trio
 from trainer_kit import CREATE, floats, ints, sampled, train
 
+from tests.hosted import hosted
+from tink.http_server import App
 from tink.limits import SAMPLE_SLOTS
 from tink.pretrained import Text
-from tink.trainer import process
 from tink.trainer.engines.interface import Engine
 from tink.trainer.engines.lora_engine import LoraEngine
 from tink.trainer.server import Trainer, application
@@ -32,20 +32,15 @@ PROMPT = "Return the 3 thing"
 @asynccontextmanager
 async def serving(engine: Engine, token: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """The server on a socket of this machine."""
-    async with trio.open_nursery() as nursery:
+
+    async def make(nursery: trio.Nursery) -> App:
         trainer = Trainer(World(), 4, nursery)
         await trainer.load(lambda: engine)
-        with World().listen("127.0.0.1", 0) as listener:
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            config = process._config(listener)
-            stop = trio.Event()
-            app = application(trainer, token)
-            serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
-            await nursery.start(serve)
-            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-                yield client
-        stop.set()
-        nursery.cancel_scope.cancel()
+        return application(trainer, token)
+
+    with hosted(make) as host:
+        async with httpx.AsyncClient(base_url=host.url, timeout=60) as client:
+            yield client
 
 
 @pytest.fixture
