@@ -157,7 +157,7 @@ class MegatronActor:
 
         def end() -> list[Entry]:
             now = self._world.now()
-            answer, more = plans.conclusion(job, body, plan, result, context, now, adapter)
+            answer, more = plans.conclusion(job, plan, result, context, now, adapter)
             done = JobDone(
                 result=answer,
                 result_sha256=digest,
