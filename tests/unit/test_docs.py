@@ -30,7 +30,8 @@ from tink.journal import schema
 from tink.journal.journal import prepare
 from tink.metrics import Metrics
 from tink.settings import Settings
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire import tink_train
 from tools import generated_docs
 
