@@ -31,7 +31,7 @@ from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal import queries
 from tink.journal.journal import Journal
-from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
+from tink.limits import MAX_METADATA_BYTES
 from tink.metrics import Metrics
 from tink.world import World
 
@@ -345,8 +345,7 @@ class Catalogue:
         return made
 
     async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:
-        if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= LONGEST_TTL:
-            raise UserError(f"ttl_seconds {ask.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
+        plans.check_ttl(ask.ttl_seconds)
         async with self._journal.naming:
             checkpoint = self._own_checkpoint(ask.tenant, ask.address)
             expires_at = checkpoint.expires_at

@@ -176,6 +176,12 @@ def check_base_model(name: str, served: str, path: str | None) -> None:
         raise UserError(f"the base model {name[:200]!r} is not served here: {served!r} is")
 
 
+def check_ttl(seconds: int | None) -> None:
+    """Raises UserError unless a checkpoint may be kept for so long; None is for ever."""
+    if seconds is not None and not 0 < seconds <= LONGEST_TTL:
+        raise UserError(f"ttl_seconds {seconds} cannot be used: 1 to {LONGEST_TTL} can")
+
+
 def find_checkpoint(ledger: Ledger, address: ids.Address, tenant: str) -> rows.Checkpoint:
     """The live checkpoint at `address` if `tenant` may read it, else UserError."""
     checkpoint = ledger.checkpoint_at(*address)
@@ -250,8 +256,7 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
 
 
 def _check_save(job: rows.Job, request: Save, ledger: Ledger) -> None:
-    if request.ttl_seconds is not None and not 0 < request.ttl_seconds <= LONGEST_TTL:
-        raise UserError(f"ttl_seconds {request.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
+    check_ttl(request.ttl_seconds)
     _check_metadata(getattr(request, "user_metadata", None))
     name = _save_name(job, request)
     if name is not None and not getattr(request, "overwrite", False):
