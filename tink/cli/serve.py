@@ -6,11 +6,11 @@ import argparse
 import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 import trio
 
 from tink import crash
+from tink.cli.options import add_home
 from tink.errors import StartupError
 from tink.home import Home
 from tink.settings import Settings
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, help="port to listen on, 0 for a free one (TINK_PORT; default 8400)"
     )
-    parser.add_argument("--home", type=Path, help="folder of everything (TINK_HOME; default ~/.tink)")
+    add_home(parser, of="everything")
     parser.add_argument(
         "--no-auth",
         action="store_true",
