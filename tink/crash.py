@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import os
 import signal
-from difflib import get_close_matches
 from itertools import count
 
-from tink.errors import StartupError
+from tink.errors import StartupError, suggestion
 
 # name -> what is so at that point, and what is not yet. The first word is the process that passes it.
 POINTS = {
@@ -68,9 +67,7 @@ def parse(at: str) -> tuple[str, int]:
     """`name[:n]` -> the name, and which passing it is. Raises StartupError for what is no such thing."""
     name, _, number = at.partition(":")
     if name not in POINTS:
-        close = get_close_matches(name, POINTS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise StartupError(f"TINK_CRASH_AT: there is no crash point {name!r}{hint}")
+        raise StartupError(f"TINK_CRASH_AT: there is no crash point {name!r}" + suggestion(name, POINTS))
     if number and not (number.isdecimal() and int(number)):
         raise StartupError(f"TINK_CRASH_AT: {number!r} is not a count (1, 2, ...)")
     return name, int(number or 1)

@@ -22,6 +22,7 @@ once; `category` is what the SDK is told when the error is the durable result of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import msgspec
@@ -119,3 +120,17 @@ def tink_error(error: BaseException) -> TinkError | None:
         causes = [tink_error(part) for part in error.exceptions]
         return None if None in causes else causes[0]
     return error if isinstance(error, TinkError) else None
+
+
+def failed(category: str | None, text: str) -> TinkError:
+    """What a job that did not do its work is to its caller: BackendError or, by any other `category`
+    than `server`, UserError."""
+    return BackendError(text) if category == "server" else UserError(text)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a text about a name that is not known: which one may have been meant, if one may."""
+    from difflib import get_close_matches  # it takes a while to import, and is hardly ever needed
+
+    close = get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -17,7 +17,7 @@ import msgspec
 from tink import crash
 from tink.domain.retention import Kept
 from tink.domain.routing import Routes, routes
-from tink.errors import StartupError
+from tink.errors import StartupError, suggestion
 from tink.home import NO_DATABASE_URL, Home, is_database_url
 
 Switch = Literal["auto", "true", "false"]
@@ -235,7 +235,7 @@ class Settings:
         """The same, with what is wrong, and without an error."""
         known = {name for f in fields(cls) for name in f.metadata["names"]}
         problems = [
-            f"{name}: there is no such setting" + _closest(name, known)
+            f"{name}: there is no such setting" + suggestion(name, known)
             for name in sorted(environment)
             if name.startswith("TINK_") and name not in known and name not in OTHERS
         ]
@@ -377,10 +377,3 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "Path": Path,
     "Path | None": Path,
 }
-
-
-def _closest(name: str, known: set[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, sorted(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tink.trainer import build, process, server
+from tink.trainer import build, process, trainer
 from tink.trainer.engines.interface import Facts
 from tink.trainer.options import Options
 from tink.wire.tink_train import CreateModel, ForwardBackward, ModelInfo, OpResult
@@ -39,7 +39,7 @@ def main(ready_file: Path, seconds: float, bodies: bool) -> int:
     load: Any = lambda options, incarnation: Still(seconds)  # noqa: E731
     build.load = load
     if not bodies:
-        server.BODIES = "none"
+        trainer.BODIES = "none"
     options = Options(home=ready_file.parent, slots=1, ready_file=ready_file, orphan_seconds=60.0)
     return process.run(options)
 

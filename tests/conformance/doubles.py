@@ -24,7 +24,8 @@ from tink.errors import BackendError, NotFound, UserError
 from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 from tink.trainer.engines.interface import Facts
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire import tinker_pb2 as pb
 from tink.wire.samples import Sampled
 from tink.wire.tink_train import (

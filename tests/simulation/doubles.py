@@ -27,7 +27,8 @@ from tink.trainer import lanes
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.books import Book
 from tink.trainer.engines.interface import Facts
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire import tink_train
 from tink.wire import tinker_pb2 as pb
 from tink.wire.samples import Sampled

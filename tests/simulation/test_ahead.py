@@ -16,7 +16,7 @@ from tests.simulation.cluster import Cluster
 from tests.simulation.doubles import Network
 from tests.simulation.scenario import answers, batch, events, slow, step, train
 from tink.limits import AHEAD_JOBS_PER_SLOT
-from tink.trainer import server
+from tink.trainer import trainer
 from tink.wire import tink_train
 
 OP_SECONDS = 5.0
@@ -122,7 +122,7 @@ async def test_a_body_that_was_lost_on_the_way_is_sent_with_its_op(
 async def test_a_server_that_keeps_no_bodies_is_sent_none(
     autojump_clock: MockClock, tmp_path: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "BODIES", "something else")
+    monkeypatch.setattr(trainer, "BODIES", "something else")
     async with Cluster.running(tmp_path, max_workers=1) as cluster:
         (model,) = await _models(cluster, 1)
         await answers(cluster, [await batch(cluster, model, seq) for seq in (1, 2, 3)])
@@ -146,7 +146,7 @@ async def test_bodies_ahead_never_change_what_runs_or_in_which_order(
         return [call.op.job_id.partition(":")[2] for call in calls if call.op], found
 
     with monkeypatch.context() as without:
-        without.setattr(server, "BODIES", "something else")
+        without.setattr(trainer, "BODIES", "something else")
         expected = await run("without")
     assert await run("with") == expected
     assert any(call.op is None for call in calls)

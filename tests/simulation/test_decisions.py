@@ -149,11 +149,14 @@ def _changed(
 def test_a_limit_that_is_lowered_is_found_where_it_refuses(
     monkeypatch: pytest.MonkeyPatch, homes: dict[str, Home]
 ) -> None:
-    ttl, late = _changed(monkeypatch, homes["trainer"], plans, "LONGEST_TTL", 59)
+    ttl, late, changed = _changed(monkeypatch, homes["trainer"], plans, "LONGEST_TTL", 59)
     assert ttl.recorded.startswith("job_started")
     assert 'error="ttl_seconds 60 cannot be used: 1 to 59 can"' in ttl.today
     # The other one was refused then, too: in other words.
     assert (late.kind, "315360000" in late.recorded, "1 to 59" in late.today) == ("job_failed", True, True)
+    # The limit is the same one where a checkpoint's time is changed.
+    assert changed.recorded == "checkpoint_changed"
+    assert "ttl_seconds 1000000 cannot be used: 1 to 59 can" in changed.today
 
 
 def test_a_check_that_is_gone_is_found_where_it_refused(

@@ -21,7 +21,7 @@ from tink.api.tinker import TABLE as ROUTES
 from tink.api.tinker import unsupported
 from tink.cli import vllm
 from tink.cli.main import COMMANDS
-from tink.domain.events import AnyEvent
+from tink.domain.events import KINDS
 from tink.domain.ledger import Ledger
 from tink.domain.requests import OpName
 from tink.domain.rows import JobState
@@ -30,7 +30,8 @@ from tink.journal import schema
 from tink.journal.journal import prepare
 from tink.metrics import Metrics
 from tink.settings import Settings
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire import tink_train
 from tools import generated_docs
 
@@ -71,7 +72,7 @@ def test_every_table_and_column_of_the_journal_is_documented_in_order(table):
 
 def test_every_event_is_documented_with_its_fields():
     documented = {names(row[0])[0]: names(row[2]) for row in rows(section(JOURNAL, "## Events"))}
-    kinds = {kind.__struct_config__.tag: list(kind.__struct_fields__) for kind in get_args(AnyEvent)}
+    kinds = {kind: list(event.__struct_fields__) for kind, event in KINDS.items()}
     assert documented == kinds
 
 

@@ -31,7 +31,7 @@ from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal import queries
 from tink.journal.journal import Journal
-from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
+from tink.limits import MAX_METADATA_BYTES
 from tink.metrics import Metrics
 from tink.world import World
 
@@ -165,11 +165,14 @@ class Catalogue:
 
     # -- models and samplers ------------------------------------------------------------------------
 
+    def model(self, tenant: str, model_id: str) -> rows.Model:
+        return _owned(self._ledger.models, tenant, model_id, "model")
+
     def sampler(self, tenant: str, sampler_id: str) -> rows.Sampler:
         return _owned(self._ledger.samplers, tenant, sampler_id, "sampler")
 
     def _live_model(self, tenant: str, model_id: str) -> rows.Model:
-        model = _owned(self._ledger.models, tenant, model_id, "model")
+        model = self.model(tenant, model_id)
         if model.state != "live":
             raise NotFound(f"there is no model {model_id}")
         return model
@@ -202,7 +205,7 @@ class Catalogue:
 
     async def _weights(self, ask: messages.GetWeights) -> rows.Job:
         self.routes.check_sampling()
-        _owned(self._ledger.models, ask.tenant, ask.model_id, "model")
+        self.model(ask.tenant, ask.model_id)
         found = await self._journal.read(partial(queries.weights, model_id=ask.model_id))
         assert found is not None, "a model is there when the job that makes it is"
         return found
@@ -277,7 +280,7 @@ class Catalogue:
     def _list_checkpoints(self, ask: messages.ListCheckpoints) -> list[rows.Checkpoint]:
         found = self._live_checkpoints(ask.tenant)
         if ask.model_id is not None:
-            model = _owned(self._ledger.models, ask.tenant, ask.model_id, "model")
+            model = self.model(ask.tenant, ask.model_id)
             if model.state not in ("live", "removed"):  # what was saved outlives its model
                 raise NotFound(f"there is no model {ask.model_id}")
             found = [checkpoint for checkpoint in found if checkpoint.model_id == ask.model_id]
@@ -302,7 +305,7 @@ class Catalogue:
         return messages.CheckpointView(row=row, model=model, files=files)
 
     async def _fork_checkpoint(self, ask: messages.ForkCheckpoint) -> rows.Checkpoint:
-        model = _owned(self._ledger.models, ask.tenant, ask.model_id, "model")
+        model = self.model(ask.tenant, ask.model_id)
         if not (0 < ask.op_no <= model.op_no and 0 < ask.step <= model.steps):
             raise UserError(
                 f"the model {ask.model_id} has not come to operation {ask.op_no}, optimizer step {ask.step}"
@@ -342,8 +345,7 @@ class Catalogue:
         return made
 
     async def _change_checkpoint(self, ask: messages.ChangeCheckpoint) -> None:
-        if ask.ttl_seconds is not None and not 0 < ask.ttl_seconds <= LONGEST_TTL:
-            raise UserError(f"ttl_seconds {ask.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
+        plans.check_ttl(ask.ttl_seconds)
         async with self._journal.naming:
             checkpoint = self._own_checkpoint(ask.tenant, ask.address)
             expires_at = checkpoint.expires_at

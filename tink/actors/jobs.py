@@ -1,11 +1,22 @@
 """The jobs of an actor: those that wait for it, in the order in which they came, those that it runs, and
-those that it is told to expect."""
+those that it is told to expect; and how one of them is run to its end."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import structlog
 import trio
+
+from tink import crash
+from tink.domain import rows
+from tink.domain.events import Entry
+from tink.errors import JournalUnavailable, StartupError
+from tink.journal.journal import Journal
+
+log = structlog.get_logger()
+
+INTERNAL = "internal error in the worker: its log has it"
 
 # Called with a job's id: once its terminal event is durable, its waiters may be told; and once nothing is
 # left to do with its model, the model's next job may run.
@@ -91,3 +102,33 @@ class Jobs:
     def _change(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+
+async def run_to_end(
+    job_id: str,
+    journal: Journal,
+    run: Callable[[rows.Job], Awaitable[None]],
+    crashed: Callable[[rows.Job], list[Entry]],
+    settle: Settle,
+) -> rows.Job | None:
+    """Returns the job once `run` has journaled its end; None if it was sent twice, and has ended. A bug
+    that it meets fails it, in the words of `crashed`, and the others go on."""
+    job = journal.ledger.jobs.get((job_id,))
+    if job is None:
+        return None
+    try:
+        await run(job)
+    except (JournalUnavailable, StartupError):
+        raise
+    except Exception:
+        log.exception("job crashed", job=job_id)
+        await append_end(journal, crashed(job))
+    crash.point("worker.ended")
+    await settle(job_id)
+    return job
+
+
+async def append_end(journal: Journal, entries: list[Entry]) -> None:
+    """Shielded: whoever takes the job up again must know whether it has ended."""
+    with trio.CancelScope(shield=True):
+        await journal.append(*entries)

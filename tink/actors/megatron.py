@@ -25,7 +25,7 @@ from tink.actors import placements
 from tink.actors.ahead import Ahead, Shipped
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
-from tink.actors.jobs import Jobs, Release, Settle
+from tink.actors.jobs import INTERNAL, Jobs, Release, Settle, append_end, run_to_end
 from tink.actors.redo import Redo
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
@@ -33,7 +33,7 @@ from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import plans, rows
 from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
-from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
+from tink.errors import BackendError, UserError
 from tink.journal.journal import Journal
 from tink.wire import tink_train
 from tink.world import World
@@ -77,19 +77,9 @@ class MegatronActor:
             await self.jobs.run(self._run_one)
 
     async def _run_one(self, job_id: str) -> None:
-        job = self._journal.ledger.jobs.get((job_id,))
+        job = await run_to_end(job_id, self._journal, self._run_to_its_end, self._crashed, self._settle)
         if job is None:
-            return  # it was sent twice, and has ended
-        try:
-            await self._run_to_its_end(job)
-        except (JournalUnavailable, StartupError):
-            raise
-        except Exception:
-            # A bug that this job met: it fails, and the others go on.
-            log.exception("job crashed", job=job_id)
-            await self._append(self._crashed(job))
-        crash.point("worker.ended")
-        await self._settle(job_id)
+            return
         if job.state == "done" and job.op in MUTATING:
             await self._snapshots.consider(self._link.present, job)
         elif job.state == "done" and job.op == "unload_model":
@@ -107,15 +97,10 @@ class MegatronActor:
                     entries = end()
                 except UserError as error:
                     entries = [self._failed(job, error.category, str(error))]
-                await self._append(entries)
-
-    async def _append(self, entries: list[Entry]) -> None:
-        """Shielded: whoever takes the job up again must know whether it has ended."""
-        with trio.CancelScope(shield=True):
-            await self._journal.append(*entries)
+                await append_end(self._journal, entries)
 
     def _crashed(self, job: rows.Job) -> list[Entry]:
-        entries = [self._failed(job, "server", "internal error in the worker: its log has it")]
+        entries = [self._failed(job, "server", INTERNAL)]
         if job.op_no is not None:
             detail = "the worker failed while the job ran: whether it was applied is not known"
             entries.append((rows.about(job), Diverged(op_no=job.op_no, detail=detail)))
@@ -157,7 +142,7 @@ class MegatronActor:
 
         def end() -> list[Entry]:
             now = self._world.now()
-            answer, more = plans.conclusion(job, body, plan, result, context, now, adapter)
+            answer, more = plans.conclusion(job, plan, result, context, now, adapter)
             done = JobDone(
                 result=answer,
                 result_sha256=digest,

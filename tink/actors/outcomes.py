@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from tink.actors.mailbox import Reply
+from tink.actors.reply import Reply
 from tink.domain import messages, rows
 from tink.errors import NotFound, Overloaded, TinkError
 from tink.journal.journal import Journal

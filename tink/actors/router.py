@@ -22,8 +22,8 @@ import trio
 from tink import crash
 from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
-from tink.actors.mailbox import Mailbox, Reply
 from tink.actors.outcomes import Outcomes
+from tink.actors.reply import Reply
 from tink.domain import ids, keys, memory, messages, rows
 from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
 from tink.domain.lane import Lane
@@ -51,32 +51,31 @@ Submit = messages.SubmitTraining | messages.SubmitSample
 SKIPPED = "this sequence number was skipped: it had not come {seconds:.0f} s after later ones; submit again"
 
 
-class _Question:
-    def __init__(self, ask: messages.Question) -> None:
-        self.ask = ask
-        self.reply: Reply[Any] = Reply()
+class _Question(msgspec.Struct, frozen=True):
+    ask: messages.Question
+    reply: Reply[Any] = msgspec.field(default_factory=Reply)
 
 
-class _Settled:
+class _Settled(msgspec.Struct, frozen=True):
     """A running actor's word that a job's terminal event is durable."""
 
-    def __init__(self, job_id: str) -> None:
-        self.job_id = job_id
+    job_id: str
 
 
-class _Released:
+class _Released(msgspec.Struct, frozen=True):
     """The model of that job, which has ended, is free for its next one."""
 
-    def __init__(self, job_id: str) -> None:
-        self.job_id = job_id
+    job_id: str
 
 
-class _Restarted:
+class _Restarted(msgspec.Struct, frozen=True):
     """The actor that runs these jobs begins (again)."""
 
-    def __init__(self, jobs: Jobs) -> None:
-        self.jobs = jobs
-        self.reply: Reply[None] = Reply()
+    jobs: Jobs
+    reply: Reply[None] = msgspec.field(default_factory=Reply)
+
+
+_Message = _Question | _Settled | _Released | _Restarted
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Router:
         self._journal, self.catalogue, self._world = journal, catalogue, world
         self._training, self._sampling = training, sampling
         self._outcomes = Outcomes(journal)
-        self._mailbox: Mailbox[_Question | _Settled | _Released | _Restarted] = Mailbox(MAILBOX)
+        self._mailbox, self._sent = trio.open_memory_channel[_Message](MAILBOX)
         self._lanes: dict[str, Lane] = {}
         self._accepting: dict[str, trio.Event] = {}
         self._gaps: dict[str, _Gap] = {}  # of the lanes that wait for numbers which have not come
@@ -135,7 +134,7 @@ class Router:
             self._load_lanes()
             nursery.start_soon(self._forget_now_and_then)
             nursery.start_soon(self._look_for_gaps)
-            async for message in self._mailbox:
+            async for message in self._sent:
                 match message:
                     case _Settled():
                         self._ended(message.job_id)
@@ -301,14 +300,8 @@ class Router:
             return None
         making = self._accepting.get(ids.job_id(ask.model_id, 0))
         if making is None:
-            self._model(ask.tenant, ask.model_id)
+            self.catalogue.model(ask.tenant, ask.model_id)
         return making
-
-    def _model(self, tenant: str, model_id: str) -> rows.Model:
-        model = self._journal.ledger.models.get((model_id,))
-        if model is None or model.tenant != tenant:
-            raise NotFound(f"there is no model {model_id}")
-        return model
 
     async def _accept_training(
         self,
@@ -333,7 +326,7 @@ class Router:
                 return promise
             if making is not None:
                 await making.wait()
-                self._model(str(subject.tenant), model_id)
+                self.catalogue.model(str(subject.tenant), model_id)
             await self._accept(subject, accepted, body)
             in_time = self._lane(model_id).arrive(accepted.seq_id, job_id)
         if in_time:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import structlog
 import trio
 
 from tink import crash
-from tink.actors.jobs import Jobs, Settle
+from tink.actors.jobs import INTERNAL, Jobs, Settle, append_end, run_to_end
 from tink.domain import rows, sampling
 from tink.domain.events import Entry, JobDone, JobFailed
-from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
+from tink.errors import BackendError, UserError
 from tink.journal.journal import Journal
 from tink.limits import SCORES_ASIDE
 from tink.wire import tink_train
-
-log = structlog.get_logger()
 
 
 class SamplingBackend(Protocol):
@@ -56,23 +53,13 @@ class SamplerActor:
         await self.jobs.run(self._run_one)
 
     async def _run_one(self, job_id: str) -> None:
-        job = self._journal.ledger.jobs.get((job_id,))
-        if job is None:
-            return  # it was sent twice, and has ended
-        try:
-            entry = await self._outcome(job)
-        except (JournalUnavailable, StartupError):
-            raise
-        except Exception:
-            # A bug that this job met: it fails, and the others go on.
-            log.exception("job crashed", job=job_id)
-            internal = "internal error in the worker: its log has it"
-            entry = rows.about(job), JobFailed(category="server", error=internal)
-        # Shielded: whoever takes the job up again must know whether it has ended.
-        with trio.CancelScope(shield=True):
-            await self._journal.append(entry)
-        crash.point("worker.ended")
-        await self._settle(job_id)
+        await run_to_end(job_id, self._journal, self._run_to_its_end, self._crashed, self._settle)
+
+    async def _run_to_its_end(self, job: rows.Job) -> None:
+        await append_end(self._journal, [await self._outcome(job)])
+
+    def _crashed(self, job: rows.Job) -> list[Entry]:
+        return [(rows.about(job), JobFailed(category="server", error=INTERNAL))]
 
     async def _outcome(self, job: rows.Job) -> Entry:
         try:

@@ -15,7 +15,7 @@ import trio
 
 from tink.cli import printing
 from tink.cli.homes import readable_home
-from tink.cli.options import positive
+from tink.cli.options import add_home, positive
 from tink.errors import StartupError, UserError
 from tink.home import Home
 from tink.journal.reader import open_journal
@@ -29,7 +29,7 @@ CLEAR = "\x1b[H\x1b[2J"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Of a command that calls `answer`."""
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument(
         "--format",
         choices=FORMATS,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tink.cli import printing, serve
+from tink.cli.options import add_home
 from tink.logs import write_line
 from tink.settings import Settings
 
@@ -45,7 +45,7 @@ class Config(msgspec.Struct, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of everything (TINK_HOME; default ~/.tink)")
+    add_home(parser, of="everything")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=run)
 

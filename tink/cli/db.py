@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
 from tink.cli import printing
 from tink.cli.homes import find_home, moving_homes
+from tink.cli.options import add_home
+from tink.cli.progress import bar
 from tink.errors import DatabaseInUse, StartupError
 from tink.home import Home
 from tink.journal import moves, revisions
@@ -98,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
 
 
@@ -224,21 +225,14 @@ def _rate(count: int, seconds: float) -> str:
 
 @contextlib.contextmanager
 def _stage(name: str, total: int) -> Iterator[Advance]:
-    with _progress() as progress:
+    with bar(TimeRemainingColumn()) as progress:
         task = progress.add_task(name, total=total)
         yield lambda count: progress.advance(task, count)
 
 
-def _progress() -> Progress:
-    """On a terminal alone, and beside what is printed."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def run_backup(arguments: argparse.Namespace) -> int:
     home = find_home(arguments.home)
-    with _progress() as progress:
+    with bar(TimeRemainingColumn()) as progress:
 
         def told(name: str) -> Callable[[int, int], None]:
             task = progress.add_task(name, total=None)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 import msgspec
 
 from tink.cli import printing, serve
 from tink.cli.external import external
+from tink.cli.options import add_home
 from tink.doctor.findings import Finding
 from tink.doctor.look import look
 from tink.logs import configure_logs
@@ -40,7 +40,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of everything (TINK_HOME; default ~/.tink)")
+    add_home(parser, of="everything")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     parser.set_defaults(run=run)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.cli.options import add_home
 from tink.home import Home
 from tink.journal import queries
 from tink.journal.recording import open_recording
@@ -35,7 +36,7 @@ exit status: 0; 2 if there is no such model, or the file cannot be written"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the id of the training run")
     parser.add_argument("file", metavar="FILE", type=Path, help="the file to write; it must not exist")
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument(
         "--redact",
         action="store_true",

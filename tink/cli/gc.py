@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import sys
-from pathlib import Path
 
 import msgspec
 import trio
@@ -18,6 +17,7 @@ from tink.actors.rehearsal import Placed, rehearse
 from tink.actors.retention import Gone, Retention
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.cli.options import add_home
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal.journal import Journal
@@ -75,7 +75,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     parser.set_defaults(run=run)

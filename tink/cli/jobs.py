@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import msgspec
 
 from tink.cli import printing
 from tink.cli.homes import find_home
-from tink.cli.options import positive
+from tink.cli.options import add_home, positive
 from tink.domain import rows
 from tink.domain.events import Record
 from tink.domain.requests import OpName
@@ -112,9 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, default: Any) -> None:
-    parser.add_argument(
-        "--home", type=Path, default=default, help="folder of the journal (TINK_HOME; default ~/.tink)"
-    )
+    add_home(parser, default=default)
     parser.add_argument(
         "--json",
         action="store_true",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from itertools import islice
-from pathlib import Path
 
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.cli.options import add_home
 from tink.journal import chain
 from tink.journal.chain import Head
 from tink.journal.reader import open_journal
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description=VERIFY,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verify.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(verify)
     verify.add_argument("--head", metavar="SEQ:HASH", help="a head that was noted: it must be in the chain")
     verify.add_argument("--json", action="store_true", help="print JSON")
     verify.set_defaults(run=run)

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_home(parser: argparse.ArgumentParser, of: str = "the journal", default: Any = None) -> None:
+    parser.add_argument(
+        "--home", type=Path, default=default, help=f"folder of {of} (TINK_HOME; default ~/.tink)"
+    )
 
 
 def positive(text: str) -> int:

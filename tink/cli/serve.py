@@ -6,9 +6,9 @@ import argparse
 import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 from tink import crash
+from tink.cli.options import add_home
 from tink.errors import StartupError
 from tink.home import Home
 from tink.settings import Settings
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, help="port to listen on, 0 for a free one (TINK_PORT; default 8400)"
     )
-    parser.add_argument("--home", type=Path, help="folder of everything (TINK_HOME; default ~/.tink)")
+    add_home(parser, of="everything")
     parser.add_argument(
         "--no-auth",
         action="store_true",

@@ -11,6 +11,7 @@ import tink
 from tink.cli import printing
 from tink.cli.homes import find_home
 from tink.cli.jobs import JobLine, job_line, print_jobs
+from tink.cli.options import add_home
 from tink.doctor import processes
 from tink.doctor.processes import TrainerStatus, WorkerStatus
 from tink.domain import rows
@@ -73,7 +74,7 @@ class Status(msgspec.Struct, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     parser.set_defaults(run=run)
 

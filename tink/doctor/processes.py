@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import httpx
 import msgspec
 import trio
 
+from tink.backends.exchange import NoAnswer, exchange, http_client
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.errors import UNREADABLE
@@ -107,18 +107,13 @@ def _trainer(home: Home) -> TrainerStatus:
 async def _ask_worker(status: WorkerStatus, world: World) -> None:
     if status.url is None:
         return
-    with trio.move_on_after(STATUS_SECONDS), contextlib.suppress(httpx.HTTPError):
-        async with httpx.AsyncClient(
-            base_url=status.url,
-            transport=world.http_transport(status.url, 1),
-            timeout=STATUS_SECONDS,
-            trust_env=False,
-        ) as client:
-            answer = await client.get("/healthz")
-            if answer.status_code == 200:
-                status.state = "running"
-                with contextlib.suppress(*UNREADABLE):
-                    status.servers = msgspec.json.decode(answer.content, type=_Health).servers
+    with contextlib.suppress(NoAnswer):
+        async with http_client(status.url, world, slots=1) as client:
+            answer = await exchange(client, "GET", "/healthz", seconds=STATUS_SECONDS)
+        if answer.status == 200:
+            status.state = "running"
+            with contextlib.suppress(*UNREADABLE):
+                status.servers = msgspec.json.decode(answer.content, type=_Health).servers
 
 
 async def _ask_trainer(status: TrainerStatus, world: World) -> None:

@@ -4,7 +4,7 @@ ever written is folded by the code of today."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -324,6 +324,13 @@ AnyEvent = (
     | BodiesPruned
     | SamplerCreated
 )
+
+
+def kind_of(event: AnyEvent | type[AnyEvent]) -> str:
+    return str(event.__struct_config__.tag)
+
+
+KINDS: dict[str, type[AnyEvent]] = {kind_of(event): event for event in get_args(AnyEvent)}
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 
@@ -17,14 +17,23 @@ from tink.errors import UserError
 from tink.limits import LONGEST_TTL, MAX_METADATA_BYTES
 from tink.wire import tink_train
 
+Save = requests.SaveWeights | requests.SaveWeightsForSampler | requests.SaveWeightsExternal
+Command = requests.CreateModel | requests.OptimStep | requests.LoadWeights | Save
+KINDS: dict[type[Save], ids.CheckpointKind] = {
+    requests.SaveWeights: "weights",
+    requests.SaveWeightsForSampler: "sampler_weights",
+    requests.SaveWeightsExternal: "external_weights",
+}
+
 
 class Plan(msgspec.Struct, frozen=True):
     """`directory`: what the operation reads or writes under the artifact folder. `export`: where it writes
-    an adapter version."""
+    an adapter version. `request`: the command, decoded; None of data and of unload_model."""
 
     op: tink_train.Op
     directory: str | None = None
     export: str | None = None
+    request: Command | None = None
 
 
 class Context(msgspec.Struct, frozen=True):
@@ -56,33 +65,36 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
             return Plan(tink_train.Forward(body))
         case "forward_backward":
             return Plan(tink_train.ForwardBackward(body))
+        case "unload_model":
+            return Plan(tink_train.RemoveModel())
         case "create_model":
-            create = _create_model(model_id, requests.decode(body, requests.CreateModel), context)
-            return _exporting(Plan(create), model_id, op_no, context)
+            create = requests.decode(body, requests.CreateModel)
+            plan = Plan(_create_model(model_id, create, context), request=create)
+            return _exporting(plan, model_id, op_no, context)
         case "optim_step":
-            return Plan(_optim_step(requests.decode(body, requests.OptimStep)))
+            optim = requests.decode(body, requests.OptimStep)
+            return Plan(_optim_step(optim), request=optim)
         case "load_weights":
             load = _load_weights(job, requests.decode(body, requests.LoadWeights), context)
             return _exporting(load, model_id, op_no, context)
-        case "unload_model":
-            return Plan(tink_train.RemoveModel())
     directory = ids.directory(model_id, op_no, job.op)
     match job.op:
         case "save_weights":
-            _check_save(job, "weights", requests.decode(body, requests.SaveWeights), context.ledger)
-            return Plan(tink_train.SaveState(directory), directory)
+            state = requests.decode(body, requests.SaveWeights)
+            _check_save(job, state, context.ledger)
+            return Plan(tink_train.SaveState(directory), directory, request=state)
         case "save_weights_for_sampler":
-            request = requests.decode(body, requests.SaveWeightsForSampler)
-            _check_save(job, "sampler_weights", request, context.ledger)
-            if request.path is None:
-                _check_ephemeral(job, request, context.ledger)
-            return Plan(tink_train.ExportAdapter(directory), directory, directory)
+            save = requests.decode(body, requests.SaveWeightsForSampler)
+            _check_save(job, save, context.ledger)
+            if save.path is None:
+                _check_ephemeral(job, save, context.ledger)
+            return Plan(tink_train.ExportAdapter(directory), directory, directory, save)
         case "save_weights_external":
             external = requests.decode(body, requests.SaveWeightsExternal)
             if external.age_encryption_recipients:
                 raise UserError("encrypted exports are not supported: leave age_encryption_recipients out")
-            _check_save(job, "external_weights", external, context.ledger)
-            return Plan(tink_train.ExportAdapter(directory), directory)
+            _check_save(job, external, context.ledger)
+            return Plan(tink_train.ExportAdapter(directory), directory, request=external)
     raise UserError(f"{job.op} is not a training operation")
 
 
@@ -91,7 +103,7 @@ def _exporting(plan: Plan, model_id: str, op_no: int, context: Context) -> Plan:
     if not context.exports or not isinstance(plan.op, tink_train.CreateModel):
         return plan
     export = ids.first_adapter(model_id, op_no)
-    return Plan(msgspec.structs.replace(plan.op, export=export), plan.directory, export)
+    return msgspec.structs.replace(plan, op=msgspec.structs.replace(plan.op, export=export), export=export)
 
 
 def named(job: rows.Job, request: str | None) -> list[RowId]:
@@ -127,6 +139,11 @@ def again(job: rows.Job, body: bytes, ledger: Ledger) -> tink_train.Op:
     source, optimizer = None, False
     if job.op == "load_weights":
         source, optimizer = job.directory, requests.decode(body, requests.LoadWeights).optimizer
+    return _like(model, source, optimizer)
+
+
+def _like(model: rows.Model, source: str | None, optimizer: bool) -> tink_train.CreateModel:
+    """Another one of that shape, from the state at `source`."""
     assert model.rank is not None, "a model that was made has a rank"
     assert model.alpha is not None
     assert model.seed is not None
@@ -157,6 +174,12 @@ def check_base_model(name: str, served: str, path: str | None) -> None:
     """Raises UserError unless `name` is the model that is served, by its name or its path."""
     if name not in (served, path):
         raise UserError(f"the base model {name[:200]!r} is not served here: {served!r} is")
+
+
+def check_ttl(seconds: int | None) -> None:
+    """Raises UserError unless a checkpoint may be kept for so long; None is for ever."""
+    if seconds is not None and not 0 < seconds <= LONGEST_TTL:
+        raise UserError(f"ttl_seconds {seconds} cannot be used: 1 to {LONGEST_TTL} can")
 
 
 def find_checkpoint(ledger: Ledger, address: ids.Address, tenant: str) -> rows.Checkpoint:
@@ -225,36 +248,19 @@ def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context
             mine, theirs = getattr(target, part), getattr(source, part)
             if mine != theirs:
                 raise UserError(f"{address} has {part} {theirs}, this model {mine}: they must be equal")
-        return Plan(tink_train.LoadState(directory, request.optimizer), directory)
+        return Plan(tink_train.LoadState(directory, request.optimizer), directory, request=request)
     if request.optimizer_config is not None and request.optimizer_config.type != "adamw":
         raise UserError(f"the optimizer {request.optimizer_config.type!r} is not supported: 'adamw' is")
     _check_metadata(request.user_metadata)
-    assert source.rank is not None
-    assert source.alpha is not None
-    assert source.seed is not None
-    create = tink_train.CreateModel(
-        rank=source.rank,
-        alpha=source.alpha,
-        seed=source.seed,
-        train_attn=bool(source.train_attn),
-        train_mlp=bool(source.train_mlp),
-        train_unembed=bool(source.train_unembed),
-        source=directory,
-        optimizer=request.optimizer,
-    )
-    return Plan(create, directory)
+    return Plan(_like(source, directory, request.optimizer), directory, request=request)
 
 
-Save = requests.SaveWeights | requests.SaveWeightsForSampler | requests.SaveWeightsExternal
-
-
-def _check_save(job: rows.Job, kind: ids.CheckpointKind, request: Save, ledger: Ledger) -> None:
-    if request.ttl_seconds is not None and not 0 < request.ttl_seconds <= LONGEST_TTL:
-        raise UserError(f"ttl_seconds {request.ttl_seconds} cannot be used: 1 to {LONGEST_TTL} can")
+def _check_save(job: rows.Job, request: Save, ledger: Ledger) -> None:
+    check_ttl(request.ttl_seconds)
     _check_metadata(getattr(request, "user_metadata", None))
-    name = _save_name(job, kind, request)
+    name = _save_name(job, request)
     if name is not None and not getattr(request, "overwrite", False):
-        taken = ledger.checkpoint_at(_model_id(job), kind, name)
+        taken = ledger.checkpoint_at(_model_id(job), KINDS[type(request)], name)
         if taken is not None and taken.checkpoint_id != job.job_id:
             raise UserError(f"{taken.address} exists already: choose another name, or pass overwrite=True")
 
@@ -272,11 +278,11 @@ def _check_metadata(metadata: Any) -> None:
         raise UserError(f"user_metadata is over {MAX_METADATA_BYTES} bytes")
 
 
-def _save_name(job: rows.Job, kind: ids.CheckpointKind, request: Save) -> str | None:
+def _save_name(job: rows.Job, request: Save) -> str | None:
     """The checkpoint's name; None for ephemeral sampler weights, which have no address."""
     if request.path is not None:
         return ids.check_name(request.path)
-    return None if kind == "sampler_weights" else f"seq-{job.seq_id:06d}"
+    return None if isinstance(request, requests.SaveWeightsForSampler) else f"seq-{job.seq_id:06d}"
 
 
 # -- the end of a training job ----------------------------------------------------------------------
@@ -336,7 +342,6 @@ def exported_events(job: rows.Job, adapter: rows.Adapter, replicas: Iterable[str
 
 def conclusion(
     job: rows.Job,
-    body: bytes,
     plan: Plan,
     result: tink_train.OpResult,
     context: Context,
@@ -344,40 +349,26 @@ def conclusion(
     adapter: rows.Adapter | None,
 ) -> tuple[dict[str, Any] | None, list[Entry]]:
     """What a done job answers in JSON (None: its body is the answer), and the events beside its own and
-    those of the `adapter` version that it has written."""
-    model_id = _model_id(job)
-    match job.op:
-        case "forward" | "forward_backward":
-            return None, []
-        case "optim_step":
-            return {"metrics": result.metrics}, []
-        case "unload_model":
+    those of the `adapter` version that it has written. Raises UserError if its sampler's number was
+    taken meanwhile."""
+    model_id, request = _model_id(job), plan.request
+    match request:
+        case None if job.op == "unload_model":
             return {"model_id": model_id, "type": "unload_model"}, _removed(job, context.ledger)
-        case "create_model":
-            create = requests.decode(body, requests.CreateModel)
-            return _created(job, create.user_metadata, None, result, context)
-        case "load_weights":
-            load = requests.decode(body, requests.LoadWeights)
-            if job.seq_id != 0:
-                return {"path": load.path, "model_id": model_id}, []
-            answer, entries = _created(job, load.user_metadata, load.path, result, context)
-            return {"path": load.path, **answer}, entries
-        case "save_weights":
-            return _saved(
-                job,
-                "weights",
-                requests.decode(body, requests.SaveWeights),
-                plan,
-                result,
-                context,
-                now,
-                None,
-            )
-        case "save_weights_external":
-            external = requests.decode(body, requests.SaveWeightsExternal)
-            return _saved(job, "external_weights", external, plan, result, context, now, None)
-    request = requests.decode(body, requests.SaveWeightsForSampler)
-    return _saved(job, "sampler_weights", request, plan, result, context, now, adapter)
+        case None:
+            return None, []
+        case requests.OptimStep():
+            return {"metrics": result.metrics}, []
+        case requests.CreateModel():
+            return _created(job, request.user_metadata, None, result, context)
+        case requests.LoadWeights() if job.seq_id != 0:
+            return {"path": request.path, "model_id": model_id}, []
+        case requests.LoadWeights():
+            answer, entries = _created(job, request.user_metadata, request.path, result, context)
+            return {"path": request.path, **answer}, entries
+        case requests.SaveWeights() | requests.SaveWeightsForSampler() | requests.SaveWeightsExternal():
+            return _saved(job, plan, result, context, now, adapter)
+    assert_never(request)
 
 
 def _removed(job: rows.Job, ledger: Ledger) -> list[Entry]:
@@ -410,19 +401,19 @@ def _created(
 
 def _saved(
     job: rows.Job,
-    kind: ids.CheckpointKind,
-    request: Save,
     plan: Plan,
     result: tink_train.OpResult,
     context: Context,
     now: float,
     adapter: rows.Adapter | None,
 ) -> tuple[dict[str, Any], list[Entry]]:
-    model_id, directory = _model_id(job), str(plan.directory)
+    model_id, directory, request = _model_id(job), str(plan.directory), plan.request
+    assert isinstance(request, Save)
+    kind = KINDS[type(request)]
     size = sum(file.size for file in result.files)
     who = rows.about(job, adapter_id=None if adapter is None else adapter.adapter_id)
     answer: dict[str, Any] = {"path": None}
-    name = _save_name(job, kind, request)
+    name = _save_name(job, request)
     if name is None:
         assert isinstance(request, requests.SaveWeightsForSampler)
         assert request.sampling_session_seq_id is not None, "the plan has checked it"

@@ -14,8 +14,9 @@ import httpx
 import msgspec
 
 from tink import files
+from tink.backends.exchange import NoAnswer, exchange, http_client
 from tink.domain import ids
-from tink.errors import UNREADABLE, StartupError, UserError
+from tink.errors import UNREADABLE, StartupError, Unauthorized, UserError
 from tink.limits import FORK_SECONDS
 from tink.replay.training import Schedule
 from tink.world import World
@@ -53,16 +54,15 @@ class Worker:
         return f"/api/v1/training_runs/{self._model_id}/checkpoints"
 
     async def _ask(self, method: str, path: str, content: Any = None) -> Any:
+        body = None if content is None else msgspec.json.encode(content)
         try:
-            response = await self._client.request(method, path, json=content)
+            response = await exchange(self._client, method, path, seconds=FORK_SECONDS, content=body)
             answer = msgspec.json.decode(response.content)
-        except (httpx.HTTPError, *UNREADABLE) as error:
-            raise StartupError(
-                f"the worker at {self._client.base_url} does not answer: {error!r}"
-            ) from error
-        if response.status_code == httpx.codes.UNAUTHORIZED:
+        except (NoAnswer, *UNREADABLE) as error:
+            raise StartupError(f"the worker at {self._client.base_url} does not answer: {error}") from error
+        if response.status == Unauthorized.status:
             raise UserError("the worker wants an API key: set TINKER_API_KEY to one of the model's owner")
-        if response.is_error:
+        if response.status >= 400:
             raise UserError(f"the worker refuses the fork: {answer.get('detail', answer)}")
         return answer
 
@@ -71,13 +71,7 @@ class Worker:
 async def connect(url: str, key: str, model_id: str, name: str, world: World) -> AsyncIterator[Worker]:
     """Once it has been asked whether there can be a fork of the model with that name. `key`: an API key of
     the model's owner, if the worker wants one."""
-    async with httpx.AsyncClient(
-        base_url=url,
-        headers={"X-API-Key": key} if key else {},
-        transport=world.http_transport(url, 1),
-        timeout=FORK_SECONDS,
-        trust_env=False,
-    ) as client:
+    async with http_client(url, world, slots=1, token=key) as client:
         worker = Worker(client, model_id, name)
         await worker.check()
         yield worker

@@ -7,15 +7,13 @@ from typing import Literal, cast, get_args
 
 import msgspec
 
-from tink.domain.events import AnyEvent, Record
+from tink.domain.events import KINDS, Record, kind_of
 from tink.domain.ledger import Difference, Ledger
 from tink.domain.projection import project
 from tink.errors import UserError
 from tink.journal.recording import Recording
 
 What = Literal["model", "job", "kind"]
-
-KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(AnyEvent))
 
 
 class Breakpoint(msgspec.Struct, frozen=True):
@@ -34,7 +32,7 @@ class Breakpoint(msgspec.Struct, frozen=True):
             case "job":
                 return record.subject.job_id == self.value
             case "kind":
-                return record.event.__struct_config__.tag == self.value
+                return kind_of(record.event) == self.value
 
 
 def parse_breakpoint(text: str) -> Breakpoint:

@@ -17,10 +17,10 @@ import structlog
 import trio
 
 from tink import crash
-from tink.errors import TinkError
 from tink.limits import MAX_OP_WAIT
 from tink.trainer.bodies import Bodies
-from tink.trainer.books import CANCELLED, Book, Books, Outcome, failure_of
+from tink.trainer.books import CANCELLED, Book, Books, Outcome
+from tink.trainer.boundary import perform
 from tink.trainer.engines.interface import Engine
 from tink.trainer.progress import Idleness, Work, working
 from tink.wire.tink_train import (
@@ -185,16 +185,11 @@ class Lanes:
     async def _perform(self, request: OpRequest) -> Outcome:
         if not self._books.start(request.model_id):
             return Outcome(request.job_id, "failed", failure=CANCELLED)
-        result = failure = None
         with self._working(request.model_id, request.op_no, request.job_id) as work:
             idle_ms = self._idleness.take() * 1000
-            try:
-                result = await self._world.run_sync(apply, self._engine, request)
-            except TinkError as error:
-                failure = failure_of(error)
-            except Exception as error:  # the engine's boundary: the job failed, the server goes on
-                log.exception("engine error", model=request.model_id, op_no=request.op_no)
-                failure = failure_of(error)
+            result, failure = await perform(
+                self._world, apply, self._engine, request, model=request.model_id, op_no=request.op_no
+            )
             run_ms = work.seconds * 1000
         log.info(
             "op",

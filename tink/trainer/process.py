@@ -33,7 +33,8 @@ from tink.logs import configure_logs, write_line
 from tink.trainer import build
 from tink.trainer.options import Options, add_arguments, check, parsed
 from tink.trainer.preload import Preloaded
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire.ready import Ready
 from tink.world import World
 

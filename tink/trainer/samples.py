@@ -14,7 +14,6 @@ import structlog
 import trio
 
 from tink import crash
-from tink.errors import TinkError
 from tink.limits import (
     MAX_OP_WAIT,
     SAMPLE_KEEP_BYTES,
@@ -22,7 +21,8 @@ from tink.limits import (
     SAMPLE_SLOTS,
     TRAINER_QUEUE,
 )
-from tink.trainer.books import Refused, failure_of
+from tink.trainer.books import Refused
+from tink.trainer.boundary import perform
 from tink.trainer.engines.interface import Engine
 from tink.trainer.progress import Work, working
 from tink.wire.tink_train import Running, SampleReply, SampleRequest
@@ -105,23 +105,22 @@ class Samples:
             self._work[request.sample_id] = work
             try:
                 with working(work):
-                    sampled = await self._world.run_sync(self._engine.sample, request)
-            except TinkError as error:
-                entry.reply = SampleReply("failed", request.sample_id, failure=failure_of(error))
-            except Exception as error:  # the engine's boundary: the sample failed, the server goes on
-                log.exception("engine error", sample=request.sample_id)
-                entry.reply = SampleReply("failed", request.sample_id, failure=failure_of(error))
-            else:
-                entry.reply = SampleReply(
-                    "done",
-                    request.sample_id,
-                    sampled.body,
-                    sampled.tokens_in,
-                    sampled.tokens_out,
-                    run_ms=work.seconds * 1000,
-                )
+                    sampled, failure = await perform(
+                        self._world, self._engine.sample, request, sample=request.sample_id
+                    )
             finally:
                 del self._work[request.sample_id]
+        if sampled is None:
+            entry.reply = SampleReply("failed", request.sample_id, failure=failure)
+        else:
+            entry.reply = SampleReply(
+                "done",
+                request.sample_id,
+                sampled.body,
+                sampled.tokens_in,
+                sampled.tokens_out,
+                run_ms=work.seconds * 1000,
+            )
         log.info(
             "sample",
             sample=request.sample_id,

@@ -1,21 +1,15 @@
-"""The HTTP side of `tink-train/1`, and of text generation as Megatron-LM has it: decodes, asks, encodes.
-
-Engines are built in a thread (`Trainer.load`), and everything that computes runs in threads, so health
-is answered at once whatever goes on.
-"""
+"""The HTTP side of `tink-train/1`, and of text generation as Megatron-LM has it: decodes, asks, encodes."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TypeVar
 
 import msgspec
 import structlog
-import trio
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -23,18 +17,11 @@ from starlette.routing import Route
 
 from tink.errors import UNREADABLE, MalformedRequest, TinkError, TooLarge, Unauthorized
 from tink.limits import MAX_TRAINER_BODY
-from tink.trainer.books import Books, Refused
-from tink.trainer.engines.interface import Engine, Facts
-from tink.trainer.lanes import Lanes
-from tink.trainer.samples import Samples
-from tink.trainer.text_generation import TextGeneration
+from tink.trainer.books import Refused
+from tink.trainer.trainer import Trainer
 from tink.wire import text_generation
 from tink.wire.tink_train import (
-    BODIES,
     MEDIA_TYPE,
-    PROTOCOL,
-    Health,
-    Info,
     Message,
     OpReply,
     OpRequest,
@@ -44,225 +31,166 @@ from tink.wire.tink_train import (
     SnapshotRequest,
     encode,
 )
-from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
 
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What there is once the engine has been built."""
-
-    facts: Facts
-    lanes: Lanes
-    samples: Samples
-    texts: TextGeneration
-
-
-class Trainer:
-    """What the routes serve. `slots`: how many models may compute at once on a CPU. `nursery` owns the
-    work."""
-
-    def __init__(self, world: World, slots: int, nursery: trio.Nursery) -> None:
-        self.incarnation = world.new_id()
-        self.books = Books(self.incarnation)
-        self.called_at = world.monotonic()
-        self._world = world
-        self._slots = slots
-        self._nursery = nursery
-        self._broken: str | None = None
-        self._serving: Serving | None = None
-
-    async def load(self, build: Callable[[], Engine]) -> None:
-        """Builds the engine. If that fails, health says why, for as long as the process is left."""
-        try:
-            engine = await self._world.run_sync(build)
-        except Exception as error:
-            log.exception("the engine could not be built")
-            self._broken = f"{type(error).__name__}: {error}"
-            return
-        # A GPU has room for the activations of one model, and is no faster with two.
-        slots = self._slots if engine.facts.versions.get("device", "cpu") == "cpu" else 1
-        samples = Samples(self._world, engine, self.books.refused, self._nursery)
-        self._serving = Serving(
-            engine.facts,
-            Lanes(self._world, engine, self.books, slots, self._nursery),
-            samples,
-            TextGeneration(self._world, samples, engine.facts),
-        )
-        log.info("ready", base_model=engine.facts.base_model, incarnation=self.incarnation)
-
-    def touch(self) -> None:
-        """A worker has called."""
-        self.called_at = self._world.monotonic()
-
-    async def finish(self) -> None:
-        """Lets what runs end; what is queued stays queued. Returns when no operation computes."""
-        if self._serving:
-            await self._serving.lanes.finish()
-            await self._serving.samples.finish()
-
-    @property
-    def health(self) -> Health:
-        if self._broken is not None:
-            return Health(PROTOCOL, self.incarnation, "broken", self._broken)
-        if self._serving is None:
-            return Health(PROTOCOL, self.incarnation, "loading")
-        running = [*self._serving.lanes.running(), *self._serving.samples.running()]
-        return Health(PROTOCOL, self.incarnation, "ready", running=running)
-
-    @property
-    def serving(self) -> Serving:
-        """Raises Refused while there is nothing to serve."""
-        if self._broken is not None:
-            raise self.books.refused(503, "broken", self._broken)
-        if self._serving is None:
-            raise self.books.refused(503, "loading", "the model is being loaded", retryable=True)
-        return self._serving
-
-    @property
-    def info(self) -> Info:
-        facts = asdict(self.serving.facts)
-        facts["capabilities"] = [*facts["capabilities"], BODIES]
-        return Info(PROTOCOL, self.incarnation, **facts)
-
-    async def keep(self, digest: str, body: bytes) -> None:
-        """Keeps the body of an operation to come. MalformedRequest if that is not its sha256."""
-        lanes = self.lanes
-        # In a thread: a long one would be felt here.
-        if await self._world.run_sync(_sha256, body) != digest:
-            raise MalformedRequest(f"these {len(body)} bytes are not the body {digest}")
-        lanes.bodies.keep(digest, body)
-
-    @property
-    def lanes(self) -> Lanes:
-        return self.serving.lanes
-
-    @property
-    def samples(self) -> Samples:
-        return self.serving.samples
+Handler = Callable[[Trainer, Request], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def application(trainer: Trainer, token: str | None = None) -> Starlette:
     """The ASGI app. With a token, every call but health must carry it as a bearer token."""
 
-    async def health(request: Request) -> Response:
-        trainer.touch()
-        return _json(trainer.health)
-
-    async def info(request: Request) -> Response:
-        return _json(trainer.info)
-
-    async def state(request: Request) -> Response:
-        return _json(trainer.lanes.state())
-
-    async def post_op(request: Request) -> Response:
-        return _reply(await trainer.lanes.submit(await _read(request, OpRequest)))
-
-    async def get_op(request: Request) -> Response:
-        return _reply(await trainer.lanes.poll(*_op(request), _wait(request)))
-
-    async def cancel_op(request: Request) -> Response:
-        return _reply(trainer.lanes.cancel(*_op(request)))
-
-    async def put_body(request: Request) -> Response:
-        await trainer.keep(request.path_params["sha256"], bytes(await _body(request)))
-        return Response()
-
-    async def post_sample(request: Request) -> Response:
-        return _reply(await trainer.samples.submit(await _read(request, SampleRequest)))
-
-    async def get_sample(request: Request) -> Response:
-        sample_id = request.path_params["sample_id"]
-        return _reply(await trainer.samples.poll(sample_id, _wait(request)))
-
-    async def post_snapshot(request: Request) -> Response:
-        return _answer(await trainer.lanes.snapshot(await _read(request, SnapshotRequest)))
-
-    async def post_restore(request: Request) -> Response:
-        return _answer(await trainer.lanes.restore(await _read(request, RestoreRequest)))
-
-    async def put_text(request: Request) -> Response:
-        return _json(await trainer.serving.texts.answer(await _body(request)))
-
-    def plain(handler: Handler) -> Handler:
-        """What is wrong is told as Megatron-LM does: a JSON string."""
-
-        async def call(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except TinkError as error:
-                return _complaint(str(error), error.status)
-            except Refused as error:
-                return _complaint(error.refusal.message, error.status)
-
-        return call
-
-    def authorized(handler: Handler) -> Handler:
-        async def call(request: Request) -> Response:
-            if token is not None and not _carries(request, token):
-                raise Unauthorized("pass TINK_TRAINER_TOKEN as a bearer token")
-            try:
-                return await handler(request)
-            except ClientDisconnect:
-                return Response()  # to nobody: it has given its request up
-
-        return call
-
-    def guarded(handler: Handler) -> Handler:
-        """For workers."""
-
-        async def call(request: Request) -> Response:
-            trainer.touch()
-            try:
-                return await handler(request)
-            finally:
-                trainer.touch()
-
-        return authorized(call)
-
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refused)
-        return _answer(error.refusal, error.status)
-
-    async def failed(request: Request, error: Exception) -> Response:
-        assert isinstance(error, TinkError)
-        answer = trainer.books.refused(error.status, _name(error), str(error))
-        return _answer(answer.refusal, answer.status)
-
-    async def crashed(request: Request, error: Exception) -> Response:
-        log.error("unexpected error", path=request.url.path, exc_info=error)
-        return _answer(trainer.books.refused(500, "failed", repr(error)).refusal, 500)
+    def guarded(handler: Handler) -> Endpoint:
+        return _authorized(partial(handler, trainer), token)
 
     return Starlette(
         routes=[
-            Route("/v1/health", health),
-            Route("/v1/info", guarded(info)),
-            Route("/v1/state", guarded(state)),
-            Route("/v1/ops", guarded(post_op), methods=["POST"]),
-            Route("/v1/ops/{model_id}/{op_no:int}", guarded(get_op)),
-            Route("/v1/ops/{model_id}/{op_no:int}/cancel", guarded(cancel_op), methods=["POST"]),
-            Route("/v1/bodies/{sha256}", guarded(put_body), methods=["PUT"]),
-            Route("/v1/samples", guarded(post_sample), methods=["POST"]),
-            Route("/v1/samples/{sample_id}", guarded(get_sample)),
-            Route("/v1/snapshots", guarded(post_snapshot), methods=["POST"]),
-            Route("/v1/restores", guarded(post_restore), methods=["POST"]),
-            Route(text_generation.PATH, plain(authorized(put_text)), methods=["PUT"]),
+            Route("/v1/health", partial(health, trainer)),
+            *(
+                Route(path, guarded(_of_worker(handler)), methods=[method])
+                for method, path, handler in ROUTES
+            ),
+            Route(text_generation.PATH, _plain(guarded(put_text)), methods=["PUT"]),
         ],
-        exception_handlers={Refused: refused, TinkError: failed, Exception: crashed},
+        exception_handlers={
+            Refused: _refused,
+            TinkError: partial(_failed, trainer),
+            Exception: partial(_crashed, trainer),
+        },
     )
+
+
+# -- what is asked ----------------------------------------------------------------------------------
+
+
+async def health(trainer: Trainer, request: Request) -> Response:
+    trainer.touch()
+    return _json(trainer.health)
+
+
+async def info(trainer: Trainer, request: Request) -> Response:
+    return _json(trainer.info)
+
+
+async def state(trainer: Trainer, request: Request) -> Response:
+    return _json(trainer.lanes.state())
+
+
+async def post_op(trainer: Trainer, request: Request) -> Response:
+    return _reply(await trainer.lanes.submit(await _read(request, OpRequest)))
+
+
+async def get_op(trainer: Trainer, request: Request) -> Response:
+    return _reply(await trainer.lanes.poll(*_op(request), _wait(request)))
+
+
+async def cancel_op(trainer: Trainer, request: Request) -> Response:
+    return _reply(trainer.lanes.cancel(*_op(request)))
+
+
+async def put_body(trainer: Trainer, request: Request) -> Response:
+    await trainer.keep(request.path_params["sha256"], bytes(await _body(request)))
+    return Response()
+
+
+async def post_sample(trainer: Trainer, request: Request) -> Response:
+    return _reply(await trainer.samples.submit(await _read(request, SampleRequest)))
+
+
+async def get_sample(trainer: Trainer, request: Request) -> Response:
+    return _reply(await trainer.samples.poll(request.path_params["sample_id"], _wait(request)))
+
+
+async def post_snapshot(trainer: Trainer, request: Request) -> Response:
+    return _answer(await trainer.lanes.snapshot(await _read(request, SnapshotRequest)))
+
+
+async def post_restore(trainer: Trainer, request: Request) -> Response:
+    return _answer(await trainer.lanes.restore(await _read(request, RestoreRequest)))
+
+
+async def put_text(trainer: Trainer, request: Request) -> Response:
+    return _json(await trainer.serving.texts.answer(await _body(request)))
+
+
+# What only a worker asks.
+ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/v1/info", info),
+    ("GET", "/v1/state", state),
+    ("POST", "/v1/ops", post_op),
+    ("GET", "/v1/ops/{model_id}/{op_no:int}", get_op),
+    ("POST", "/v1/ops/{model_id}/{op_no:int}/cancel", cancel_op),
+    ("PUT", "/v1/bodies/{sha256}", put_body),
+    ("POST", "/v1/samples", post_sample),
+    ("GET", "/v1/samples/{sample_id}", get_sample),
+    ("POST", "/v1/snapshots", post_snapshot),
+    ("POST", "/v1/restores", post_restore),
+]
+
+
+# -- who may ask, and what is wrong -----------------------------------------------------------------
+
+
+def _authorized(endpoint: Endpoint, token: str | None) -> Endpoint:
+    async def call(request: Request) -> Response:
+        if token is not None and not _carries(request, token):
+            raise Unauthorized("pass TINK_TRAINER_TOKEN as a bearer token")
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:
+            return Response()  # to nobody: it has given its request up
+
+    return call
+
+
+def _of_worker(handler: Handler) -> Handler:
+    """A call shows that there is a worker, from its beginning to its end."""
+
+    async def call(trainer: Trainer, request: Request) -> Response:
+        trainer.touch()
+        try:
+            return await handler(trainer, request)
+        finally:
+            trainer.touch()
+
+    return call
+
+
+def _plain(endpoint: Endpoint) -> Endpoint:
+    """What is wrong is told as Megatron-LM does: a JSON string."""
+
+    async def call(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except TinkError as error:
+            return _complaint(str(error), error.status)
+        except Refused as error:
+            return _complaint(error.refusal.message, error.status)
+
+    return call
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return _answer(error.refusal, error.status)
+
+
+async def _failed(trainer: Trainer, request: Request, error: Exception) -> Response:
+    assert isinstance(error, TinkError)
+    answer = trainer.books.refused(error.status, _name(error), str(error))
+    return _answer(answer.refusal, answer.status)
+
+
+async def _crashed(trainer: Trainer, request: Request, error: Exception) -> Response:
+    log.error("unexpected error", path=request.url.path, exc_info=error)
+    return _answer(trainer.books.refused(500, "failed", repr(error)).refusal, 500)
 
 
 def _carries(request: Request, token: str) -> bool:
     given = request.headers.get("authorization", "")
     return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
-
-
-def _sha256(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
 
 
 async def _body(request: Request) -> bytearray:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import trio
 
-from tink.errors import UNREADABLE, BackendError, MalformedRequest, TinkError, UserError
+from tink.errors import UNREADABLE, MalformedRequest, TinkError, UserError, failed
 from tink.limits import MAX_OP_WAIT
 from tink.pretrained import Text
 from tink.trainer.books import Refused
@@ -208,8 +208,7 @@ class TextGeneration:
         while reply.state not in ("done", "failed"):
             reply = await self._samples.poll(request.sample_id, MAX_OP_WAIT)
         if reply.failure is not None:
-            kind = UserError if reply.failure.category == "user" else BackendError
-            raise kind(reply.failure.message)
+            raise failed(reply.failure.category, reply.failure.message)
         response = pb.SampleResponse.FromString(reply.body)
         scored = _floats(response.prompt_logprobs)[1:]
         return [

@@ -195,7 +195,7 @@ def test_a_save_goes_to_a_new_directory_that_the_server_names(op: str, kind: Any
     plan = _plan(op, path="b")
     directory = f"s/0/00000007-{op}"
     export = directory if op == "save_weights_for_sampler" else None
-    assert plan == Plan(kind(directory), directory, export)
+    assert (plan.op, plan.directory, plan.export) == (kind(directory), directory, export)
 
 
 def test_overwriting_changes_the_address_never_the_files() -> None:
@@ -214,7 +214,7 @@ def test_a_public_checkpoint_may_be_loaded_by_others() -> None:
         path=f"tinker://{MODEL}/weights/a",
         optimizer=True,
     )
-    assert plan == Plan(tink_train.LoadState("d/weights", True), "d/weights")
+    assert (plan.op, plan.directory) == (tink_train.LoadState("d/weights", True), "d/weights")
 
 
 def test_a_model_made_from_a_checkpoint_has_its_shape() -> None:
@@ -270,3 +270,116 @@ def test_what_a_redo_leaves_out_changes_no_state() -> None:
     changing = {"create_model", "load_weights", "forward_backward", "optim_step"}
     assert changing == requests.MUTATING
     assert changing <= set(BODIES)
+
+
+# -- how a job ends -----------------------------------------------------------------------------------
+
+NOTHING = tink_train.OpResult()
+STEP = tink_train.OpResult(metrics={"unclipped_grad_l2:mean": 1.0})
+MADE = tink_train.OpResult(model=tink_train.ModelInfo(8, 16.0, 5, True, True, False))
+SAVED = tink_train.OpResult(files=[tink_train.File("adapter_model.safetensors", 10, "0" * 64)])
+LOADED = f"tinker://{MODEL}/weights/a"
+# The request, what the trainer gave, the answer in JSON, and the events beside the job's own.
+ENDS: dict[str, tuple[str, dict[str, Any], tink_train.OpResult, Any, list[type[events.AnyEvent]]]] = {
+    "data": ("forward_backward", {}, NOTHING, None, []),
+    "a step": ("optim_step", {}, STEP, {"metrics": STEP.metrics}, []),
+    "a model": ("create_model", BODIES["create_model"], MADE, {"model_id": MODEL}, [events.ModelCreated]),
+    "an unloaded model": (
+        "unload_model",
+        {},
+        NOTHING,
+        {"model_id": MODEL, "type": "unload_model"},
+        [events.ModelRemoved, events.SnapshotDropped],
+    ),
+    "a loaded state": ("load_weights", {"path": LOADED}, NOTHING, {"path": LOADED, "model_id": MODEL}, []),
+    "a state": (
+        "save_weights",
+        {"path": "b"},
+        SAVED,
+        {"path": f"tinker://{MODEL}/weights/b"},
+        [events.CheckpointSaved],
+    ),
+    "a state without a name": (
+        "save_weights",
+        {},
+        SAVED,
+        {"path": f"tinker://{MODEL}/weights/seq-000005"},
+        [events.CheckpointSaved],
+    ),
+    "a state in another one's place": (
+        "save_weights",
+        {"path": "a", "overwrite": True},
+        SAVED,
+        {"path": LOADED},
+        [events.CheckpointDeleted, events.CheckpointSaved],
+    ),
+    "an export": (
+        "save_weights_external",
+        {"path": "b"},
+        SAVED,
+        {"path": f"tinker://{MODEL}/external_weights/b", "size_bytes": 10},
+        [events.CheckpointSaved],
+    ),
+    "named sampler weights": (
+        "save_weights_for_sampler",
+        {"path": "b"},
+        SAVED,
+        {"path": f"tinker://{MODEL}/sampler_weights/b"},
+        [events.CheckpointSaved],
+    ),
+    "a sampler's weights": (
+        "save_weights_for_sampler",
+        {"sampling_session_seq_id": 3},
+        SAVED,
+        {"path": None, "sampling_session_id": "s:sample:3"},
+        [events.SamplerCreated],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_a_done_job_answers_what_its_client_reads_and_journals_what_came_of_it(what: str) -> None:
+    op, request, result, expected, kinds = ENDS[what]
+    answer, entries = _conclusion(op, _plan(op, **request), result)
+    assert answer == expected
+    assert [type(event) for _, event in entries] == kinds
+    version = f"{MODEL}@1" if op == "save_weights_for_sampler" else None
+    assert {subject.adapter_id for subject, _ in entries} <= {version}
+
+
+def test_a_model_that_was_made_from_a_checkpoint_names_it() -> None:
+    plan = _plan("load_weights", 0, path=LOADED, user_metadata={"a": 1})
+    answer, ((_, made),) = _conclusion("load_weights", plan, MADE, seq=0)
+    assert answer == {"path": LOADED, "model_id": MODEL}
+    assert isinstance(made, events.ModelCreated)
+    assert (made.source, made.user_metadata, made.rank) == (LOADED, {"a": 1}, 8)
+
+
+def test_a_checkpoints_time_runs_from_when_it_was_saved() -> None:
+    plan = _plan("save_weights", path="b", ttl_seconds=60, user_metadata={"a": "b"})
+    _, ((_, saved),) = _conclusion("save_weights", plan, SAVED)
+    assert isinstance(saved, events.CheckpointSaved)
+    assert (saved.expires_at, saved.size_bytes, saved.directory) == (160.0, 10, plan.directory)
+    assert saved.user_metadata == {"a": "b"}
+
+
+def test_a_samplers_number_that_was_taken_meanwhile_is_refused() -> None:
+    plan = _plan("save_weights_for_sampler", sampling_session_seq_id=3)
+    taken = events.SamplerCreated(sampler_id="s:sample:3", sampling_seq_id=3, base_model="org/model")
+    with pytest.raises(UserError, match="exists already"):
+        _conclusion("save_weights_for_sampler", plan, SAVED, (WHO, taken))
+
+
+def _conclusion(
+    op: str,
+    plan: Plan,
+    result: tink_train.OpResult,
+    *meanwhile: tuple[Subject, events.AnyEvent],
+    seq: int = 5,
+) -> tuple[dict[str, Any] | None, list[events.Entry]]:
+    """100 s after the epoch, of a model with a snapshot."""
+    snapshot = events.SnapshotTaken(snapshot_id="x", op_no=1, directory="d/x", size_bytes=1)
+    context = Context(_ledger((WHO, snapshot), *meanwhile), SERVED, 16.0, exports=False)
+    job = _job(op, seq)
+    adapter = plans.exported(job, plan, result, context, 100.0)
+    return plans.conclusion(job, plan, result, context, 100.0, adapter)

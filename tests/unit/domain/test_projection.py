@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import pytest
 
 from tink.domain import events, rows
-from tink.domain.events import AnyEvent, Event, Record, Subject
+from tink.domain.events import KINDS, AnyEvent, Record, Subject
 from tink.domain.ledger import Ledger, fold
 from tink.domain.projection import Insert, Update, Upsert, project
 
 GOLDEN = Path(__file__).parent / "golden"
-KINDS: dict[str, type[Event]] = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyEvent)}
 
 ME = Subject(tenant="t", session_id="s")
 MODEL = Subject(tenant="t", session_id="s", model_id="s:train:0")

@@ -19,7 +19,8 @@ from tink.errors import BackendError, UserError
 from tink.limits import TRAINER_AHEAD, TRAINER_QUEUE
 from tink.trainer import server
 from tink.trainer.engines.interface import Engine, Facts
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire.samples import Sampled
 from tink.wire.tink_train import (
     MEDIA_TYPE,

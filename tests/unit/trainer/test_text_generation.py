@@ -22,7 +22,8 @@ from tink.limits import SAMPLE_SLOTS
 from tink.pretrained import Text
 from tink.trainer.engines.interface import Engine
 from tink.trainer.engines.lora_engine import LoraEngine
-from tink.trainer.server import Trainer, application
+from tink.trainer.server import application
+from tink.trainer.trainer import Trainer
 from tink.wire.tink_train import ExportAdapter, SampleRequest
 from tink.world import World
 

@@ -16,7 +16,7 @@ from tink.api.rest.promises import Submitted, key_of
 from tink.domain import ids, keys, messages, requests, rows
 from tink.domain.ids import Place
 from tink.domain.requests import OpName, Prompt
-from tink.errors import BackendError, MalformedRequest, NotFound, UserError
+from tink.errors import MalformedRequest, NotFound, failed
 from tink.pretrained import Text
 
 # -- a model's life ---------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ async def _newest(call: Call, place: Place) -> str:
     assert outcome is not None, "that is when it ended"
     if outcome.state != "done":
         text = f"the weights to sample from could not be saved: {outcome.error}"
-        raise BackendError(text) if outcome.category == "server" else UserError(text)
+        raise failed(outcome.category, text)
     return str((outcome.result or {}).get("sampling_session_id"))
 
 

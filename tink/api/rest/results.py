@@ -13,7 +13,7 @@ from tink.api.refusals import JSON
 from tink.api.rest import answers
 from tink.api.rest.forms import Future
 from tink.domain import messages
-from tink.errors import BackendError, NotFound, UserError
+from tink.errors import NotFound, UserError, failed
 from tink.limits import MAX_PROMPTS, REST_POLL_HOLD
 from tink.pretrained import Text
 from tink.wire import tinker_pb2 as pb
@@ -46,7 +46,7 @@ async def of(call: Call, jobs: list[str], hold: float) -> Any:
             return JSON(answers.Pending(), 202)
         if outcome.state != "done":
             text = outcome.error or "the job was cancelled"
-            raise BackendError(text) if outcome.category == "server" else UserError(text)
+            raise failed(outcome.category, text)
         outcomes.append(outcome)
     first = outcomes[0]
     if len(outcomes) > 1 and any(one.op != "sample" for one in outcomes):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import msgspec
 
 from tink.cli import printing
 from tink.cli.homes import find_home
+from tink.cli.options import add_home
 from tink.errors import StartupError
 from tink.journal.recording import open_recording
 from tink.limits import SHOWN_PROBLEMS
@@ -35,7 +35,7 @@ journal, or it cannot be read"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to print")
     parser.set_defaults(run=run)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from tink.cli import printing
 from tink.cli.homes import readable_home
-from tink.cli.options import positive
+from tink.cli.options import add_home, positive
 from tink.cli.replay import tables
 from tink.cli.replay.stepping import Conversation
 from tink.domain import rows
@@ -44,7 +43,7 @@ exit status: 0; 2 if there is no such journal, point, model or job"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--at", metavar="POINT", help="the point (default: end)")
     what.add_argument(

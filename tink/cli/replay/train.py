@@ -13,13 +13,13 @@ from typing import Any
 
 import msgspec
 import trio
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
 from tink import manifest
 from tink.cli import printing
 from tink.cli.homes import readable_home
-from tink.cli.options import positive
+from tink.cli.options import add_home, positive
+from tink.cli.progress import bar
 from tink.domain import ids, rows
 from tink.domain.events import TrainerStarted
 from tink.domain.ledger import Ledger
@@ -67,7 +67,7 @@ KEY = "TINKER_API_KEY"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the id of the training run")
-    parser.add_argument("--home", type=Path, help="folder of the journal (TINK_HOME; default ~/.tink)")
+    add_home(parser)
     parser.add_argument(
         "--to", type=positive, metavar="N", help="up to its N-th optimizer step (default: the last)"
     )
@@ -368,10 +368,7 @@ async def _fork(worker: fork.Worker, source: Path, plan: Plan, world: World) -> 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """On a terminal alone, and beside what is printed."""
-    columns = TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bar(TimeElapsedColumn()) as progress:
         task = progress.add_task("replay", total=total)
         yield lambda: progress.advance(task)
 

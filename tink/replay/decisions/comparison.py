@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tink.domain.events import AnyEvent, Entry, Record, Subject
+from tink.domain.events import AnyEvent, Entry, Record, Subject, kind_of
 from tink.limits import REPLAY_CLOCK_SECONDS, SQL_CELL
 
 # They depend on when something ran, and on nothing else.
@@ -44,10 +44,6 @@ def differences(recorded: Sequence[Record], today: Sequence[Entry], instead: str
             )
         )
     return found
-
-
-def kind_of(event: AnyEvent) -> str:
-    return str(event.__struct_config__.tag)
 
 
 def name_of(subject: Subject) -> str:

@@ -14,7 +14,7 @@ import trio
 from sqlalchemy import Connection
 
 from tink.domain import rows
-from tink.domain.events import AnyEvent, Entry, IncarnationStarted, JobAccepted, Record, Subject
+from tink.domain.events import AnyEvent, Entry, IncarnationStarted, JobAccepted, Record, Subject, kind_of
 from tink.domain.ledger import Ledger
 from tink.domain.memory import RowId
 from tink.domain.projection import Key
@@ -23,7 +23,6 @@ from tink.journal import queries, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.journal import Journal
 from tink.journal.recording import Recording
-from tink.replay.decisions.comparison import kind_of
 from tink.world import World
 
 T = TypeVar("T")

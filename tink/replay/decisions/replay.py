@@ -20,6 +20,7 @@ from tink.domain.events import (
     Record,
     SeqSkipped,
     TrainerStarted,
+    kind_of,
 )
 from tink.errors import JournalUnavailable, TinkError
 from tink.journal.recording import Recording
@@ -29,7 +30,6 @@ from tink.replay.decisions.comparison import (
     Difference,
     differences,
     is_end,
-    kind_of,
     same_course,
 )
 from tink.replay.decisions.history import History, decisions

@@ -1,13 +1,11 @@
-"""Mailboxes: bounded, typed, and with one-shot replies."""
+"""The one-shot replies of those who are asked."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
 import trio
 
-M = TypeVar("M")
 A = TypeVar("A")
 
 
@@ -41,22 +39,3 @@ class Reply(Generic[A]):
         if self._error is not None:
             raise self._error
         return self._answer  # type: ignore[return-value]  # set() gave an A
-
-
-class Mailbox(AsyncIterator[M]):
-    """A bounded queue with one reader. `capacity` is its back-pressure: `send` waits when it is full."""
-
-    def __init__(self, capacity: int) -> None:
-        self._send: trio.MemorySendChannel[M]
-        self._receive: trio.MemoryReceiveChannel[M]
-        self._send, self._receive = trio.open_memory_channel[M](capacity)
-
-    async def send(self, message: M) -> None:
-        await self._send.send(message)
-
-    # No generator: one that its reader leaves, cancelled, would be somebody's to close.
-    def __aiter__(self) -> AsyncIterator[M]:
-        return self
-
-    async def __anext__(self) -> M:
-        return await self._receive.receive()
