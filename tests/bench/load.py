@@ -132,7 +132,8 @@ async def run(load: Load) -> Report:
 def main() -> None:
     load = msgspec.json.decode(sys.stdin.buffer.read(), type=Load)
     report = uvloop.run(run(load))
-    sys.stdout.buffer.write(msgspec.json.encode(report))
+    with open(1, "wb") as output:  # sys.stdout may be one that does not write all
+        output.write(msgspec.json.encode(report))
 
 
 if __name__ == "__main__":
