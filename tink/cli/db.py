@@ -145,7 +145,7 @@ def _revisions(home: Home) -> dict[Schema, str | None]:
         one = database(home, schema)
         if one.exists():
             with open_snapshot(one) as connection:
-                found[schema] = revisions.current(connection, schema)
+                found[schema] = revisions.look(connection, schema).revision
     return found
 
 

@@ -35,7 +35,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
     journal, bodies = database(home, "journal"), database(home, "bodies")
     try:
         with open_snapshot(journal) as connection:
-            basis = [_file(connection, "journal", quick), _schema(connection, "journal")]
+            basis = [_file(connection, "journal", quick), _schema(connection, journal)]
             yield from basis
             if all(part.ok for part in basis):
                 yield _events(connection)
@@ -48,7 +48,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
         return
     try:
         with open_snapshot(bodies) as connection:
-            basis = [_file(connection, "bodies", quick), _schema(connection, "bodies")]
+            basis = [_file(connection, "bodies", quick), _schema(connection, bodies)]
             yield from basis
             if all(part.ok for part in basis):
                 yield _bodies(connection, due, quick, journal)
@@ -79,20 +79,12 @@ def _file(connection: Connection, database: Schema, quick: bool) -> Check:
     return _found(database, "file", f"SQLite's {pragma}, and foreign keys", problems)
 
 
-def _schema(connection: Connection, database: Schema) -> Check:
-    current, head = revisions.current(connection, database), revisions.HEADS[database]
-    detail = f"revision {current or 'none'}, head {head}"
-    if current != head:
-        return _found(
-            database,
-            "schema",
-            detail,
-            [
-                revisions.moved(current or "", "this database")
-                or "not at the head: run 'tink db upgrade', or the newer Tink that wrote it"
-            ],
-        )
-    return _found(database, "schema", detail, migrations.differences(connection, database))
+def _schema(connection: Connection, database: Database) -> Check:
+    found = revisions.look(connection, database.schema)
+    detail = f"revision {found.revision or 'none'}, head {revisions.HEADS[found.schema]}"
+    problem = found.problem(database.place)
+    wrong = [str(problem)] if problem else migrations.differences(connection, found.schema)
+    return _found(found.schema, "schema", detail, wrong)
 
 
 def _events(connection: Connection) -> Check:

@@ -8,7 +8,6 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData
 
 import tink
@@ -16,7 +15,7 @@ from tink.errors import StartupError
 from tink.journal import revisions, store, views
 from tink.journal import schema as tables
 from tink.journal.database import MIGRATING, Database
-from tink.journal.revisions import HEADS, Schema
+from tink.journal.revisions import Schema
 
 METADATA: dict[Schema, MetaData] = {"journal": tables.metadata, "bodies": tables.bodies_metadata}
 
@@ -36,15 +35,11 @@ def upgrade(database: Database, *, whole: bool = True) -> None:
 def apply(connection: Connection, database: Database, *, whole: bool = True) -> None:
     """The same in the connection's transaction, which the caller commits."""
     schema = database.schema
-    before = revisions.current(connection, schema)
-    if before == HEADS[schema]:
+    found = revisions.look(connection, schema)
+    if found.kind == "head":
         return
-    if before is not None and before not in known(connection, schema):
-        raise StartupError(
-            revisions.moved(before, database.place)
-            or f"the {schema} database has schema revision {before}, which this Tink "
-            f"({tink.__version__}) does not know: it was written by a newer one; install that"
-        )
+    if found.kind in ("newer", "moved"):
+        raise StartupError(str(found.problem(database.place)))
     if connection.dialect.name == "sqlite":
         if not whole:  # a sampler's session may be missing
             connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
@@ -62,18 +57,12 @@ def apply(connection: Connection, database: Database, *, whole: bool = True) -> 
     command.upgrade(_config(connection, schema), "head")
     if schema == "journal":
         views.create(connection)
-    if schema == "journal" and before is not None:
+    if schema == "journal" and found.kind == "older":
         # It may have rewritten any row: the one start that looks at all of them.
         wrong = store.check(connection, whole=whole)
         if wrong:
             connection.rollback()
             raise store.damaged(database.place, wrong)
-
-
-def known(connection: Connection, schema: Schema) -> list[str]:
-    """The revisions of the migrations, the newest first."""
-    script = ScriptDirectory.from_config(_config(connection, schema))
-    return [revision.revision for revision in script.walk_revisions()]
 
 
 def differences(connection: Connection, schema: Schema) -> list[str]:

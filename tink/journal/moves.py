@@ -62,7 +62,10 @@ def move(source: Home, target: Home, world: World, stages: Stages) -> Moved:
         with origin.reading("journal") as journal, origin.reading("bodies") as bodies:
             head = chain.head(journal)
             there = goal.holds(head)
-            _check_revision(journal, origin.place, moved=there)
+            found = revisions.look(journal, "journal")
+            problem = found.problem(origin.place)
+            if problem and not (there and found.kind == "moved"):
+                raise StartupError(str(problem))
             work = _Work(origin, goal, world, stages)
             if not there:
                 work.copy(journal, bodies, head)
@@ -136,18 +139,6 @@ def _reading(copy: Database) -> contextlib.AbstractContextManager[None]:
     return database_errors(f"what was copied into {copy.place} cannot be read")
 
 
-def _check_revision(journal: Connection, place: str, *, moved: bool) -> None:
-    found = revisions.current(journal, "journal") or "none"
-    told = revisions.moved(found, place)
-    if told is not None and not moved:
-        raise StartupError(told)
-    if told is None and found != revisions.HEADS["journal"]:
-        raise StartupError(
-            f"{place} has schema revision {found}, not {revisions.HEADS['journal']}: run 'tink db upgrade' "
-            "before it is moved"
-        )
-
-
 # -- the two ends -----------------------------------------------------------------------------------
 
 
@@ -176,12 +167,12 @@ class _End(ABC):
         if not database(self._home, "journal").exists():
             return False
         with self.reading("journal") as connection:
-            found = revisions.current(connection, "journal")
-            if found is not None and found != revisions.HEADS["journal"]:
+            _, revision, kind = revisions.look(connection, "journal")
+            if kind not in ("none", "head"):
                 raise StartupError(
-                    f"{self.place} has a journal already, of schema revision {found}: {self.advice}"
+                    f"{self.place} has a journal already, of schema revision {revision}: {self.advice}"
                 )
-            last = chain.head(connection) if found else chain.NONE
+            last = chain.head(connection) if kind == "head" else chain.NONE
             if last.seq == 0:
                 return False
             if not head.seq or chain.hash_of(connection, head.seq) != head.hash:

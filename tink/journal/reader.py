@@ -41,11 +41,6 @@ def open_journal(home: Home) -> Iterator[Connection]:
     """The journal of a home, whose schema is the one that this Tink knows. StartupError if not."""
     journal = database(home, "journal")
     with open_snapshot(journal) as connection:
-        current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
-        if current != head:
-            raise StartupError(
-                revisions.moved(current or "", journal.place)
-                or f"{journal.place} has schema revision {current or 'none'}, this Tink reads {head}: "
-                "run 'tink db upgrade', or the Tink that wrote it"
-            )
+        if problem := revisions.look(connection, "journal").problem(journal.place):
+            raise StartupError(str(problem))
         yield connection
