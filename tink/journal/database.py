@@ -6,18 +6,20 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from tink.errors import JournalUnavailable
+from tink.errors import JournalUnavailable, StartupError
 from tink.home import Home
 from tink.journal.revisions import Schema
-from tink.limits import LOCK_SECONDS
+from tink.limits import LOCK_SECONDS, SQL_KEYS
+
+K = TypeVar("K")
 
 # msgspec's JSON is exact for floats, like the standard library's, and several times faster.
 JSON: dict[str, Any] = {
@@ -89,9 +91,9 @@ def database(home: Home, schema: Schema) -> Database:
         from tink.journal.postgres import PostgreSQL  # an extra
 
         return PostgreSQL(home.database_url, schema)
-    from tink.journal.sqlite import SQLite
+    from tink.journal.sqlite import SQLite, path_of
 
-    return SQLite({"journal": home.journal, "bodies": home.bodies}[schema], schema)
+    return SQLite(path_of(home, schema), schema)
 
 
 def upsert(dialect: str, table: Table) -> Any:
@@ -105,10 +107,30 @@ def database_errors(what: str) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
+        cause = driver_error(error)
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             what += f", another process has held a lock for {LOCK_SECONDS:g} s"
         raise JournalUnavailable(f"{what}: {one_line(cause)}") from error
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """The same as StartupError, around what only reads: whoever asks can do nothing but say so."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise StartupError(f"{place} cannot be read: {one_line(driver_error(error))}") from error
+
+
+def driver_error(error: BaseException | None) -> BaseException | None:
+    """What the driver has raised, out of SQLAlchemy's error; any other one as it is."""
+    return getattr(error, "orig", None) or error
+
+
+def batched(keys: Sequence[K]) -> Iterator[Sequence[K]]:
+    """As many of them at a time as one question may have."""
+    for start in range(0, len(keys), SQL_KEYS):
+        yield keys[start : start + SQL_KEYS]
 
 
 def one_line(error: object) -> str:

@@ -46,7 +46,7 @@ from tink.journal import chain, queries, revisions, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
 from tink.journal.database import database, database_errors
-from tink.journal.revisions import Schema
+from tink.journal.revisions import SCHEMAS
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
 
@@ -325,8 +325,7 @@ class Journal:
 
 def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
-    schemas: tuple[Schema, ...] = ("journal", "bodies")
-    for schema in schemas:
+    for schema in SCHEMAS:
         found = database(home, schema)
         try:
             with database_errors(f"{found.place} cannot be opened"):

@@ -9,7 +9,6 @@ import datetime
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sqlalchemy import Connection, text
@@ -17,15 +16,14 @@ from sqlalchemy import Connection, text
 from tink import files
 from tink.errors import StartupError
 from tink.home import Home
-from tink.journal import chain, copies, migrations, revisions
+from tink.journal import chain, copies, migrations, revisions, sqlite
 from tink.journal.copies import Advance
 from tink.journal.database import Database, Writer, database, database_errors
 from tink.journal.reader import open_snapshot
-from tink.journal.revisions import Schema
+from tink.journal.revisions import SCHEMAS, Schema
 from tink.limits import DATABASE_BEAT_SECONDS
 from tink.world import World
 
-SCHEMAS: tuple[Schema, ...] = ("journal", "bodies")
 # In the home: what is copied into files, before it is all there.
 SCRATCH = "moving"
 
@@ -103,6 +101,7 @@ class _Work:
 
     def copy(self, journal: Connection, bodies: Connection, head: chain.Head) -> None:
         events, count = copies.sizes(journal, bodies)
+        self._goal.begin()
         into = self._goal.database("bodies")
         with self._goal.filled("bodies") as target:
             with self._stage("bodies", count) as advance:
@@ -185,6 +184,10 @@ class _End(ABC):
     def database(self, schema: Schema) -> Database:
         """Where it is written to while it is copied."""
 
+    @abstractmethod
+    def begin(self) -> None:
+        """Before the first of the two is filled: what an interrupted move has left goes."""
+
     @contextlib.contextmanager
     def filled(self, schema: Schema) -> Iterator[Connection]:
         """A connection to an empty database of the newest schema, which is committed at the end."""
@@ -236,6 +239,9 @@ class _Server(_End):
     def database(self, schema: Schema) -> Database:
         return database(self._home, schema)
 
+    def begin(self) -> None:
+        """Bodies that it has left are written over."""
+
     def complete(self, stamp: str) -> None:
         """It was, when it was committed."""
 
@@ -269,11 +275,12 @@ class _Files(_End):
     def database(self, schema: Schema) -> Database:
         return database(self._scratch, schema)
 
+    def begin(self) -> None:
+        shutil.rmtree(self._scratch.root, ignore_errors=True)
+        self._scratch.make()
+
     @contextlib.contextmanager
     def filled(self, schema: Schema) -> Iterator[Connection]:
-        if schema == SCHEMAS[-1]:  # the first to be filled: what another move has left goes
-            shutil.rmtree(self._scratch.root, ignore_errors=True)
-            self._scratch.make()
         with super().filled(schema) as connection:
             yield connection
         # The last one to close it brings everything into the file.
@@ -281,10 +288,10 @@ class _Files(_End):
 
     def complete(self, stamp: str) -> None:
         with self._home.writing():
-            for name in ("bodies", "journal"):
-                made, place = getattr(self._scratch, name), getattr(self._home, name)
+            for schema in reversed(SCHEMAS):  # with its journal it is a home
+                made, place = sqlite.path_of(self._scratch, schema), sqlite.path_of(self._home, schema)
                 files.sync(made)
-                for path in _beside(place):
+                for path in sqlite.files(place):
                     if path.exists():
                         path.rename(f"{path}.left-{stamp}")
                 made.rename(place)
@@ -299,9 +306,9 @@ class _Files(_End):
                 writer.connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         kept = f".moved-{stamp}"
         with self._home.writing():
-            for name in SCHEMAS:
-                place: Path = getattr(self._home, name)
-                for path in reversed(_beside(place)):
+            for schema in SCHEMAS:
+                place = sqlite.path_of(self._home, schema)
+                for path in reversed(sqlite.files(place)):
                     if path.exists():
                         path.rename(path.with_name(path.name.replace(place.name, place.name + kept)))
             files.sync(self._home.root)
@@ -310,8 +317,3 @@ class _Files(_End):
     def close(self) -> None:
         super().close()
         shutil.rmtree(self._scratch.root, ignore_errors=True)
-
-
-def _beside(path: Path) -> tuple[Path, ...]:
-    """A database file, and those that SQLite keeps beside it."""
-    return path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")

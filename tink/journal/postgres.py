@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError
 from tink.home import NO_DATABASE_URL, is_database_url
 from tink.journal import revisions, schema
-from tink.journal.database import JSON, Database, Writer, database_errors, one_line
+from tink.journal.database import JSON, Database, Writer, database_errors, driver_error, reading
 from tink.journal.revisions import Schema
 from tink.limits import (
     DATABASE_CLOSED_SECONDS,
@@ -138,11 +138,8 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
         engine = self.engine("tink asks", poolclass=NullPool)
         seconds = f"{2 * DATABASE_CONNECT_SECONDS}s"
         event.listen(engine, "connect", lambda one, _record: _set(one, statement_timeout=seconds))
-        try:
-            with engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            raise StartupError(f"{self.place} cannot be read: {one_line(cause(error))}") from error
+        with reading(self.place), engine.connect() as connection:
+            yield connection
 
     # -- whose turn it is ---------------------------------------------------------------------------
 
@@ -300,11 +297,7 @@ def shown(url: str) -> str:
     return part.render_as_string(hide_password=False)
 
 
-def cause(error: SQLAlchemyError) -> object:
-    return getattr(error, "orig", None) or error
-
-
 def _state(error: BaseException | None) -> str | None:
     """The SQLSTATE of what the driver has raised."""
-    found: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    found: str | None = getattr(driver_error(error), "sqlstate", None)
     return found

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, inspect
 import tink
 
 Schema = Literal["journal", "bodies"]
+SCHEMAS: tuple[Schema, ...] = ("journal", "bodies")
 
 # What the code knows: the newest of migrations/, which make the tables of journal/schema.py. They are
 # numbered, so of two the newer one comes later as a text too.

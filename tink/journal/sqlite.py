@@ -12,7 +12,8 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, create_engine, event
 
 from tink.errors import JournalUnavailable, StartupError
-from tink.journal.database import JSON, Database, Writer
+from tink.home import Home
+from tink.journal.database import JSON, Database, Writer, driver_error
 from tink.journal.revisions import Schema
 from tink.limits import (
     LOCK_SECONDS,
@@ -56,10 +57,10 @@ class SQLite(Database):
         connection.exec_driver_sql("BEGIN")
 
     def bytes(self) -> int:
-        return sum(file.stat().st_size for file in _files(self._path) if file.exists())
+        return sum(file.stat().st_size for file in files(self._path) if file.exists())
 
     def is_damage(self, error: JournalUnavailable) -> bool:
-        code = getattr(getattr(error.__cause__, "orig", None), "sqlite_errorcode", None) or 0
+        code = getattr(driver_error(error.__cause__), "sqlite_errorcode", None) or 0
         return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -133,12 +134,18 @@ def reader_engine(path: Path) -> Engine:
 def check_writable(path: Path) -> None:
     """Raises StartupError for a file that may only be read. SQLite would open it without a word, and make
     others beside it that may only be read too."""
-    for file in _files(path):
+    for file in files(path):
         if file.exists() and not os.access(file, os.W_OK):
             raise StartupError(f"{file} cannot be written: it is read-only")
 
 
-def _files(path: Path) -> tuple[Path, ...]:
+def path_of(home: Home, schema: Schema) -> Path:
+    """Which of the home's files that database is."""
+    return {"journal": home.journal, "bodies": home.bodies}[schema]
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """A database file, and those that SQLite keeps beside it."""
     return path, _beside(path, "wal"), _beside(path, "shm")
 
 
