@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -18,13 +17,6 @@ from tink.errors import UNREADABLE, StartupError
 from tink.wire.ready import Ready
 
 T = TypeVar("T")
-
-# Of the URLs of databases.
-DATABASES = ("postgresql+psycopg", "postgresql", "postgres")
-NO_DATABASE_URL = (
-    "it is not like postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password "
-    "(leave it empty for SQLite files in the home)"
-)
 
 SECRET_BYTES = 32
 
@@ -36,15 +28,6 @@ class WorkerRecord(msgspec.Struct):
     url: str
     version: str
     mode: str
-
-
-def is_database_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return False
-    return parts.scheme in DATABASES and "://" in url and parts.netloc.count("@") <= 1
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import tink
 from tink.actors.embedded import EmbeddedTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
+from tink.addresses import url_of
 from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.cli.external import external
@@ -132,9 +133,9 @@ async def _listen(
         async with trio.open_nursery() as serving:
             serve = partial(hypercorn.trio.serve, app, config, shutdown_trigger=stop.wait, mode="asgi")
             await serving.start(serve)
-            record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
+            record = WorkerRecord(os.getpid(), url_of(local, port), tink.__version__, settings.routes.mode)
             home.announce(record)
-            write_line(_banner(settings, home, _url(public, port)), sys.stdout)
+            write_line(_banner(settings, home, url_of(public, port)), sys.stdout)
             try:
                 await stop.wait()
             finally:
@@ -181,7 +182,3 @@ def _banner(settings: Settings, home: Home, url: str) -> str:
         ("connect", f"export TINKER_BASE_URL={url} TINKER_API_KEY={key}"),
     ]
     return "\n".join([f"tink {tink.__version__}", *(f"  {name:<10}{value}" for name, value in rows)])
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from tink.addresses import NO_DATABASE_URL, is_database_url
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError
-from tink.home import NO_DATABASE_URL, is_database_url
 from tink.journal import revisions, schema
 from tink.journal.database import JSON, Database, Writer, database_errors, driver_error, reading
 from tink.journal.revisions import Schema

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tink import manifest
+from tink.addresses import is_origin
 from tink.cli import printing
 from tink.cli.homes import readable_home
 from tink.cli.options import positive
@@ -35,7 +36,7 @@ from tink.replay.reach import remains
 from tink.replay.rerun import Rerun
 from tink.replay.server import Server
 from tink.replay.training import Change, Edits, Schedule, schedule
-from tink.settings import Settings, is_origin
+from tink.settings import Settings
 from tink.world import World
 
 HELP = "a model's training, compared with what it gave; its adapter at any step"
