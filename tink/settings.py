@@ -1,10 +1,10 @@
-"""Every setting: its environment variable, its default and what it does. One place; `Settings.load` is
-its only reader of the environment."""
+"""Every setting: its environment variable, its default and what it does. `Settings.load` reads them for the
+worker and the commands; a training server reads its own three (trainer/options.py)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -217,9 +217,14 @@ class Settings:
         return not is_loopback(self.host)
 
     @classmethod
-    def load(cls, environment: Mapping[str, str], **arguments: Any) -> Settings:
+    def load(
+        cls, environment: Mapping[str, str], *, only: Collection[str] | None = None, **arguments: Any
+    ) -> Settings:
         """From the environment; `arguments` that are not None win. Raises StartupError with one line for
-        each unknown TINK_ name and each value that cannot work."""
+        each unknown TINK_ name and each value that cannot work. `only`: the variables that matter to a
+        caller to whom not all do; none of the others can be wrong."""
+        if only is not None:
+            environment = {name: value for name, value in environment.items() if name in only}
         reading = cls.read(environment, **arguments)
         if reading.problems:
             raise StartupError("\n".join(reading.problems))

@@ -97,6 +97,5 @@ def _with_password(url: str, known: str) -> str:
 
 
 def _named_home(option: Path | None) -> Home:
-    # Of the other settings none matters to a reader, so none of them can be wrong.
-    named = {name: os.environ.get(name, "") for name in ("TINK_HOME", "TINK_DATABASE_URL")}
-    return Settings.load(named, home=option).home_folder
+    only = "TINK_HOME", "TINK_DATABASE_URL"
+    return Settings.load(os.environ, only=only, home=option).home_folder
