@@ -125,6 +125,20 @@ class Home:
                 files.write(self.database, f"{place}\n".encode())
             files.sync(self.root)
 
+    def misplaced(self) -> str | None:
+        """Why no worker may start here: its journal is in another kind of place than the settings say, and
+        it would begin a new one. StartupError if that cannot be told."""
+        if self.database_url and self.journal.exists():
+            return (
+                f"the journal of {self.root} is in SQLite files, and TINK_DATABASE_URL names another "
+                "place: 'tink db move' takes it there, or pass another --home"
+            )
+        if not self.database_url and (noted := self.noted_database()):
+            return (
+                f"the journal of {self.root} is in {noted}: set TINK_DATABASE_URL, or pass another --home"
+            )
+        return None
+
     def lock_owner(self) -> int | None:
         """The process that took the lock last, which may have ended since."""
         with contextlib.suppress(OSError, ValueError):

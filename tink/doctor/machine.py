@@ -131,9 +131,8 @@ def _room(folder: Path) -> Finding:
 
 def journal(home: Home, world: World) -> Iterator[Finding]:
     """Whether this Tink can read it, and the clock that its times were made by."""
-    if elsewhere := _in_another_place(home):
-        remedy = "set TINK_DATABASE_URL to where it is, pass another --home, or take it there: tink db move"
-        yield wrong("journal", elsewhere, remedy)
+    if wrong_place := home.misplaced():
+        yield wrong("journal", wrong_place)
         return
     journal = database(home, "journal")
     try:
@@ -165,15 +164,6 @@ def journal(home: Home, world: World) -> Iterator[Finding]:
         )
     else:
         yield ok("clock", "not behind the journal")
-
-
-def _in_another_place(home: Home) -> str:
-    """Where a start would refuse to begin a new one."""
-    if not home.database_url and (noted := home.noted_database()):
-        return f"it is in {noted}, and TINK_DATABASE_URL is not set"
-    if home.database_url and home.journal.exists():
-        return f"it is in SQLite files in {home.root}, and TINK_DATABASE_URL names another place"
-    return ""
 
 
 def versions() -> Finding:
