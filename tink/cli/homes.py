@@ -15,7 +15,7 @@ from tink.settings import Settings
 
 @contextmanager
 def readable_home(option: Path | None) -> Iterator[Home]:
-    """The same; or, if the option names a file of 'tink export', the home that is in it."""
+    """What `find_home` finds; or, if the option names a file of 'tink export', the home that is in it."""
     if option is not None and option.is_file():
         from tink.replay import bundle  # few have one, and it takes a while
 

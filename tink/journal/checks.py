@@ -15,7 +15,7 @@ from tink.journal import chain, migrations, queries, revisions, schema, store
 from tink.journal.database import Database, database
 from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Schema
-from tink.limits import CHECKED_BODIES, SHOWN_PROBLEMS
+from tink.limits import CHECKED_BODIES, PROBLEM_CHARACTERS, SHOWN_PROBLEMS
 
 
 class Check(msgspec.Struct, kw_only=True):
@@ -58,7 +58,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
 
 def _found(database: Schema, name: str, detail: str, problems: list[str]) -> Check:
     more = len(problems) - SHOWN_PROBLEMS
-    shown = [problem[:1000] for problem in problems[:SHOWN_PROBLEMS]]
+    shown = [problem[:PROBLEM_CHARACTERS] for problem in problems[:SHOWN_PROBLEMS]]
     if more > 0:
         shown.append(f"... and {more:,} more")
     return Check(database=database, name=name, ok=not problems, detail=detail, problems=shown)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tink.errors import UNREADABLE, JournalUnavailable, StartupError
 from tink.journal import chain, schema, store
 from tink.journal.bodies import Stored, oldest
 from tink.journal.database import Database, database_errors, upsert
-from tink.limits import COPY_EVENTS
+from tink.limits import COPY_EVENTS, FIRST_PROBLEM_CHARACTERS
 
 # What is told as it goes on: so many more events, or bodies.
 Advance = Callable[[int], None]
@@ -95,7 +95,8 @@ def verify_events(target: Connection, into: Database, expected: chain.Head, adva
     if wrong:
         raise StartupError(
             f"the copy in {into.place} is not what was copied ({len(wrong)} differences, the first: "
-            f"{wrong[0][:300]}): nothing was changed; 'tink db check' says if it was damaged before"
+            f"{wrong[0][:FIRST_PROBLEM_CHARACTERS]}): nothing was changed; 'tink db check' says if it was "
+            "damaged before"
         )
 
 

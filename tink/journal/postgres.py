@@ -18,6 +18,7 @@ from tink.journal.revisions import Schema
 from tink.limits import (
     DATABASE_CLOSED_SECONDS,
     DATABASE_CONNECT_SECONDS,
+    DATABASE_ENDED_SECONDS,
     DATABASE_LOST_SECONDS,
     DATABASE_READ_SECONDS,
     LOCK_SECONDS,
@@ -46,7 +47,7 @@ SELECT h.pid, a.application_name AS name, coalesce(host(a.client_addr), 'this ma
 FROM (SELECT l.pid {_LOCKS}) h LEFT JOIN pg_stat_activity a ON a.pid = h.pid
 """)  # noqa: S608  of two texts that are here
 _HELD = text(f"SELECT EXISTS (SELECT 1 {_LOCKS} AND l.pid = pg_backend_pid())")
-_PUT_OUT = text(f"SELECT pg_terminate_backend(l.pid, 5000) {_LOCKS} AND l.pid = :pid")
+_PUT_OUT = text(f"SELECT pg_terminate_backend(l.pid, :milliseconds) {_LOCKS} AND l.pid = :pid")
 
 
 class Holder(NamedTuple):
@@ -163,7 +164,8 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
         if connection is None:
             with self._asking() as connection:
                 return self.put_out(holder, connection)
-        asked = {"lock": LOCK, "number": self._number, "pid": holder.pid}
+        milliseconds = int(DATABASE_ENDED_SECONDS * 1000)
+        asked = {"lock": LOCK, "number": self._number, "pid": holder.pid, "milliseconds": milliseconds}
         try:
             with connection.begin_nested():
                 return all(connection.execute(_PUT_OUT, asked).scalars())

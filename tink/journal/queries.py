@@ -18,6 +18,7 @@ from tink.domain.retention import Load
 from tink.errors import StartupError
 from tink.journal import schema, store
 from tink.journal.database import batched
+from tink.limits import SCANNED_ROWS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -203,7 +204,7 @@ def bodies_due(connection: Connection) -> dict[str, str]:
     ledger = store.read_present(connection)
     covers, cutoffs = retention.covered(ledger), _cutoffs(connection)
     due: dict[str, str] = {}
-    jobs = connection.execute(select(schema.jobs), execution_options={"yield_per": 1000}).mappings()
+    jobs = connection.execute(select(schema.jobs), execution_options={"yield_per": SCANNED_ROWS}).mappings()
     for job in (rows.Job(**row) for row in jobs):
         due |= dict.fromkeys(retention.bodies_needed([job], {}, covers, cutoffs), job.job_id)
     return due

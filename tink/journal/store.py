@@ -34,7 +34,7 @@ from tink.domain.written import Written, last_written, missing
 from tink.errors import UNREADABLE, StartupError
 from tink.journal import chain, schema
 from tink.journal.database import batched, upsert
-from tink.limits import CHECKED_EVENTS, READ_ROWS
+from tink.limits import CHECKED_EVENTS, FIRST_PROBLEM_CHARACTERS, READ_ROWS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -348,7 +348,7 @@ def check(connection: Connection, *, whole: bool = True) -> list[str]:
 def damaged(place: str, wrong: list[str]) -> StartupError:
     return StartupError(
         f"{place} is damaged: its tables are not what its events say ({len(wrong)} differences, the first: "
-        f"{wrong[0][:300]}); restore a backup, or look at it with 'tink db check'"
+        f"{wrong[0][:FIRST_PROBLEM_CHARACTERS]}); restore a backup, or look at it with 'tink db check'"
     )
 
 
