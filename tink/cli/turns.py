@@ -12,8 +12,7 @@ import trio
 from tink.cli.serving import Past, serve
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError, tink_error
 from tink.home import Home
-from tink.journal.database import MIGRATING
-from tink.journal.postgres import PostgreSQL, shown
+from tink.journal.postgres import MIGRATING, PostgreSQL, shown
 from tink.limits import DATABASE_LOOK_SECONDS, DATABASE_READ_SECONDS, DATABASE_SILENT_SECONDS
 from tink.logs import configure_logs
 from tink.settings import Settings

@@ -35,7 +35,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
     journal, bodies = database(home, "journal"), database(home, "bodies")
     try:
         with open_snapshot(journal) as connection:
-            basis = [_file(connection, "journal", quick), _schema(connection, journal)]
+            basis = [_file(connection, journal, quick), _schema(connection, journal)]
             yield from basis
             if all(part.ok for part in basis):
                 yield _events(connection)
@@ -48,7 +48,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
         return
     try:
         with open_snapshot(bodies) as connection:
-            basis = [_file(connection, "bodies", quick), _schema(connection, bodies)]
+            basis = [_file(connection, bodies, quick), _schema(connection, bodies)]
             yield from basis
             if all(part.ok for part in basis):
                 yield _bodies(connection, due, quick, journal)
@@ -64,19 +64,8 @@ def _found(database: Schema, name: str, detail: str, problems: list[str]) -> Che
     return Check(database=database, name=name, ok=not problems, detail=detail, problems=shown)  # type: ignore[arg-type]
 
 
-def _file(connection: Connection, database: Schema, quick: bool) -> Check:
-    if connection.dialect.name != "sqlite":  # a server keeps its own house
-        from tink.journal.postgres import unsafe  # an extra
-
-        version = connection.exec_driver_sql("SHOW server_version").scalar_one()
-        detail = f"PostgreSQL {version}, whose files are its own to check (pg_amcheck)"
-        return _found(database, "file", detail, list(unsafe(connection)))
-    pragma = "quick_check" if quick else "integrity_check"
-    answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
-    problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
-    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-        problems.append(f"row {row} of {table} names a row that {parent} does not have")
-    return _found(database, "file", f"SQLite's {pragma}, and foreign keys", problems)
+def _file(connection: Connection, database: Database, quick: bool) -> Check:
+    return _found(database.schema, "file", *database.check_file(connection, quick=quick))
 
 
 def _schema(connection: Connection, database: Database) -> Check:

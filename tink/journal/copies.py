@@ -57,7 +57,7 @@ def copy_events(source: Connection, target: Connection, into: Database, advance:
         try:
             with database_errors(failed):
                 target.execute(insert(schema.events), batch)
-                _settle(target)
+                into.settle(target)
         except JournalUnavailable as error:
             raise JournalUnavailable(f"{error}{_nul(batch) if into.contended else ''}") from error
         advance(len(batch))
@@ -65,7 +65,7 @@ def copy_events(source: Connection, target: Connection, into: Database, advance:
         for some in _batches(map(msgspec.structs.asdict, rows.tables.get(table.name, {}).values())):
             with database_errors(failed):
                 target.execute(insert(table), some)
-                _settle(target)
+                into.settle(target)
             advance(0)
 
 
@@ -111,13 +111,6 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def _settle(target: Connection) -> None:
-    """What is copied into a server is there at its end or not at all. A file is not in its place before
-    that, and all in one transaction it would be written twice."""
-    if target.dialect.name == "sqlite":
-        target.commit()
-
-
 def _nul(batch: list[dict[str, Any]]) -> str:
     """Why PostgreSQL has refused it, if that is why: a worker that could still write to SQLite alone has
     journaled what clients sent as it was."""
@@ -140,7 +133,7 @@ def copy_bodies(source: Connection, target: Connection, into: Database, advance:
     for page in _pages(source, "what is to be copied"):
         with database_errors(f"{into.place} cannot be written"):
             target.execute(statement, [{**one._asdict(), "content": content} for one, content in page])
-            _settle(target)
+            into.settle(target)
         found = _counted(found, page)
         advance(len(page))
     return found

@@ -28,10 +28,6 @@ JSON: dict[str, Any] = {
 }
 
 
-# How one that migrates names its connection: it may be silent for long.
-MIGRATING = "tink migrates"
-
-
 class Writer(ABC):
     """The one connection that writes. All of it blocks."""
 
@@ -75,6 +71,23 @@ class Database(ABC):
     @abstractmethod
     def begin_snapshot(self, connection: Connection) -> None:
         """From now on every read on the connection, of `reader`, sees the same moment."""
+
+    @abstractmethod
+    def unbounded(self, connection: Connection) -> None:
+        """The writer's transaction may take as long as it does, and be silent meanwhile."""
+
+    @abstractmethod
+    def begin_schema(self, connection: Connection, *, whole: bool) -> None:
+        """Of the writer's: in its next transaction the schema is changed, wholly or not at all. `whole`:
+        false for a part of a journal, from a bundle."""
+
+    @abstractmethod
+    def settle(self, connection: Connection) -> None:
+        """In the middle of what is copied here: what there is of it may be committed."""
+
+    @abstractmethod
+    def check_file(self, connection: Connection, *, quick: bool) -> tuple[str, list[str]]:
+        """On a connection of `reader`, below the tables: what was looked at, and what is wrong there."""
 
     @abstractmethod
     def bytes(self) -> int:

@@ -14,7 +14,7 @@ import tink
 from tink.errors import StartupError
 from tink.journal import revisions, store, views
 from tink.journal import schema as tables
-from tink.journal.database import MIGRATING, Database
+from tink.journal.database import Database
 from tink.journal.revisions import Schema
 
 METADATA: dict[Schema, MetaData] = {"journal": tables.metadata, "bodies": tables.bodies_metadata}
@@ -40,18 +40,7 @@ def apply(connection: Connection, database: Database, *, whole: bool = True) -> 
         return
     if found.kind in ("newer", "moved"):
         raise StartupError(str(found.problem(database.place)))
-    if connection.dialect.name == "sqlite":
-        if not whole:  # a sampler's session may be missing
-            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-            connection.commit()
-        # Its driver begins no transaction for DDL: a crash would leave half a schema behind.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    else:
-        # To make an index takes as long as there are rows.
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        # And to compare all of a long journal, during which the server hears nothing.
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-        connection.exec_driver_sql(f"SET application_name = '{MIGRATING}'")
+    database.begin_schema(connection, whole=whole)
     if schema == "journal":
         views.drop(connection)
     command.upgrade(_config(connection, schema), "head")

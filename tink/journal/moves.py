@@ -191,15 +191,12 @@ class _End(ABC):
     @contextlib.contextmanager
     def filled(self, schema: Schema) -> Iterator[Connection]:
         """A connection to an empty database of the newest schema, which is committed at the end."""
-        writer = self._writers.get(schema) or self._writers.setdefault(
-            schema, self.database(schema).writer()
-        )
-        connection, failed = writer.connection, f"{self.database(schema).place} cannot be written"
+        into = self.database(schema)
+        writer = self._writers.get(schema) or self._writers.setdefault(schema, into.writer())
+        connection, failed = writer.connection, f"{into.place} cannot be written"
         with database_errors(failed):
-            if connection.dialect.name == "postgresql":
-                for limit in ("statement_timeout", "idle_in_transaction_session_timeout"):
-                    connection.execute(text(f"SET LOCAL {limit} = 0"))
-            migrations.apply(connection, self.database(schema))
+            into.unbounded(connection)
+            migrations.apply(connection, into)
         yield connection
         with database_errors(failed):
             connection.commit()

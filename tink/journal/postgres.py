@@ -30,6 +30,9 @@ from tink.limits import (
 LOCK = 0x74696E6B
 _NUMBERS: dict[Schema, int] = {"journal": 1, "bodies": 2}
 
+# How one that migrates names its connection: it may be silent for long.
+MIGRATING = "tink migrates"
+
 # With these a commit that was answered may be lost: setting -> the value.
 _UNSAFE = {"synchronous_commit": "off", "fsync": "off", "full_page_writes": "off"}
 
@@ -101,6 +104,25 @@ class PostgreSQL(Database):
 
     def begin_snapshot(self, connection: Connection) -> None:
         """The first read begins it: such is REPEATABLE READ."""
+
+    def unbounded(self, connection: Connection) -> None:
+        for limit in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
+
+    def begin_schema(self, connection: Connection, *, whole: bool) -> None:
+        """To make an index takes as long as there are rows; and while all of a long journal is compared the
+        server hears nothing."""
+        self.unbounded(connection)
+        connection.exec_driver_sql(f"SET application_name = '{MIGRATING}'")
+
+    def settle(self, connection: Connection) -> None:
+        """What is copied here is there at its end or not at all."""
+
+    def check_file(self, connection: Connection, *, quick: bool) -> tuple[str, list[str]]:
+        """A server keeps its own house."""
+        version = connection.exec_driver_sql("SHOW server_version").scalar_one()
+        detail = f"PostgreSQL {version}, whose files are its own to check (pg_amcheck)"
+        return detail, list(unsafe(connection))
 
     def bytes(self) -> int:
         tables = schema.metadata if self.schema == "journal" else schema.bodies_metadata

@@ -20,6 +20,7 @@ from tink.limits import (
     READ_CONNECTIONS,
     READ_LOCK_SECONDS,
     READ_STATEMENTS,
+    SHOWN_PROBLEMS,
 )
 
 # pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
@@ -55,6 +56,28 @@ class SQLite(Database):
     def begin_snapshot(self, connection: Connection) -> None:
         # The driver opens no transaction for reads.
         connection.exec_driver_sql("BEGIN")
+
+    def unbounded(self, connection: Connection) -> None:
+        """No file ends a transaction."""
+
+    def begin_schema(self, connection: Connection, *, whole: bool) -> None:
+        if not whole:  # a sampler's session may be missing
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            connection.commit()
+        # The driver begins no transaction for DDL: a crash would leave half a schema behind.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    def settle(self, connection: Connection) -> None:
+        """The copy is not in its place yet, and all in one transaction it would be written twice."""
+        connection.commit()
+
+    def check_file(self, connection: Connection, *, quick: bool) -> tuple[str, list[str]]:
+        pragma = "quick_check" if quick else "integrity_check"
+        answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
+        problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
+        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+            problems.append(f"row {row} of {table} names a row that {parent} does not have")
+        return f"SQLite's {pragma}, and foreign keys", problems
 
     def bytes(self) -> int:
         return sum(file.stat().st_size for file in files(self._path) if file.exists())
