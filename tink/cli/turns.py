@@ -20,14 +20,6 @@ from tink.world import World
 
 log = structlog.get_logger()
 
-# In what is said of a server that may be had in a moment. At the first start it would not help to wait for
-# anything else.
-_MAY_PASS = (
-    *("refused", "timeout", "timed out", "unreachable", "reset by peer", "closed the connection", "lost"),
-    *("starting up", "shutting down", "too many", "remaining connection slots", "No space left"),
-    *("is a replica", "Temporary failure", "in use"),
-)
-
 
 def keep_serving(settings: Settings, home: Home, world: World) -> None:
     """Until it is told to stop. The caller holds the home's lock. Raises StartupError for what waiting does
@@ -61,14 +53,10 @@ def _pause(raised: Exception, past: Past) -> float:
         past.serving = False
         log.warning("the journal's database is lost: nothing is taken until it is back", why=str(error))
         return 0.0
-    if not past.served and not _may_pass(str(error)):
+    if not past.served and not error.may_pass:  # at the first start it would not help to wait
         raise StartupError(str(error)) from error
     log.warning("the journal cannot be opened", why=str(error))
     return DATABASE_LOOK_SECONDS
-
-
-def _may_pass(why: str) -> bool:
-    return any(words in why for words in _MAY_PASS)
 
 
 async def _await_turn(database: PostgreSQL, world: World, past: Past, pause: float) -> bool:
@@ -85,7 +73,7 @@ async def _await_turn(database: PostgreSQL, world: World, past: Past, pause: flo
                 try:
                     why = await _in_the_way(database, world)
                 except StartupError as error:
-                    if not past.served and not _may_pass(str(error)):
+                    if not past.served and not error.may_pass:
                         raise
                     why = str(error)
                 turn = not why

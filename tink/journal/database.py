@@ -123,7 +123,7 @@ def database_errors(what: str) -> Iterator[None]:
         cause = driver_error(error)
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             what += f", another process has held a lock for {LOCK_SECONDS:g} s"
-        raise JournalUnavailable(f"{what}: {one_line(cause)}") from error
+        raise JournalUnavailable(f"{what}: {one_line(cause)}", may_pass=_may_pass(cause)) from error
 
 
 @contextlib.contextmanager
@@ -132,12 +132,19 @@ def reading(place: str) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        raise StartupError(f"{place} cannot be read: {one_line(driver_error(error))}") from error
+        cause = driver_error(error)
+        told = f"{place} cannot be read: {one_line(cause)}"
+        raise StartupError(told, may_pass=_may_pass(cause)) from error
 
 
 def driver_error(error: BaseException | None) -> BaseException | None:
     """What the driver has raised, out of SQLAlchemy's error; any other one as it is."""
     return getattr(error, "orig", None) or error
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """As far as the database's own module has said so of it."""
+    return getattr(cause, "may_pass", False)
 
 
 def batched(keys: Sequence[K]) -> Iterator[Sequence[K]]:

@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    ExceptionContext,
+    NullPool,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from tink.addresses import NO_DATABASE_URL, is_database_url
@@ -138,7 +149,7 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
     def engine(self, name: str, **options: Any) -> Engine:
         """Connections that notice when the server is gone. StartupError without the driver."""
         try:
-            return create_engine(
+            engine = create_engine(
                 self._url,
                 hide_parameters=True,
                 connect_args={
@@ -154,6 +165,8 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
             )
         except ModuleNotFoundError as error:
             raise StartupError("TINK_DATABASE_URL needs psycopg: pip install 'tink[postgres]'") from error
+        event.listen(engine, "handle_error", _say_if_it_may_pass)
+        return engine
 
     @contextmanager
     def _asking(self) -> Iterator[Connection]:
@@ -166,11 +179,13 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
 
     # -- whose turn it is ---------------------------------------------------------------------------
 
-    def holder(self, connection: Connection | None = None) -> Holder | None:
+    def holder(self) -> Holder | None:
         """Who writes here. StartupError if the server cannot be asked."""
-        if connection is None:
-            with self._asking() as connection:
-                return self.holder(connection)
+        with self._asking() as connection:
+            return self.holder_on(connection)
+
+    def holder_on(self, connection: Connection) -> Holder | None:
+        """The same, asked on that connection."""
         row = connection.execute(_HOLDER, {"lock": LOCK, "number": self._number}).first()
         return (
             None
@@ -180,12 +195,14 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
             )
         )
 
-    def put_out(self, holder: Holder, connection: Connection | None = None) -> bool:
+    def put_out(self, holder: Holder) -> bool:
         """Ends its connection, and with it whatever it was about to commit. False if that is not allowed:
         it is to the same role, and to superusers. StartupError if the server cannot be asked."""
-        if connection is None:
-            with self._asking() as connection:
-                return self.put_out(holder, connection)
+        with self._asking() as connection:
+            return self.put_out_on(connection, holder)
+
+    def put_out_on(self, connection: Connection, holder: Holder) -> bool:
+        """The same, asked on that connection."""
         milliseconds = int(DATABASE_ENDED_SECONDS * 1000)
         asked = {"lock": LOCK, "number": self._number, "pid": holder.pid, "milliseconds": milliseconds}
         try:
@@ -234,7 +251,8 @@ class _Session(Writer):
     def _refuse_another(self, *_: object) -> None:
         """SQLAlchemy would get a new one in place of one that is lost, and that would not have the lock."""
         if self._connected:
-            raise JournalUnavailable(f"the connection to {self._place} is lost, and its lock with it")
+            told = f"the connection to {self._place} is lost, and its lock with it"
+            raise JournalUnavailable(told, may_pass=True)
         self._connected = True
 
     def _configure(self, connection: Any, _record: object) -> None:
@@ -252,12 +270,13 @@ class _Session(Writer):
             for problem in unsafe(connection):
                 raise StartupError(f"{self._place}: {problem}")
             if connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
-                raise JournalUnavailable(f"{self._place} is a replica, which cannot be written")
+                told = f"{self._place} is a replica, which cannot be written"
+                raise JournalUnavailable(told, may_pass=True)  # it may take over
             if database.lock(connection):
                 return
-            holder = database.holder(connection)
+            holder = database.holder_on(connection)
             mine = database.schema == "bodies"
-            if mine and holder and database.put_out(holder, connection) and database.lock(connection):
+            if mine and holder and database.put_out_on(connection, holder) and database.lock(connection):
                 return
         who = holder or "another worker"
         raise DatabaseInUse(f"{self._place} is in use: {who} writes the {database.schema}")
@@ -319,6 +338,24 @@ def shown(url: str) -> str:
     query = {name: value for name, value in whole.query.items() if name in _SHOWN}
     part = URL.create("postgresql", whole.username, None, whole.host, whole.port, whole.database, query)
     return part.render_as_string(hide_password=False)
+
+
+# In what libpq says of a server that may be had in a moment, and in what that says to those it does not let
+# in: neither comes with an SQLSTATE.
+_MAY_PASS = (
+    *("refused", "timeout", "timed out", "unreachable", "reset by peer", "closed the connection", "lost"),
+    *("starting up", "shutting down", "too many", "remaining connection slots", "No space left"),
+    "Temporary failure",
+)
+
+
+def _say_if_it_may_pass(context: ExceptionContext) -> None:
+    """Of the driver's errors. A server that ends a connection, or lets none in, says so in any language."""
+    if not isinstance(context.sqlalchemy_exception, DBAPIError):
+        return
+    error: Any = context.original_exception
+    ended = (getattr(error, "sqlstate", None) or "").startswith("57P0")
+    error.may_pass = ended or any(words in str(error) for words in _MAY_PASS)
 
 
 def _state(error: BaseException | None) -> str | None:
