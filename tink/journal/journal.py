@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Set
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
@@ -45,8 +45,8 @@ from tink.home import Home
 from tink.journal import chain, queries, revisions, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
-from tink.journal.database import Database, database, database_errors
-from tink.journal.revisions import Schema
+from tink.journal.database import database, database_errors
+from tink.journal.revisions import SCHEMAS
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
 from tink.world import World
 
@@ -325,13 +325,13 @@ class Journal:
 
 def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
-    schemas: tuple[Schema, ...] = ("journal", "bodies")
-    for schema in schemas:
+    for schema in SCHEMAS:
         found = database(home, schema)
         try:
             with database_errors(f"{found.place} cannot be opened"):
-                if _is_at_head(found):
-                    continue
+                with closing(found.writer()) as writer:
+                    if revisions.look(writer.connection, schema).kind == "head":
+                        continue
                 # Alembic takes longer to be imported than all the rest of a start.
                 from tink.journal import migrations
 
@@ -340,14 +340,6 @@ def prepare(home: Home) -> None:
             if found.contended:  # it may come back: whoever runs a worker waits for it
                 raise
             raise StartupError(str(error)) from error
-
-
-def _is_at_head(database: Database) -> bool:
-    writer = database.writer()
-    try:
-        return revisions.current(writer.connection, database.schema) == revisions.HEADS[database.schema]
-    finally:
-        writer.close()
 
 
 def _bodies_named(event: AnyEvent) -> Iterator[str]:
