@@ -25,6 +25,7 @@ from tests.bench import (
     recovery,
     replay,
     rerun,
+    samples,
     sampling,
 )
 
@@ -40,6 +41,7 @@ BENCHES: dict[str, ModuleType] = {
     "recovery": recovery,
     "replay": replay,
     "rerun": rerun,
+    "samples": samples,
     "sampling": sampling,
 }
 
