@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import structlog
 import trio
 
+from tink.actors.books import JobBooks
 from tink.actors.jobs import Jobs
 from tink.domain import rows
 from tink.domain.events import SeqSkipped, Subject
 from tink.domain.lane import Lane
-from tink.journal.journal import Journal
 from tink.limits import AHEAD_JOBS_PER_SLOT, FORGET_SECONDS, GAP_LOOKS, SEQ_GAP_SECONDS
 
 log = structlog.get_logger()
@@ -30,7 +30,7 @@ class Lanes:
     """The Router's, which puts jobs in; those whose turn it is are sent to `jobs`. `accepting`: the jobs on
     their way in, whenever it is looked at."""
 
-    def __init__(self, journal: Journal, jobs: Jobs, accepting: Collection[str]) -> None:
+    def __init__(self, journal: JobBooks, jobs: Jobs, accepting: Collection[str]) -> None:
         self._journal, self._jobs, self._accepting = journal, jobs, accepting
         self._lanes: dict[str, Lane] = {}
         self._gaps: dict[str, _Gap] = {}  # of the lanes that wait for numbers which have not come
@@ -124,7 +124,7 @@ class Lanes:
     def _forget(self) -> None:
         """What has ended leaves the memory: the journal has it."""
         busy = {("models", model_id) for model_id, lane in self._lanes.items() if not lane.idle}
-        self._journal.forget(busy)
+        self._journal.present.forget(busy)
         coming = {job_id.rpartition(":")[0] for job_id in self._accepting}
         models = self._journal.ledger.models
         for model_id, lane in list(self._lanes.items()):

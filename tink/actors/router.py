@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import msgspec
 import trio
 
 from tink import crash
+from tink.actors.books import JobBooks
 from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
 from tink.actors.lanes import Lanes
@@ -28,8 +28,6 @@ from tink.domain.events import JobAccepted, JobCancelled, JobFailed, Subject
 from tink.domain.memory import RowId
 from tink.domain.requests import DATA_OPS
 from tink.errors import NotFound, Overloaded, TooLarge, UserError
-from tink.journal import queries
-from tink.journal.journal import Journal
 from tink.limits import MAILBOX, MAX_COMMAND_BODY, MAX_OPEN_JOBS, MAX_SEQ, SEQ_GAP_SECONDS
 from tink.world import World
 
@@ -70,7 +68,7 @@ class Router:
     `run` is its task."""
 
     def __init__(
-        self, journal: Journal, catalogue: Catalogue, training: Jobs, sampling: Jobs, world: World
+        self, journal: JobBooks, catalogue: Catalogue, training: Jobs, sampling: Jobs, world: World
     ) -> None:
         self._journal, self.catalogue, self._world = journal, catalogue, world
         self._training, self._sampling = training, sampling
@@ -137,7 +135,7 @@ class Router:
 
     def _decide(self, question: _Question) -> None:
         about = memory.named(question.ask)
-        if any(not self._is_being_made(row_id) for row_id in self._journal.lacking(about)):
+        if any(not self._is_being_made(row_id) for row_id in self._journal.present.lacking(about)):
             self._nursery.start_soon(self._recall, question, about)
             return
         try:
@@ -147,7 +145,7 @@ class Router:
             question.reply.fail(error)
         else:
             if work is not None:
-                self._journal.hold(about)
+                self._journal.present.hold(about)
                 self._nursery.start_soon(self._finish, work, question.reply, about)
 
     def _is_being_made(self, row_id: RowId) -> bool:
@@ -183,7 +181,7 @@ class Router:
         except Exception as error:
             reply.fail(error)
         finally:
-            self._journal.release(about)
+            self._journal.present.release(about)
 
     # -- submitting ---------------------------------------------------------------------------------
 
@@ -221,8 +219,8 @@ class Router:
 
     async def _of_key(self, ask: Submit, key: str) -> rows.Job | None:
         if isinstance(ask, messages.SubmitSample):
-            return await self._journal.read(partial(queries.sample_of_key, tenant=ask.tenant, key=key))
-        return await self._journal.read(partial(queries.job_of_key, model_id=ask.model_id, key=key))
+            return await self._journal.sample_of_key(ask.tenant, key)
+        return await self._journal.job_of_key(ask.model_id, key)
 
     async def _check_same(self, known: rows.Job, ask: Submit) -> None:
         accepted = await self._journal.acceptance(known)
