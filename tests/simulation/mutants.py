@@ -12,6 +12,7 @@ import pytest
 import trio
 from sqlalchemy import Connection
 
+from tink.actors import lanes as lanes_of_models
 from tink.actors import router
 from tink.actors.megatron import MegatronActor
 from tink.actors.replica_adapters import ReplicaAdapters
@@ -166,7 +167,7 @@ def lane_order_ignored(patch: Patch) -> None:
 @mutant
 def impatient_lane(patch: Patch) -> None:
     """Numbers that are still to come are skipped."""
-    patch.setattr(router, "SEQ_GAP_SECONDS", 0.05)
+    patch.setattr(lanes_of_models, "SEQ_GAP_SECONDS", 0.05)
 
 
 @mutant

@@ -216,7 +216,7 @@ async def test_a_job_without_a_number_that_cannot_be_accepted_takes_none(
         with pytest.raises(NotFound):
             await cluster.submit(f"{model}0", None, "optim_step", json(model_id=model))
         assert cluster.router is not None
-        assert f"{model}0" not in cluster.router._lanes
+        assert f"{model}0" not in cluster.router.lanes
         assert await _batch(cluster, model, 1, "a") == f"{model}:1"
         # One that counts to the end leaves none, and the worker as it was.
         await cluster.submit(model, MAX_SEQ, "forward_backward", b"the last one")

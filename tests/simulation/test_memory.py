@@ -22,6 +22,7 @@ from tink.domain import ids, keys, messages
 from tink.errors import NotFound, SessionFinished, UserError
 from tink.journal.bodies import BodyStore
 from tink.journal.journal import Journal
+from tink.journal.present import Present
 from tink.limits import EXPIRY_SECONDS, FORGET_SECONDS, RETENTION_SECONDS
 
 MODEL, KEY = "sim/model", "key of the session"
@@ -244,7 +245,7 @@ async def test_what_is_asked_about_is_not_forgotten_meanwhile(
 # -- all that a worker holds ------------------------------------------------------------------------
 
 # The last commit, and what was used last, so much and no more.
-BOUNDED = {(Journal, "_committed"), (Journal, "_recent"), (BodyStore, "_recent")}
+BOUNDED = {(Journal, "_committed"), (Present, "_recent"), (BodyStore, "_recent")}
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -111,7 +111,7 @@ async def test_an_actor_that_crashes_around_the_end_of_a_job_ends_it_once_and_go
 
             def apply_and_crash() -> None:
                 apply()
-                if cluster.journal is not None and jobs[0] in cluster.journal._recent:
+                if cluster.journal is not None and jobs[0] in cluster.journal.present._recent:
                     crash.set()
 
             cluster.journal._commits._then = apply_and_crash

@@ -37,7 +37,7 @@ def _at_each_end(journal: Journal, every: int, make: Callable[[], object]) -> No
             if not ends % every:
                 kept.append(make())
 
-    journal.observers.append(observe)
+    journal.present.observers.append(observe)
 
 
 ALL: dict[str, Callable[[Journal], None]] = {

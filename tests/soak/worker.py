@@ -168,7 +168,7 @@ def done(clients: Clients, journal: Journal, worker: Router) -> Done:
         sessions=clients.sessions,
         accepted=middle_and_tail(clients.accepted),
         ended=middle_and_tail(clients.ended),
-        rows=rows | {"lanes": len(worker._lanes)},
+        rows=rows | {"lanes": len(worker.lanes)},
     )
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backends import Backends
+from tink.actors.books import JobBooks
 from tink.domain import ids, keys, messages, plans, rows
 from tink.domain.events import (
     CheckpointChanged,
@@ -30,7 +31,6 @@ from tink.domain.routing import Routes
 from tink.errors import NotFound, UserError
 from tink.errors import SessionFinished as SessionIsFinished
 from tink.journal import queries
-from tink.journal.journal import Journal
 from tink.limits import MAX_METADATA_BYTES
 from tink.metrics import Metrics
 from tink.world import World
@@ -41,7 +41,7 @@ R = TypeVar("R", rows.Session, rows.Model, rows.Sampler, rows.Checkpoint)
 class Catalogue:
     def __init__(
         self,
-        journal: Journal,
+        journal: JobBooks,
         backends: Backends,
         routes: Routes,
         folder: ArtifactFolder,
@@ -84,8 +84,7 @@ class Catalogue:
             case messages.GetWeights():
                 return await self._weights(ask)
             case messages.GetSample():
-                query = partial(queries.sample_of_key, tenant=ask.tenant, key=ask.key)
-                return await self._journal.read(query)
+                return await self._journal.sample_of_key(ask.tenant, ask.key)
             case messages.CreateSampler():
                 return await self._create_sampler(ask)
             case messages.GetSampler():
@@ -139,7 +138,7 @@ class Catalogue:
         known = self._ledger.session_of(tenant, key)
         if known is not None:
             return known
-        return await self._journal.read(partial(queries.session_of_key, tenant=tenant, key=key))
+        return await self._journal.session_of_key(tenant, key)
 
     async def _finish_session(self, ask: messages.FinishSession) -> None:
         async with self._journal.naming:

@@ -9,10 +9,10 @@ import structlog
 import trio
 
 from tink import crash
+from tink.actors.books import Books
 from tink.domain import rows
 from tink.domain.events import Entry
 from tink.errors import JournalUnavailable, StartupError
-from tink.journal.journal import Journal
 
 log = structlog.get_logger()
 
@@ -106,7 +106,7 @@ class Jobs:
 
 async def run_to_end(
     job_id: str,
-    journal: Journal,
+    journal: Books,
     run: Callable[[rows.Job], Awaitable[None]],
     crashed: Callable[[rows.Job], list[Entry]],
     settle: Settle,
@@ -128,7 +128,7 @@ async def run_to_end(
     return job
 
 
-async def append_end(journal: Journal, entries: list[Entry]) -> None:
+async def append_end(journal: Books, entries: list[Entry]) -> None:
     """Shielded: whoever takes the job up again must know whether it has ended."""
     with trio.CancelScope(shield=True):
         await journal.append(*entries)

@@ -25,6 +25,7 @@ from tink.actors import placements
 from tink.actors.ahead import Ahead, Shipped
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
+from tink.actors.books import JobBooks
 from tink.actors.jobs import INTERNAL, Jobs, Release, Settle, append_end, run_to_end
 from tink.actors.redo import Redo
 from tink.actors.snapshots import Snapshots
@@ -34,7 +35,6 @@ from tink.domain import plans, rows
 from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError, UserError
-from tink.journal.journal import Journal
 from tink.wire import tink_train
 from tink.world import World
 
@@ -50,7 +50,7 @@ class MegatronActor:
     def __init__(
         self,
         jobs: Jobs,
-        journal: Journal,
+        journal: JobBooks,
         link: TrainerLink,
         settle: Settle,
         release: Release,

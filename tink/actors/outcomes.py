@@ -7,10 +7,10 @@ from typing import Any
 
 import structlog
 
+from tink.actors.books import JobBooks
 from tink.actors.reply import Reply
 from tink.domain import messages, rows
 from tink.errors import NotFound, Overloaded, TinkError
-from tink.journal.journal import Journal
 
 log = structlog.get_logger()
 
@@ -24,7 +24,7 @@ FIGURES = (
 class Outcomes:
     """Each job's outcome, from the journal, and the replies that are kept until it is there."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: JobBooks) -> None:
         self._journal = journal
         self._waiters: defaultdict[str, list[Reply[messages.Outcome]]] = defaultdict(list)
 

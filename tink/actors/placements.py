@@ -41,7 +41,7 @@ class Placements:
         for adapter, replica in await journal.read(queries.placements):
             subject, _ = entry(adapter, replica, "loaded")
             placements._loaded[replica][adapter.adapter_id] = subject
-        journal.observers.append(placements._observe)
+        journal.present.observers.append(placements._observe)
         left = [replica for replica in placements._loaded if replica not in servers]
         entries = [gone(subject) for replica in left for subject in placements.of(replica).values()]
         if TRAINER in servers:

@@ -8,6 +8,7 @@ from functools import partial
 import structlog
 
 from tink import crash
+from tink.actors.books import JobBooks
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life
 from tink.backends.trainer import TrainerRefused
@@ -16,14 +17,13 @@ from tink.domain.events import Diverged, Redone, Subject
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError
 from tink.journal import queries
-from tink.journal.journal import Journal
 from tink.world import World
 
 log = structlog.get_logger()
 
 
 class Redo:
-    def __init__(self, journal: Journal, snapshots: Snapshots, world: World) -> None:
+    def __init__(self, journal: JobBooks, snapshots: Snapshots, world: World) -> None:
         self._journal, self._snapshots, self._world = journal, snapshots, world
 
     async def bring_up(self, life: Life, model_id: str, upto: int) -> None:

@@ -16,11 +16,12 @@ from tink.actors.artifacts import ArtifactFolder
 from tink.actors.retention import Gone, Retention, forgotten
 from tink.domain import rows
 from tink.domain.events import Entry, Record
-from tink.domain.projection import project
+from tink.domain.ledger import Ledger
 from tink.domain.retention import Kept
 from tink.home import Home
 from tink.journal import queries, store
 from tink.journal.bodies import Stored
+from tink.journal.present import Present
 from tink.journal.reader import open_journal
 from tink.journal.recording import Recording, open_recording
 from tink.world import World
@@ -72,9 +73,13 @@ class _Books:
 
     def __init__(self, recording: Recording, world: World) -> None:
         self._journal, self._world = recording.journal, world
-        self.ledger = store.read_present(self._journal)
+        self._present = Present(store.read_present(self._journal))
         self.naming = trio.Lock()
         self.bodies = _Bodies(recording)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._present.ledger
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         await trio.lowlevel.checkpoint()
@@ -84,7 +89,7 @@ class _Books:
         await trio.lowlevel.checkpoint()
         for subject, event in entries:
             record = Record(seq=0, at=self._world.now(), incarnation=0, subject=subject, event=event)
-            self.ledger.apply([change for change in project(record) if change.table in store.PRESENT])
+            self._present.apply(record)
 
 
 class _Bodies:

@@ -8,18 +8,17 @@ which looks at what is there and asks who needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import structlog
 import trio
-from sqlalchemy import Connection
 
 from tink import crash
 from tink.actors import placements
 from tink.actors.artifacts import ArtifactFolder
+from tink.actors.books import KeptBooks
 from tink.domain import ids, retention, rows
 from tink.domain.events import AdapterDeleted, BodiesPruned, CheckpointDeleted, Entry, Subject
 from tink.domain.ledger import Ledger
@@ -32,8 +31,6 @@ from tink.world import World
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
 
 class Servers(Protocol):
     """The sampling servers, which read adapters from their directories whenever they like."""
@@ -44,27 +41,6 @@ class Servers(Protocol):
 
     async def let_go(self) -> None:
         """Takes out what nobody will sample from any more, as far as they let us."""
-
-
-class Bodies(Protocol):
-    """The body store, as bodies.py says."""
-
-    def watched(self) -> AbstractContextManager[Container[str]]: ...
-    async def oldest(self, before: float, after: Stored | None) -> list[Stored]: ...
-    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None: ...
-
-
-class Books(Protocol):
-    """The journal, as journal.py says; or what stands for it where nothing is to be changed."""
-
-    @property
-    def ledger(self) -> Ledger: ...
-    @property
-    def naming(self) -> trio.Lock: ...
-    @property
-    def bodies(self) -> Bodies: ...
-    async def read(self, query: Callable[[Connection], T]) -> T: ...
-    async def append(self, *entries: Entry) -> None: ...
 
 
 class Directory(NamedTuple):
@@ -83,7 +59,7 @@ class Retention:
 
     def __init__(
         self,
-        journal: Books,
+        journal: KeptBooks,
         folder: ArtifactFolder,
         world: World,
         *,

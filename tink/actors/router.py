@@ -11,40 +11,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import msgspec
-import structlog
 import trio
 
 from tink import crash
+from tink.actors.books import JobBooks
 from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
+from tink.actors.lanes import Lanes
 from tink.actors.outcomes import Outcomes
 from tink.actors.reply import Reply
 from tink.domain import ids, keys, memory, messages, rows
-from tink.domain.events import JobAccepted, JobCancelled, JobFailed, SeqSkipped, Subject
-from tink.domain.lane import Lane
+from tink.domain.events import JobAccepted, JobCancelled, JobFailed, Subject
 from tink.domain.memory import RowId
 from tink.domain.requests import DATA_OPS
 from tink.errors import NotFound, Overloaded, TooLarge, UserError
-from tink.journal import queries
-from tink.journal.journal import Journal
-from tink.limits import (
-    AHEAD_JOBS_PER_SLOT,
-    FORGET_SECONDS,
-    GAP_LOOKS,
-    MAILBOX,
-    MAX_COMMAND_BODY,
-    MAX_OPEN_JOBS,
-    MAX_SEQ,
-    SEQ_GAP_SECONDS,
-)
+from tink.limits import MAILBOX, MAX_COMMAND_BODY, MAX_OPEN_JOBS, MAX_SEQ, SEQ_GAP_SECONDS
 from tink.world import World
-
-log = structlog.get_logger()
 
 Submit = messages.SubmitTraining | messages.SubmitSample
 
@@ -78,28 +63,19 @@ class _Restarted(msgspec.Struct, frozen=True):
 _Message = _Question | _Settled | _Released | _Restarted
 
 
-@dataclass
-class _Gap:
-    """The first and the last of the numbers that a lane waits for, and how often it was looked for them."""
-
-    missing: tuple[int, int]
-    looks: int = 0
-
-
 class Router:
     """`ask` is for the HTTP side, `settle` for the actors, which run the jobs in `training` and `sampling`;
     `run` is its task."""
 
     def __init__(
-        self, journal: Journal, catalogue: Catalogue, training: Jobs, sampling: Jobs, world: World
+        self, journal: JobBooks, catalogue: Catalogue, training: Jobs, sampling: Jobs, world: World
     ) -> None:
         self._journal, self.catalogue, self._world = journal, catalogue, world
         self._training, self._sampling = training, sampling
         self._outcomes = Outcomes(journal)
         self._mailbox, self._sent = trio.open_memory_channel[_Message](MAILBOX)
-        self._lanes: dict[str, Lane] = {}
         self._accepting: dict[str, trio.Event] = {}
-        self._gaps: dict[str, _Gap] = {}  # of the lanes that wait for numbers which have not come
+        self.lanes = Lanes(journal, training, self._accepting)
         self._cancelling: set[str] = set()
         self._by_key: dict[tuple[str, str], trio.Event] = {}  # until a submission with a key is decided
 
@@ -131,15 +107,15 @@ class Router:
         """Takes the lanes from the journal, then serves for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._load_lanes()
-            nursery.start_soon(self._forget_now_and_then)
-            nursery.start_soon(self._look_for_gaps)
+            for job in self.lanes.load():
+                nursery.start_soon(self._came_too_late, rows.about(job))
+            nursery.start_soon(self.lanes.run)
             async for message in self._sent:
                 match message:
                     case _Settled():
                         self._ended(message.job_id)
                     case _Released():
-                        self._released(message.job_id)
+                        self.lanes.release(message.job_id)
                     case _Restarted():
                         message.jobs.clear()
                         self._send_open_jobs(message.jobs)
@@ -147,11 +123,19 @@ class Router:
                     case _Question():
                         self._decide(message)
 
+    def _send_open_jobs(self, jobs: Jobs) -> None:
+        if jobs is self._training:
+            self.lanes.resume()
+            return
+        for job in self._journal.ledger.jobs.values():
+            if job.sampler_id is not None and job.job_id not in self._cancelling:
+                jobs.send(job.job_id)
+
     # -- questions ----------------------------------------------------------------------------------
 
     def _decide(self, question: _Question) -> None:
         about = memory.named(question.ask)
-        if any(not self._is_being_made(row_id) for row_id in self._journal.lacking(about)):
+        if any(not self._is_being_made(row_id) for row_id in self._journal.present.lacking(about)):
             self._nursery.start_soon(self._recall, question, about)
             return
         try:
@@ -161,7 +145,7 @@ class Router:
             question.reply.fail(error)
         else:
             if work is not None:
-                self._journal.hold(about)
+                self._journal.present.hold(about)
                 self._nursery.start_soon(self._finish, work, question.reply, about)
 
     def _is_being_made(self, row_id: RowId) -> bool:
@@ -197,7 +181,7 @@ class Router:
         except Exception as error:
             reply.fail(error)
         finally:
-            self._journal.release(about)
+            self._journal.present.release(about)
 
     # -- submitting ---------------------------------------------------------------------------------
 
@@ -235,8 +219,8 @@ class Router:
 
     async def _of_key(self, ask: Submit, key: str) -> rows.Job | None:
         if isinstance(ask, messages.SubmitSample):
-            return await self._journal.read(partial(queries.sample_of_key, tenant=ask.tenant, key=key))
-        return await self._journal.read(partial(queries.job_of_key, model_id=ask.model_id, key=key))
+            return await self._journal.sample_of_key(ask.tenant, key)
+        return await self._journal.job_of_key(ask.model_id, key)
 
     async def _check_same(self, known: rows.Job, ask: Submit) -> None:
         accepted = await self._journal.acceptance(known)
@@ -255,7 +239,7 @@ class Router:
     def _next_number(self, ask: messages.SubmitTraining) -> int:
         """The one behind all that have come. Raises UserError if there is none, or no such model."""
         self._making(ask)
-        seq = self._lane(ask.model_id).end()
+        seq = self.lanes.of(ask.model_id).end()
         if seq > MAX_SEQ:
             raise UserError(f"{ask.model_id} has no numbers left, for its client counted to {seq - 1}")
         return seq
@@ -288,7 +272,7 @@ class Router:
         subject = Subject(
             tenant=ask.tenant, session_id=ask.session_id, model_id=ask.model_id, job_id=job_id
         )
-        lane = self._lane(ask.model_id)
+        lane = self.lanes.of(ask.model_id)
         # What a lane waits for is let in whatever else is open: without it the rest cannot end.
         self._reserve(job_id, awaited=seq == lane.next_seq)
         lane.expect(seq)
@@ -314,23 +298,23 @@ class Router:
         """`making`: the acceptance of the job that makes the model, which must be durable first."""
         model_id, job_id = str(subject.model_id), str(subject.job_id)
         with self._reservation(job_id):
-            lane = self._lane(model_id)
+            lane = self.lanes.of(model_id)
             # Its number was consumed, or it has ended and its lane is not released yet.
             repeated = accepted.seq_id < lane.next_seq or lane.running == job_id
             # Or it has made a model that was forgotten, and this lane begins anew.
             makes = accepted.model_seq_id is not None
             if (repeated or makes) and (known := await self._journal.job(job_id)) is not None:
                 if not repeated:
-                    del self._lanes[model_id]
+                    self.lanes.drop(model_id)
                 _check_own(known, accepted.key)
                 return promise
             if making is not None:
                 await making.wait()
                 self.catalogue.model(str(subject.tenant), model_id)
             await self._accept(subject, accepted, body)
-            in_time = self._lane(model_id).arrive(accepted.seq_id, job_id)
+            in_time = self.lanes.of(model_id).arrive(accepted.seq_id, job_id)
         if in_time:
-            self._advance(model_id)
+            self.lanes.advance(model_id)
         else:
             await self._came_too_late(subject)
         return promise
@@ -463,93 +447,6 @@ class Router:
     def _ended(self, job_id: str) -> None:
         """A job's terminal event is durable: say so."""
         self._nursery.start_soon(self._outcomes.announce, job_id)
-
-    # -- lanes --------------------------------------------------------------------------------------
-
-    async def _forget_now_and_then(self) -> None:
-        while True:
-            await trio.sleep(FORGET_SECONDS)
-            self._forget()
-
-    def _forget(self) -> None:
-        """What has ended leaves the memory: the journal has it."""
-        busy = {("models", model_id) for model_id, lane in self._lanes.items() if not lane.idle}
-        self._journal.forget(busy)
-        coming = {job_id.rpartition(":")[0] for job_id in self._accepting}
-        models = self._journal.ledger.models
-        for model_id, lane in list(self._lanes.items()):
-            if lane.idle and (model_id,) not in models and model_id not in coming:
-                del self._lanes[model_id]
-
-    def _lane(self, model_id: str) -> Lane:
-        if model_id not in self._lanes:
-            model = self._journal.ledger.models.get((model_id,))
-            self._lanes[model_id] = Lane(model.next_seq if model is not None else 0)
-        return self._lanes[model_id]
-
-    def _load_lanes(self) -> None:
-        """The lanes as the last life left them: its running jobs are next again."""
-        jobs = [job for job in self._journal.ledger.jobs.values() if job.model_id]
-        for job in jobs:
-            if job.state == "running":
-                self._lane(str(job.model_id)).next_seq = job.seq_id
-        for job in jobs:
-            if not self._lane(str(job.model_id)).arrive(job.seq_id, job.job_id):
-                # That life ended before it could say so.
-                self._nursery.start_soon(self._came_too_late, rows.about(job))
-
-    def _send_open_jobs(self, jobs: Jobs) -> None:
-        if jobs is self._training:
-            for model_id, lane in self._lanes.items():
-                if lane.running is not None:
-                    if (lane.running,) in self._journal.ledger.jobs:
-                        jobs.send(lane.running)
-                    else:  # it had ended, and was not released
-                        lane.finish(lane.running)
-                self._advance(model_id)
-        else:
-            for job in self._journal.ledger.jobs.values():
-                if job.sampler_id is not None and job.job_id not in self._cancelling:
-                    jobs.send(job.job_id)
-
-    def _advance(self, model_id: str) -> None:
-        lane = self._lane(model_id)
-        job_id = lane.start()
-        if job_id is not None:
-            self._training.send(job_id)
-        missing = lane.gap()
-        if missing is None:
-            self._gaps.pop(model_id, None)
-        elif model_id not in self._gaps or self._gaps[model_id].missing != missing:
-            self._gaps[model_id] = _Gap(missing)
-        for following in lane.behind(AHEAD_JOBS_PER_SLOT):
-            self._training.expect(following)
-
-    async def _look_for_gaps(self) -> None:
-        """Skips numbers that do not come while later ones wait."""
-        while True:
-            await trio.sleep(SEQ_GAP_SECONDS / GAP_LOOKS)
-            for model_id, gap in list(self._gaps.items()):
-                gap.looks += 1
-                if any(job_id.startswith(f"{model_id}:") for job_id in self._accepting):
-                    gap.looks = 0
-                elif gap.looks > GAP_LOOKS:  # the first came at any time after the gap
-                    del self._gaps[model_id]
-                    # Before the commit: what comes now comes too late.
-                    self._lane(model_id).skip(gap.missing[1])
-                    self._nursery.start_soon(self._skipped, model_id, *gap.missing)
-
-    async def _skipped(self, model_id: str, first: int, last: int) -> None:
-        log.warning("sequence numbers skipped", model=model_id, first=first, last=last)
-        await self._journal.append((Subject(model_id=model_id), SeqSkipped(first=first, last=last)))
-        self._advance(model_id)
-
-    def _released(self, job_id: str) -> None:
-        model_id, _, _seq = job_id.rpartition(":")
-        lane = self._lanes.get(model_id)
-        if lane is not None and lane.running == job_id:
-            lane.finish(job_id)
-            self._advance(model_id)
 
 
 def _promise(job: rows.Job) -> messages.Promise:

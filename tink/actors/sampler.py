@@ -7,11 +7,11 @@ from typing import Protocol
 import trio
 
 from tink import crash
+from tink.actors.books import JobBooks
 from tink.actors.jobs import INTERNAL, Jobs, Settle, append_end, run_to_end
 from tink.domain import rows, sampling
 from tink.domain.events import Entry, JobDone, JobFailed
 from tink.errors import BackendError, UserError
-from tink.journal.journal import Journal
 from tink.limits import SCORES_ASIDE
 from tink.wire import tink_train
 
@@ -40,7 +40,7 @@ class SamplerActor:
     def __init__(
         self,
         jobs: Jobs,
-        journal: Journal,
+        journal: JobBooks,
         backend: SamplingBackend,
         settle: Settle,
         scorer: SamplingBackend | None = None,

@@ -61,7 +61,7 @@ async def open_worker(
     else:
         await Placements.follow(journal, [TRAINER])
     metrics = Metrics(journal.ledger, journal.diverged)
-    journal.observers.append(metrics.observe)
+    journal.present.observers.append(metrics.observe)
     backends = Backends(link if routes.trainer else None, pool)
     catalogue = Catalogue(journal, backends, routes, folder, metrics, world)
     by_trainer = TrainerSamples(journal, link, world, max_attempts=settings.max_attempts)

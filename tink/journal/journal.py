@@ -10,21 +10,19 @@ Everything that `append` returned for is on stable storage.
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Set
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, closing
 from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 import trio
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from tink import crash
-from tink.domain import memory, rows
+from tink.domain import rows
 from tink.domain.events import (
     AnyEvent,
     Diverged,
@@ -39,20 +37,17 @@ from tink.domain.events import (
 )
 from tink.domain.ledger import Ledger
 from tink.domain.memory import RowId
-from tink.domain.projection import KEYS, Key, Update, project
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.home import Home
 from tink.journal import chain, queries, revisions, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
 from tink.journal.database import database, database_errors
+from tink.journal.present import Present
 from tink.journal.revisions import SCHEMAS
-from tink.limits import BATCH_BYTES, READ_CONNECTIONS, RECENT_JOBS
+from tink.limits import BATCH_BYTES, READ_CONNECTIONS
 from tink.world import World
 
-log = structlog.get_logger()
-
-R = TypeVar("R", bound=rows.Row)
 T = TypeVar("T")
 
 
@@ -68,9 +63,6 @@ class Journal:
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._seq, self._hash = 0, chain.START
         self._committed: list[Record] = []
-        self._acceptances: dict[str, JobAccepted] = {}  # of open jobs
-        self._held: Counter[RowId] = Counter()  # what stays in memory, for so many
-        self._recent: OrderedDict[str, rows.Job] = OrderedDict()
         self._commits: GroupCommit[Entry] = GroupCommit(
             self._commit, world, name="journal", max_bytes=BATCH_BYTES, then=self._apply
         )
@@ -83,15 +75,13 @@ class Journal:
             self._writer.close()
             self._reader.dispose()
             raise
-        self.ledger = Ledger()
+        self.present = Present(Ledger())
         self.last_trainer: TrainerStarted | None = None
         self.incarnation = 0
         # Tells this journal from any other, for ever.
         self.home_id = ""
-        # `diverged`: events of that kind before this incarnation. Observers see each committed event, on
-        # the Trio thread, before `ledger` has taken it in.
+        # Events of that kind before this incarnation.
         self.diverged = 0
-        self.observers: list[Callable[[Record], None]] = []
 
     @classmethod
     @asynccontextmanager
@@ -111,7 +101,7 @@ class Journal:
         await world.run_sync(prepare, home)
         journal = await world.run_sync(cls, home, world)
         try:
-            journal.ledger = await world.run_sync(journal._load, acknowledged)
+            journal.present = Present(await world.run_sync(journal._load, acknowledged))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(journal._commits.run)
                 nursery.start_soon(journal.bodies.run)
@@ -147,17 +137,30 @@ class Journal:
         await self._commits.submit(list(storable), sum(sizes))
 
     @property
+    def ledger(self) -> Ledger:
+        return self.present.ledger
+
+    @property
     def head(self) -> chain.Head:
         """The last event that was committed."""
         return chain.Head(self._seq, self._hash)
 
     async def job(self, job_id: str) -> rows.Job | None:
         """A job by its id, open or ended, or None."""
-        hot = self.ledger.jobs.get((job_id,)) or self._recent.get(job_id)
+        hot = self.present.job(job_id)
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot
         return await self.read(partial(queries.job, job_id=job_id))
+
+    async def job_of_key(self, model_id: str, key: str) -> rows.Job | None:
+        return await self.read(partial(queries.job_of_key, model_id=model_id, key=key))
+
+    async def sample_of_key(self, tenant: str, key: str) -> rows.Job | None:
+        return await self.read(partial(queries.sample_of_key, tenant=tenant, key=key))
+
+    async def session_of_key(self, tenant: str, key: str) -> rows.Session | None:
+        return await self.read(partial(queries.session_of_key, tenant=tenant, key=key))
 
     async def adapter(self, adapter_id: str) -> rows.Adapter:
         """An adapter version. LookupError if there is none."""
@@ -170,54 +173,25 @@ class Journal:
             raise LookupError(f"there is no adapter {adapter_id}")
         return found
 
-    def hold(self, row_ids: Collection[RowId]) -> None:
-        """What is in memory of that stays there until it is released."""
-        self._held.update(row_ids)
-
-    def release(self, row_ids: Collection[RowId]) -> None:
-        for row_id in row_ids:
-            self._held[row_id] -= 1
-            if not self._held[row_id]:
-                del self._held[row_id]
-
     @asynccontextmanager
     async def recalled(self, row_ids: Collection[RowId]) -> AsyncIterator[None]:
         """What the journal has of that is in memory while the body runs, though it may have been
         forgotten."""
-        self.hold(row_ids)
+        self.present.hold(row_ids)
         try:
-            if lacking := self.lacking(row_ids):
-                for table, row in await self.read(partial(queries.at, row_ids=lacking)):
-                    # Another one may have had it read meanwhile, and things have happened to it since.
-                    if KEYS[table](row) not in self.ledger.tables[table]:
-                        self.ledger.put(table, row)
+            if lacking := self.present.lacking(row_ids):
+                self.present.recall(await self.read(partial(queries.at, row_ids=lacking)))
             yield
         finally:
-            self.release(row_ids)
-
-    def lacking(self, row_ids: Collection[RowId]) -> list[RowId]:
-        """Those that are not in memory."""
-        return [(table, id_) for table, id_ in row_ids if (id_,) not in self.ledger.tables[table]]
-
-    def forget(self, busy: Set[RowId]) -> None:
-        """What has ended leaves the memory, unless something there goes back to it, or it is held, or
-        `busy`."""
-        for table, id_ in list(memory.forgettable(self.ledger, self._held.keys() | busy)):
-            self.ledger.forget(table, (id_,))
+            self.present.release(row_ids)
 
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         """The event that accepted a job: it holds the request of a command."""
-        hot = self._acceptances.get(job.job_id)
+        hot = self.present.acceptance(job.job_id)
         if hot is not None:
             await trio.lowlevel.checkpoint()
             return hot
-
-        def event(connection: Connection) -> JobAccepted:
-            found = store.event_of(connection, job.accepted_seq).event
-            assert isinstance(found, JobAccepted), f"event {job.accepted_seq} is no acceptance"
-            return found
-
-        return await self.read(event)
+        return await self.read(partial(store.acceptance, job=job))
 
     async def request(self, job: rows.Job) -> bytes:
         """The request of a job as its client sent it, decompressed. UserError if it was not a valid one,
@@ -296,31 +270,9 @@ class Journal:
 
     def _apply(self) -> None:
         for record in self._committed:
-            for observe in self.observers:
-                try:
-                    observe(record)
-                except Exception:  # what is only told of must not stop the worker
-                    log.exception("observer failed", kind=record.event.__struct_config__.tag)
             for digest in _bodies_named(record.event):
                 self.bodies.named(digest)
-            if isinstance(record.event, JobAccepted):
-                self._acceptances[str(record.subject.job_id)] = record.event
-            changes = [change for change in project(record) if change.table in store.PRESENT]
-            self.ledger.apply(changes)
-            for change in changes:
-                if isinstance(change, Update):
-                    self._forget_if_ended(change.table, change.key)
-        while len(self._recent) > RECENT_JOBS:
-            self._recent.popitem(last=False)
-
-    def _forget_if_ended(self, table: str, key: Key) -> None:
-        row = self.ledger.tables[table][key]
-        if not row.ended:
-            return
-        self.ledger.forget(table, key)
-        if isinstance(row, rows.Job):
-            self._acceptances.pop(row.job_id, None)
-            self._recent[row.job_id] = row
+            self.present.apply(record)
 
 
 def prepare(home: Home) -> None:

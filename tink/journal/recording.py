@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sqlalchemy import Connection
 
 from tink.domain import rows
-from tink.domain.events import JobAccepted, Record
+from tink.domain.events import Record
 from tink.home import Home
 from tink.journal import store
 from tink.journal.bodies import Stored, decompressed, oldest, read_body, stored
@@ -38,9 +38,7 @@ class Recording:
     def request(self, job: rows.Job) -> bytes:
         """The request of a job as its client made it, decompressed. LookupError if it is not there any
         more, or never was a valid one."""
-        accepted = store.event_of(self.journal, job.accepted_seq).event
-        if not isinstance(accepted, JobAccepted):
-            raise LookupError(f"event {job.accepted_seq} does not accept {job.job_id}")
+        accepted = store.acceptance(self.journal, job)
         if accepted.invalid is not None:
             raise LookupError(f"the request of {job.job_id} was not a valid one: {accepted.invalid}")
         if accepted.request is not None:

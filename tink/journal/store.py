@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from tink.domain import rows
-from tink.domain.events import AnyEvent, Record, Subject, TrainerStarted
+from tink.domain.events import AnyEvent, JobAccepted, Record, Subject, TrainerStarted
 from tink.domain.ledger import Ledger, fold
 from tink.domain.projection import Add, Change, Insert, Key, Update, project
 from tink.domain.written import Written, last_written, missing
@@ -185,6 +185,14 @@ def seq_at(connection: Connection, at: float) -> int:
 def event_of(connection: Connection, seq: int) -> Record:
     """LookupError if it is damaged."""
     return _record(connection.execute(select(*_COLUMNS).where(schema.events.c.seq == seq)).one())
+
+
+def acceptance(connection: Connection, job: rows.Job) -> JobAccepted:
+    """The event that accepted a job. LookupError if it is not what is there."""
+    event = event_of(connection, job.accepted_seq).event
+    if not isinstance(event, JobAccepted):
+        raise LookupError(f"event {job.accepted_seq} does not accept {job.job_id}")
+    return event
 
 
 def last_trainer(connection: Connection) -> TrainerStarted | None:

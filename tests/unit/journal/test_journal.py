@@ -148,7 +148,7 @@ async def test_every_call_of_the_journal_is_a_checkpoint(autojump_clock: MockClo
         for ended in (False, True):
             if ended:
                 await journal.append((Subject(tenant="t", job_id="j"), JobDone()))
-                journal._recent.clear()
+                journal.present._recent.clear()
             with assert_checkpoints():
                 await journal.job("j")
             with assert_checkpoints():
@@ -164,15 +164,15 @@ async def test_every_call_of_the_journal_is_a_checkpoint(autojump_clock: MockClo
 async def test_an_ended_job_leaves_the_ledger_and_is_found_again(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tink.journal.journal.RECENT_JOBS", 2)
+    monkeypatch.setattr("tink.journal.present.RECENT_JOBS", 2)
     async with opened(new_home(tmp_path)) as journal:
         for i in range(5):
             subject = Subject(tenant="t", job_id=f"j{i}")
             await journal.append((subject, JobAccepted(op="sample", seq_id=i)))
             await journal.append((subject, JobDone(result={"i": i})))
         assert journal.ledger.jobs == {}
-        assert len(journal._recent) == 2
-        assert journal._acceptances == {}
+        assert len(journal.present._recent) == 2
+        assert journal.present._acceptances == {}
         for i in range(5):
             job = await journal.job(f"j{i}")
             assert job is not None

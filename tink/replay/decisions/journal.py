@@ -4,11 +4,9 @@ held until the record has come to it."""
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Sequence, Set
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 from sqlalchemy import Connection
@@ -17,13 +15,11 @@ from tink.domain import rows
 from tink.domain.events import AnyEvent, Entry, IncarnationStarted, JobAccepted, Record, Subject, kind_of
 from tink.domain.ledger import Ledger
 from tink.domain.memory import RowId
-from tink.domain.projection import Key
 from tink.errors import JournalUnavailable, StartupError, UserError
-from tink.journal import queries, store
-from tink.journal.bodies import BodyStore, decompressed
-from tink.journal.journal import Journal
+from tink.journal import store
+from tink.journal.bodies import decompressed
+from tink.journal.present import Present
 from tink.journal.recording import Recording
-from tink.world import World
 
 T = TypeVar("T")
 
@@ -75,7 +71,9 @@ class Append:
             raise JournalUnavailable("the replayed worker has ended")
 
 
-class RecordedBodies(BodyStore):
+class RecordedBodies:
+    """JobBodies."""
+
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
@@ -87,29 +85,28 @@ class RecordedBodies(BodyStore):
         await trio.lowlevel.checkpoint()
         return self._recording.body(digest)
 
-    def named(self, digest: str) -> None:
-        """Nothing is kept for it."""
+
+class _Lasting(Present):
+    def forget(self, busy: Set[RowId]) -> None:
+        """The tables know the end of the record, and could not give it back."""
 
 
-class RecordedJournal(Journal):
-    """`pending`: what the worker has appended. `commit` goes on in the record. What is read is what the
-    record held at that place, of which `Journal` has the rows that live, and this the others."""
+class RecordedJournal:
+    """JobBooks. `pending`: what the worker has appended. `commit` goes on in the record. What is read is
+    what the record held at that place."""
 
-    def __init__(self, recording: Recording, world: World) -> None:
-        self._recording, self._world = recording, world
-        self._seq = self.incarnation = self.diverged = 0
-        self._committed: list[Record] = []
-        self._acceptances: dict[str, JobAccepted] = {}
-        self._held: Counter[RowId] = Counter()
-        self._recent: OrderedDict[str, rows.Job] = OrderedDict()
-        self.naming = trio.Lock()
-        self.bodies = RecordedBodies(recording)
-        self.ledger = Ledger()
-        self.last_trainer = None
-        self.home_id = ""
-        self.observers = []
-        self.pending: dict[Place, Append] = {}
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self.present = _Lasting(Ledger())
         self._ended: dict[str, rows.Adapter] = {}
+        self.bodies = RecordedBodies(recording)
+        self.naming = trio.Lock()
+        self.incarnation = 0
+        self.pending: dict[Place, Append] = {}
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.present.ledger
 
     async def append(self, *entries: Entry) -> None:
         appended = self.pending[place_of(*entries[0])] = Append(entries)
@@ -117,12 +114,12 @@ class RecordedJournal(Journal):
 
     def commit(self, records: Sequence[Record]) -> None:
         """What the record says has happened. StartupError if that cannot be."""
-        for record in records:
-            if isinstance(record.event, IncarnationStarted):
-                self.incarnation = record.incarnation
-        self._committed = list(records)
         try:
-            self._apply()
+            for record in records:
+                if isinstance(record.event, IncarnationStarted):
+                    self.incarnation = record.incarnation
+                ended = self.present.apply(record)
+                self._ended.update({row.adapter_id: row for row in ended if isinstance(row, rows.Adapter)})
         except LookupError as error:
             raise StartupError(
                 f"event {records[0].seq} cannot follow what is before it ({error}): "
@@ -136,16 +133,23 @@ class RecordedJournal(Journal):
         self.pending.clear()
         self.naming = trio.Lock()
 
-    def _forget_if_ended(self, table: str, key: Key) -> None:
-        row = self.ledger.tables[table][key]
-        super()._forget_if_ended(table, key)
-        if isinstance(row, rows.Adapter) and row.ended:
-            self._ended[row.adapter_id] = row
-
     async def job(self, job_id: str) -> rows.Job | None:
         """Of those that ended long ago none is asked for: a repeat of a request is in no record."""
         await trio.lowlevel.checkpoint()
-        return self.ledger.jobs.get((job_id,)) or self._recent.get(job_id)
+        return self.present.job(job_id)
+
+    async def job_of_key(self, model_id: str, key: str) -> rows.Job | None:
+        """The first that came under its key is the one that is in the record."""
+        await trio.lowlevel.checkpoint()
+        return None
+
+    async def sample_of_key(self, tenant: str, key: str) -> rows.Job | None:
+        await trio.lowlevel.checkpoint()
+        return None
+
+    async def session_of_key(self, tenant: str, key: str) -> rows.Session | None:
+        await trio.lowlevel.checkpoint()
+        return None
 
     async def adapter(self, adapter_id: str) -> rows.Adapter:
         await trio.lowlevel.checkpoint()
@@ -160,17 +164,9 @@ class RecordedJournal(Journal):
         await trio.lowlevel.checkpoint()
         yield
 
-    def forget(self, busy: Set[RowId]) -> None:
-        """The tables know the end of the record, and could not give it back."""
-
     async def acceptance(self, job: rows.Job) -> JobAccepted:
         await trio.lowlevel.checkpoint()
-        accepted = self._acceptances.get(job.job_id)
-        if accepted is None:
-            event = store.event_of(self._recording.journal, job.accepted_seq).event
-            assert isinstance(event, JobAccepted), f"event {job.accepted_seq} is no acceptance"
-            accepted = event
-        return accepted
+        return self.present.acceptance(job.job_id) or store.acceptance(self._recording.journal, job)
 
     async def request(self, job: rows.Job) -> bytes:
         """A batch goes to the trainer unread."""
@@ -186,8 +182,4 @@ class RecordedJournal(Journal):
     async def read(self, query: Callable[[Connection], T]) -> T:
         """The tables know the end of the record, and not this place."""
         await trio.lowlevel.checkpoint()
-        assert isinstance(query, partial), "a named query"
-        if query.func not in (queries.job_of_key, queries.sample_of_key, queries.session_of_key):
-            raise LookupError(f"a replay does not answer {query.func.__name__}")
-        nobody: Any = None  # the first that came under its key is the one that is in the record
-        return nobody  # type: ignore[no-any-return]
+        raise LookupError("a replay reads no tables")

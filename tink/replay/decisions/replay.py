@@ -69,7 +69,7 @@ class _Replay:
     def __init__(self, recording: Recording, history: History, sent: Sent | None, clock: MockClock) -> None:
         self._recording, self._history, self._sent, self._clock = recording, history, sent, clock
         self._world = RecordedWorld()
-        self._journal = RecordedJournal(recording, self._world)
+        self._journal = RecordedJournal(recording)
         self._served: TrainerStarted | None = None
         # Jobs that went another way than recorded, or cannot be replayed: the record goes on without them.
         self._departed = set(history.lost)

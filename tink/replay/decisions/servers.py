@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from tink.actors.backends import Backends, Base
+from tink.actors.books import Books
 from tink.actors.snapshots import Snapshots
 from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import TrainerClient, TrainerGone
@@ -25,7 +26,6 @@ from tink.domain.events import (
     TrainerStarted,
 )
 from tink.errors import BackendError, UserError
-from tink.journal.journal import Journal
 from tink.replay.decisions.journal import Passed
 from tink.wire import tink_train
 
@@ -198,7 +198,7 @@ class RecordedSamples:
 
     slots = 1
 
-    def __init__(self, calls: Calls, journal: Journal) -> None:
+    def __init__(self, calls: Calls, journal: Books) -> None:
         self._calls, self._journal = calls, journal
 
     async def sample(

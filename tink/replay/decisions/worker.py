@@ -78,7 +78,7 @@ class RecordedWorker:
             # What was journaled was served.
             Routes(sampling="vllm" if self.vllm else "megatron", training="megatron"),
             folder,
-            Metrics(journal.ledger, journal.diverged),
+            Metrics(journal.ledger, 0),
             world,
         )
         self.router = Router(journal, catalogue, self.training, self.sampling, world)

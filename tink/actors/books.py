@@ -1,0 +1,66 @@
+"""What actors ask of the journal. tink/journal/journal.py has it for a worker; another journal stands for
+that one where nothing is to be changed, or everything has happened before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Container, Iterable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Protocol, TypeVar
+
+import trio
+from sqlalchemy import Connection
+
+from tink.domain import rows
+from tink.domain.events import Entry, JobAccepted
+from tink.domain.ledger import Ledger
+from tink.domain.memory import RowId
+from tink.journal.bodies import Stored
+from tink.journal.present import Present
+
+T = TypeVar("T")
+
+
+class Books(Protocol):
+    """Each of these does what the one of that name in journal.py does, or bodies.py."""
+
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def naming(self) -> trio.Lock: ...
+    async def append(self, *entries: Entry) -> None: ...
+    async def read(self, query: Callable[[Connection], T]) -> T: ...
+
+
+class JobBodies(Protocol):
+    async def put(self, content: bytes) -> str: ...
+    async def get(self, digest: str) -> bytes: ...
+
+
+class JobBooks(Books, Protocol):
+    """To those who accept jobs and run them."""
+
+    @property
+    def present(self) -> Present: ...
+    @property
+    def bodies(self) -> JobBodies: ...
+    def recalled(self, row_ids: Collection[RowId]) -> AbstractAsyncContextManager[None]: ...
+    async def job(self, job_id: str) -> rows.Job | None: ...
+    async def job_of_key(self, model_id: str, key: str) -> rows.Job | None: ...
+    async def sample_of_key(self, tenant: str, key: str) -> rows.Job | None: ...
+    async def session_of_key(self, tenant: str, key: str) -> rows.Session | None: ...
+    async def adapter(self, adapter_id: str) -> rows.Adapter: ...
+    async def acceptance(self, job: rows.Job) -> JobAccepted: ...
+    async def request(self, job: rows.Job) -> bytes: ...
+
+
+class KeptBodies(Protocol):
+    def watched(self) -> AbstractContextManager[Container[str]]: ...
+    async def oldest(self, before: float, after: Stored | None) -> list[Stored]: ...
+    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None: ...
+
+
+class KeptBooks(Books, Protocol):
+    """To Retention, which deletes what nothing needs any more."""
+
+    @property
+    def bodies(self) -> KeptBodies: ...
