@@ -148,7 +148,7 @@ class Journal:
     async def job(self, job_id: str) -> rows.Job | None:
         """A job by its id, open or ended, or None."""
         hot = self.present.job(job_id)
-        if hot is not None:
+        if hot is not None or self.present.has_no_job(job_id):
             await trio.lowlevel.checkpoint()
             return hot
         return await self.read(partial(queries.job, job_id=job_id))
