@@ -76,13 +76,11 @@ def verify_events(target: Connection, into: Database, expected: chain.Head, adva
 
     def records() -> Iterator[Record]:
         nonlocal last
-        for row in store.raw_events(target):
-            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
-            if seq != last.seq + 1 or chain.link(last.hash, row) != kept:
-                raise LookupError(f"event {seq} is not what was written behind event {last.seq}")
-            last = chain.Head(seq, kept)
+        for row, last, problem in chain.walk(store.raw_events(target)):
+            if problem is not None:
+                raise LookupError(problem)
             yield store.decoded(row)
-            if seq % COPY_EVENTS == 0:
+            if last.seq % COPY_EVENTS == 0:
                 advance(COPY_EVENTS)
 
     try:

@@ -157,15 +157,9 @@ def about(home: Home) -> About | None:
 def broken(home: Home, found: About) -> Iterator[str]:
     """One line for each event of a bundle that is not what was written, as far as their hashes tell."""
     with open_recording(home) as recording:
-        last = chain.NONE
-        for row in store.raw_events(recording.journal):
-            seq, kept = int(row["seq"]), chain.digest(row["hash"])
-            noted = found.before.get(seq)
-            if noted is None and seq != last.seq + 1:
-                yield f"no event before {seq} is there, and no hash of it"
-            elif chain.link(last.hash if noted is None else bytes.fromhex(noted), row) != kept:
-                yield f"event {seq} is not what was written"
-            last = chain.Head(seq, kept)
+        for _, _, problem in chain.walk(store.raw_events(recording.journal), found.before):
+            if problem is not None:
+                yield problem
 
 
 # A body, what it is of a job, and how it is compressed.
