@@ -113,7 +113,7 @@ FIRST_PROBLEM_CHARACTERS = 300
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
 
-# Events that `tink db move` copies in one go.
+# Events that `tink db move` and `tink export` copy in one go.
 COPY_EVENTS = 2_000
 # Pages of a file that `tink db backup` copies in one go: a megabyte or so. And how often it looks for a
 # moment at which no body was being deleted.
@@ -342,8 +342,7 @@ MAX_TRAINER_BODY = MAX_TRAINING_BODY + 64 * 1024
 
 # -- tink replay ------------------------------------------------------------------------------------
 
-# Events that are written into a bundle in one go, and how hard it is compressed.
-BUNDLE_BATCH = 5_000
+# How hard a bundle is compressed.
 BUNDLE_LEVEL = 10
 # Of each table: a long screen.
 STATE_ROWS = 50

@@ -96,7 +96,7 @@ def test_each_event_has_the_hash_that_it_had_in_its_journal(file: Path) -> None:
     [
         ("UPDATE events SET data = json_set(data, '$.run_ms', 0.5) WHERE seq = {seq}", "is not what was"),
         ("UPDATE events SET tenant = 'other' WHERE seq = {seq}", "is not what was"),
-        ("DELETE FROM events WHERE seq = {seq}", "no event before"),
+        ("DELETE FROM events WHERE seq = {seq}", "no events from"),
     ],
 )
 def test_an_event_that_was_changed_in_it_is_named(file: Path, change: str, told: str) -> None:

@@ -18,7 +18,7 @@ import trio
 
 from tink.actors.books import JobBooks
 from tink.actors.jobs import Jobs
-from tink.actors.trainer_link import TrainerLink
+from tink.actors.link import Link
 from tink.domain import rows
 from tink.domain.requests import DATA_OPS
 from tink.errors import BackendError, UserError
@@ -41,7 +41,7 @@ class Ahead:
     """`run` ships the bodies of the jobs that are coming, one at a time and each once; `take` is what a job
     that begins finds done for it."""
 
-    def __init__(self, journal: JobBooks, link: TrainerLink, jobs: Jobs, world: World) -> None:
+    def __init__(self, journal: JobBooks, link: Link, jobs: Jobs, world: World) -> None:
         self._journal, self._link, self._jobs, self._world = journal, link, jobs, world
         # By job; None: it is on its way, or could not be shipped.
         self._shipped: dict[str, Shipped | None] = {}

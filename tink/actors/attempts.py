@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from tink import crash
 from tink.actors.backoff import Backoff
-from tink.actors.trainer_link import Life, TrainerLink
+from tink.actors.link import Life, Link
 from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import rows
 from tink.errors import BackendError
@@ -20,7 +20,7 @@ class Attempts:
     the next one. From the second on the job is out alone, so that only its own death counts."""
 
     def __init__(
-        self, link: TrainerLink, job: rows.Job, begin: Callable[[], Awaitable[None]], *, most: int
+        self, link: Link, job: rows.Job, begin: Callable[[], Awaitable[None]], *, most: int
     ) -> None:
         self._link, self._job, self._begin, self._most = link, job, begin, most
         self._begun_in: str | None = None

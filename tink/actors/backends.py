@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tink.actors.link import Link
 from tink.actors.pool import VLLMPool
-from tink.actors.trainer_link import TrainerLink
 
 
 class Base(NamedTuple):
@@ -23,7 +23,7 @@ class Backends:
     """Models are made on what the trainer serves; without one, what vLLM serves is all there is. One of
     them is not None."""
 
-    def __init__(self, link: TrainerLink | None, pool: VLLMPool | None) -> None:
+    def __init__(self, link: Link | None, pool: VLLMPool | None) -> None:
         self._link, self._pool = link, pool
         self._replicas = [] if pool is None else pool.replicas
 

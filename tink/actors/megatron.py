@@ -27,9 +27,9 @@ from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.books import JobBooks
 from tink.actors.jobs import INTERNAL, Jobs, Release, Settle, append_end, run_to_end
+from tink.actors.link import Life, Link
 from tink.actors.redo import Redo
 from tink.actors.snapshots import Snapshots
-from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import plans, rows
 from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
@@ -51,7 +51,7 @@ class MegatronActor:
         self,
         jobs: Jobs,
         journal: JobBooks,
-        link: TrainerLink,
+        link: Link,
         settle: Settle,
         release: Release,
         snapshots: Snapshots,

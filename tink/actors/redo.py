@@ -9,8 +9,8 @@ import structlog
 
 from tink import crash
 from tink.actors.books import JobBooks
+from tink.actors.link import Life
 from tink.actors.snapshots import Snapshots
-from tink.actors.trainer_link import Life
 from tink.backends.trainer import TrainerRefused
 from tink.domain import plans, rows
 from tink.domain.events import Diverged, Redone, Subject

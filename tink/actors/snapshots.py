@@ -15,13 +15,13 @@ import trio
 
 from tink import crash
 from tink.actors.artifacts import ArtifactFolder
-from tink.actors.trainer_link import Life
+from tink.actors.books import Books
+from tink.actors.link import Life
 from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import ids, rows
 from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
 from tink.errors import BackendError
 from tink.journal import queries
-from tink.journal.journal import Journal
 from tink.limits import SNAPSHOTS_KEPT
 from tink.wire.tink_train import RestoreRequest, SnapshotRequest
 
@@ -31,7 +31,7 @@ log = structlog.get_logger()
 class Snapshots:
     """`seconds`: how long a redo may get, as the operations ran the first time."""
 
-    def __init__(self, journal: Journal, folder: ArtifactFolder, *, seconds: float) -> None:
+    def __init__(self, journal: Books, folder: ArtifactFolder, *, seconds: float) -> None:
         self._journal, self._folder = journal, folder
         self._limit_ms = seconds * 1000
         self._redo_ms: dict[str, float] = {}

@@ -1,26 +1,23 @@
-"""The link to the training server: is one there, which life of it is this, and what has it applied.
-
-The actors that send it work hold a `Life` and give it up when a call fails; `life()` waits until the
-server answers again, as the same incarnation or as a new one.
-"""
+"""Keeps the link to the training server: looks whether one is there, begins a life with it, and has it
+replaced when it hangs or contradicts the journal."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 import structlog
 import trio
 
 from tink.actors.backoff import Backoff
+from tink.actors.exposures import Exposures
+from tink.actors.link import Life, Link
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import TrainerClient, TrainerGone, TrainerRefused
-from tink.domain import rows
 from tink.domain.events import Subject, TrainerStarted
-from tink.errors import BackendError, StartupError
+from tink.errors import StartupError
 from tink.journal.journal import Journal
-from tink.limits import BEAT_SECONDS, HOLD_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
+from tink.limits import BEAT_SECONDS, IDLE_SECONDS, LOADING_SECONDS, WRONG_ANSWERS
 from tink.wire import tink_train
 from tink.world import World
 
@@ -32,138 +29,43 @@ log = structlog.get_logger()
 Find = Callable[[str | None], Awaitable[Endpoint]]
 
 
-@dataclass
-class Life:
-    """One incarnation of the server. `applied`: model -> last op_no, for the models that it holds."""
-
-    client: TrainerClient
-    info: tink_train.Info
-    lease: int
-    applied: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def incarnation(self) -> str:
-        return self.info.incarnation
-
-    def require_training(self) -> None:
-        """Raises BackendError of a server that only samples."""
-        if not self.info.trains:
-            raise BackendError(
-                f"the server at {self.client.url} is a plain {self.info.engine}, which only samples: "
-                "training needs `tink trainer --engine megatron` in its place"
-            )
-
-    def request(self, job: rows.Job, op_no: int, op: tink_train.Op) -> tink_train.OpRequest:
-        return tink_train.OpRequest(
-            incarnation=self.incarnation,
-            lease=self.lease,
-            model_id=str(job.model_id),
-            op_no=op_no,
-            job_id=job.job_id,
-            op=op,
-            # A model's lane is serial: what came before this op has its terminal event.
-            acked=op_no - 1,
-            wait=HOLD_SECONDS,
-        )
-
-
-class TrainerLink:
+class TrainerLink(Link):
     """An actor: `run()` keeps the link, everything else reads it."""
 
     def __init__(
         self, find: Find, journal: Journal, world: World, *, slots: int, hang_seconds: float
     ) -> None:
         """`hang_seconds`: an operation without progress for so long is taken for hung; 0: none is."""
+        # What the journal says of the last server, if models of its are there: they bind the home to it.
+        super().__init__(journal.last_trainer)
         self._find, self._journal, self._world, self._slots = find, journal, world, slots
         self._hang_seconds = hang_seconds
-        self._life: Life | None = None
-        self._arrived = trio.Event()
         self._arrived_once = False
         self._look = trio.Event()
         self._backoff = Backoff()
         self._unfit: str | None = None
         self._why_unfit = ""
         self._failures = 0  # to begin a life, in a row
-        self._told: str | None = None  # why the server is lost
         self._idle: set[str] = set()  # jobs whose operations were told of
-        # What the journal says of the last server, if models of its are there: they bind the home to it.
-        self._served = journal.last_trainer
-        self._exposures = trio.Condition()
-        self._exposed, self._suspects, self._alone = 0, 0, False
-
-    async def life(self) -> Life:
-        """The server's present life; waits for one as long as it takes."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while self._life is None:
-            await self._arrived.wait()
-        return self._life
-
-    async def served(self) -> TrainerStarted:
-        """What the server serves, as far as is known: a server that is away for a while comes back with
-        the same. Waits only if there never was one."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while self._served is None:
-            await self.life()
-        return self._served
-
-    @property
-    def known(self) -> TrainerStarted | None:
-        """The same, without waiting."""
-        return self._served
+        self._exposures = Exposures()
 
     def is_new(self, life: Life) -> bool:
-        """Whether it began after this worker: what a former one was running did not survive in it."""
         before = self._journal.last_trainer
         return before is None or before.incarnation != life.incarnation
 
-    @asynccontextmanager
-    async def exposure(self, *, alone: bool) -> AsyncIterator[None]:
-        """Around a call that may be the server's death. `alone`: no other call is out meanwhile; others
-        wait until it had its turn, or it would never have one."""
-        async with self._exposures:
-            self._suspects += alone
-            try:
-                while self._alone or (self._exposed if alone else self._suspects):
-                    await self._exposures.wait()
-            finally:
-                self._suspects -= alone
-                self._exposures.notify_all()
-            self._alone = alone
-            self._exposed += 1
-        try:
-            yield
-        finally:
-            with trio.CancelScope(shield=True):
-                async with self._exposures:
-                    self._exposed -= 1
-                    self._alone = False
-                    self._exposures.notify_all()
+    def exposure(self, *, alone: bool) -> AbstractAsyncContextManager[None]:
+        return self._exposures.one(alone=alone)
 
     def lost(self, life: Life) -> None:
-        """A call of this life failed: no more of it until the server has answered again."""
         if self._life is life:
             self._life = None
             self._arrived = trio.Event()
             self._look.set()
 
     def replace(self, life: Life, reason: str) -> None:
-        """This life cannot be used any more, though it answers: another server takes its place."""
         if self._life is not None and self._life.incarnation == life.incarnation:
             self._condemn(life.incarnation, reason)
             self.lost(self._life)
-
-    @property
-    def present(self) -> Life | None:
-        """The life of now, if there is one."""
-        return self._life
-
-    @property
-    def state(self) -> str:
-        """For people: `ready`, or why it is waited for."""
-        if self._life is not None:
-            info = self._life.info
-            return "ready" if info.trains else f"ready: a plain {info.engine}, which only samples"
-        return f"awaited: {self._told}" if self._told else "awaited"
 
     async def run(self) -> None:
         """Keeps the link for ever. StartupError if the first server cannot be had at all: then it is the

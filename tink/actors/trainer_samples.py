@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from tink.actors.attempts import Attempts
-from tink.actors.trainer_link import TrainerLink
+from tink.actors.link import Link
 from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import rows
 from tink.domain.events import JobStarted
@@ -22,7 +22,7 @@ class TrainerSamples:
 
     slots = SAMPLE_SLOTS
 
-    def __init__(self, journal: Journal, link: TrainerLink, world: World, *, max_attempts: int) -> None:
+    def __init__(self, journal: Journal, link: Link, world: World, *, max_attempts: int) -> None:
         self._journal, self._link, self._world = journal, link, world
         self._max_attempts = max_attempts
 

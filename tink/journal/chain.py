@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -81,17 +81,34 @@ def head(connection: Connection) -> Head:
     table = schema.events
     query = select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1)
     row = connection.execute(query).one_or_none()
-    return NONE if row is None else Head(row.seq, digest(row.hash))
+    return NONE if row is None else Head(row.seq, _digest(row.hash))
 
 
 def hash_of(connection: Connection, seq: int) -> bytes:
     table = schema.events
-    return digest(connection.execute(select(table.c.hash).where(table.c.seq == seq)).scalar())
+    return _digest(connection.execute(select(table.c.hash).where(table.c.seq == seq)).scalar())
 
 
-def digest(kept: Any) -> bytes:
+def _digest(kept: Any) -> bytes:
     """What a row has as its hash; nothing if that is none."""
     return kept if isinstance(kept, bytes) else b""
+
+
+def walk(
+    events: Iterable[Mapping[str, Any]], before: Mapping[int, str] | None = None
+) -> Iterator[tuple[Mapping[str, Any], Head, str | None]]:
+    """Each event with its head, and why it cannot follow the one before it; None if it can. `before`: for
+    those whose predecessors were left out on purpose, by their numbers, the predecessors' hashes (hex)."""
+    last, left_out = NONE, before or {}
+    for row in events:
+        seq, kept, problem = int(row["seq"]), _digest(row["hash"]), None
+        noted = left_out.get(seq)
+        if noted is None and seq != last.seq + 1:
+            problem = f"no events from {last.seq + 1} to {seq - 1}"
+        elif link(last.hash if noted is None else bytes.fromhex(noted), row) != kept or not _is_plain(row):
+            problem = f"event {seq} is not what was written behind event {seq - 1}"
+        last = Head(seq, kept)
+        yield row, last, problem
 
 
 def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
@@ -106,17 +123,14 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     found = False
     try:
         with connection.execute(query, execution_options={"yield_per": SCANNED_ROWS}) as read:
-            for row in map(dict, read.mappings()):
-                seq, kept = int(row["seq"]), digest(row["hash"])
-                if seq != last.seq + 1:
-                    yield f"no events from {last.seq + 1} to {seq - 1}"
-                elif link(last.hash, row) != kept or not _is_plain(row):
-                    yield f"event {seq} is not what was written behind event {last.seq}"
-                if noted is not None and seq == noted.seq:
+            for _, last, problem in walk(map(dict, read.mappings())):
+                if problem is not None:
+                    yield problem
+                if noted is not None and last.seq == noted.seq:
                     found = True
-                    if kept != noted.hash:
-                        yield f"event {seq} has the hash {kept.hex()}, not the noted {noted.hash.hex()}"
-                last = Head(seq, kept)
+                    if last != noted:
+                        kept, wanted = last.hash.hex(), noted.hash.hex()
+                        yield f"event {last.seq} has the hash {kept}, not the noted {wanted}"
     except UNREADABLE as error:
         yield f"an event behind {last.seq} cannot be read: {error}"
     if noted is not None and not found:

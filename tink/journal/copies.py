@@ -1,5 +1,6 @@
 """A journal copied into another database, event for event and with its hashes, and held against the one
-that it was copied from. The tables are made anew from the events: they are nothing else. All of it blocks.
+that it was copied from; or a part of it. The tables are made anew from the events: they are nothing else.
+All of it blocks.
 """
 
 from __future__ import annotations
@@ -7,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,9 +19,11 @@ from tink.domain.events import Record, Subject
 from tink.domain.ledger import Ledger, fold
 from tink.domain.projection import project
 from tink.errors import UNREADABLE, JournalUnavailable, StartupError
+from tink.home import Home
 from tink.journal import chain, schema, store
 from tink.journal.bodies import Stored, oldest
 from tink.journal.database import Database, database_errors, upsert
+from tink.journal.sqlite import writer_engine
 from tink.limits import COPY_EVENTS, FIRST_PROBLEM_CHARACTERS
 
 # What is told as it goes on: so many more events, or bodies.
@@ -76,13 +81,11 @@ def verify_events(target: Connection, into: Database, expected: chain.Head, adva
 
     def records() -> Iterator[Record]:
         nonlocal last
-        for row in store.raw_events(target):
-            seq, kept = int(row["seq"]), bytes(row["hash"] or b"")
-            if seq != last.seq + 1 or chain.link(last.hash, row) != kept:
-                raise LookupError(f"event {seq} is not what was written behind event {last.seq}")
-            last = chain.Head(seq, kept)
+        for row, last, problem in chain.walk(store.raw_events(target)):
+            if problem is not None:
+                raise LookupError(problem)
             yield store.decoded(row)
-            if seq % COPY_EVENTS == 0:
+            if last.seq % COPY_EVENTS == 0:
                 advance(COPY_EVENTS)
 
     try:
@@ -177,3 +180,46 @@ def _counted(found: Bodies, page: _Page) -> Bodies:
     for one, _ in page:
         mark ^= int.from_bytes(hashlib.sha256(repr(tuple(one)).encode()).digest(), "big")
     return Bodies(found.number + len(page), found.size + sum(one.size for one, _ in page), mark)
+
+
+# -- a part -----------------------------------------------------------------------------------------
+
+
+class Part:
+    """Made by `write_part`."""
+
+    def __init__(self, journal: Connection, bodies: Connection) -> None:
+        self._journal, self._bodies = journal, bodies
+
+    def events(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows of `raw_events`, in order. LookupError for one that is damaged."""
+        for batch in _batches(rows):
+            store.put(self._journal, batch)
+
+    def bodies(self, contents: Iterable[tuple[str, bytes]]) -> None:
+        """With their names."""
+        for digest, content in contents:
+            row = {"sha256": digest, "size": len(content), "stored_at": 0.0, "content": content}
+            self._bodies.execute(insert(schema.bodies), [row])
+
+
+@contextmanager
+def write_part(home: Home) -> Iterator[Part]:
+    """Some of a journal's events and bodies, in the files of a home that has none yet. They are there once
+    this has been left."""
+    with _written(home.journal) as journal, _written(home.bodies) as bodies:
+        yield Part(journal, bodies)
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[Connection]:
+    engine = writer_engine(file)
+    try:
+        with engine.connect() as connection:
+            # Rows may go back to others that are not in the part.
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            connection.commit()
+            with connection.begin():
+                yield connection
+    finally:
+        engine.dispose()

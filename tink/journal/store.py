@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -83,12 +83,12 @@ def put(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
     _project(connection, map(decoded, events))
 
 
-def decoded(row: dict[str, Any]) -> Record:
+def decoded(row: Mapping[str, Any]) -> Record:
     """What a row of `raw_events` says. LookupError if it is damaged."""
     return _record([*_head(row), *(row[name] for name in _SUBJECT)])
 
 
-def _head(row: dict[str, Any]) -> Iterator[Any]:
+def _head(row: Mapping[str, Any]) -> Iterator[Any]:
     yield from (row[name] for name in ("seq", "at", "incarnation", "kind"))
     yield msgspec.json.encode(row["data"])
 

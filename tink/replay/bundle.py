@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 import zstandard
-from sqlalchemy import insert
 
 import tink
 from tink import manifest
@@ -25,12 +24,11 @@ from tink.domain.events import JobAccepted, TrainerStarted
 from tink.domain.requests import OpName
 from tink.errors import UNREADABLE, StartupError, UserError
 from tink.home import Home
-from tink.journal import chain, queries, revisions, schema, store
+from tink.journal import chain, copies, queries, revisions, store
 from tink.journal.bodies import decompressed
 from tink.journal.journal import prepare
 from tink.journal.recording import Recording, open_recording
-from tink.journal.sqlite import writer_engine
-from tink.limits import BUNDLE_BATCH, BUNDLE_LEVEL
+from tink.limits import BUNDLE_LEVEL
 from tink.replay.shapes import Part, shape
 
 FORMAT = "tink-bundle/1"
@@ -91,12 +89,14 @@ def _write(
     made = Home(scratch / "home")
     made.make()
     prepare(made)
-    before, count, named = _copy_events(recording, made, model_id)
-    stored = recording.stored(named)
-    if redact:
-        _write_shapes(recording, made, {digest: named[digest] for digest in sorted(stored)})
-    else:
-        _copy_bodies(recording, made, sorted(stored))
+    events = _Events(recording, model_id)
+    with copies.write_part(made) as part:
+        part.events(events)
+        stored = sorted(recording.stored(events.named))
+        if redact:
+            _write_shapes(recording, made, {digest: events.named[digest] for digest in stored})
+        else:
+            part.bodies((digest, recording.body(digest)) for digest in stored)
     directories = _directories(recording, artifacts, model_id)
     about = About(
         format=FORMAT,
@@ -106,12 +106,12 @@ def _write(
         exported_at=now,
         head=str(chain.head(recording.journal)),
         redacted=redact,
-        events=count,
+        events=events.count,
         bodies=len(stored),
-        pruned=len(named) - len(stored),
+        pruned=len(events.named) - len(stored),
         directories=directories,
         trainer=store.last_trainer(recording.journal),
-        before=before,
+        before=events.before,
     )
     encoded = msgspec.json.format(msgspec.json.encode(about), indent=1)
     made.bundle.write_bytes(encoded + b"\n")
@@ -157,56 +157,40 @@ def about(home: Home) -> About | None:
 def broken(home: Home, found: About) -> Iterator[str]:
     """One line for each event of a bundle that is not what was written, as far as their hashes tell."""
     with open_recording(home) as recording:
-        last = chain.NONE
-        for row in store.raw_events(recording.journal):
-            seq, kept = int(row["seq"]), chain.digest(row["hash"])
-            noted = found.before.get(seq)
-            if noted is None and seq != last.seq + 1:
-                yield f"no event before {seq} is there, and no hash of it"
-            elif chain.link(last.hash if noted is None else bytes.fromhex(noted), row) != kept:
-                yield f"event {seq} is not what was written"
-            last = chain.Head(seq, kept)
+        for _, _, problem in chain.walk(store.raw_events(recording.journal), found.before):
+            if problem is not None:
+                yield problem
 
 
 # A body, what it is of a job, and how it is compressed.
 Named = dict[str, tuple[OpName, Part, str]]
 
 
-def _copy_events(recording: Recording, made: Home, model_id: str) -> tuple[dict[int, str], int, Named]:
-    """Returns the hashes of left-out predecessors, how many events there are, and the bodies they name."""
-    before: dict[int, str] = {}
-    named: Named = {}
-    ops: dict[str, OpName] = {}
-    count = last = 0
-    batch: list[dict[str, Any]] = []
-    engine = writer_engine(made.journal)
-    try:
-        with engine.connect() as connection:
-            # A sampler's session may be another than the model's, and is left out.
-            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-            connection.commit()
-            with connection.begin():
-                for row in store.raw_events(recording.journal, model=model_id):
-                    if row["seq"] != last + 1:
-                        before[row["seq"]] = chain.hash_of(recording.journal, row["seq"] - 1).hex()
-                    last = row["seq"]
-                    count += 1
-                    event, job_id = store.decoded(row).event, row["job_id"]
-                    if isinstance(event, JobAccepted):
-                        ops[job_id] = event.op
-                    for name, part in PARTS.items():
-                        digest: str | None = getattr(event, name, None)
-                        if digest is not None:
-                            named[digest] = ops[job_id], part, getattr(event, "codec", "identity")
-                    batch.append(row)
-                    if len(batch) == BUNDLE_BATCH:
-                        store.put(connection, batch)
-                        batch = []
-                if batch:
-                    store.put(connection, batch)
-    finally:
-        engine.dispose()
-    return before, count, named
+class _Events:
+    """A model's, with what is to be known of them once all were read: how many there are, the hashes of
+    predecessors that are left out, and the bodies that they name."""
+
+    def __init__(self, recording: Recording, model_id: str) -> None:
+        self._recording, self._model_id = recording, model_id
+        self.count = 0
+        self.before: dict[int, str] = {}
+        self.named: Named = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        last, ops = 0, dict[str, OpName]()
+        for row in store.raw_events(self._recording.journal, model=self._model_id):
+            if row["seq"] != last + 1:
+                self.before[row["seq"]] = chain.hash_of(self._recording.journal, row["seq"] - 1).hex()
+            last = row["seq"]
+            self.count += 1
+            event, job_id = store.decoded(row).event, row["job_id"]
+            if isinstance(event, JobAccepted):
+                ops[job_id] = event.op
+            for name, part in PARTS.items():
+                digest: str | None = getattr(event, name, None)
+                if digest is not None:
+                    self.named[digest] = ops[job_id], part, getattr(event, "codec", "identity")
+            yield row
 
 
 def _write_shapes(recording: Recording, made: Home, named: Named) -> None:
@@ -215,18 +199,6 @@ def _write_shapes(recording: Recording, made: Home, named: Named) -> None:
             content = decompressed(recording.body(digest), codec)
             found = {"sha256": digest, "op": op, "part": part, "bytes": len(content)}
             file.write(msgspec.json.encode({**found, "shape": shape(content, op, part)}) + b"\n")
-
-
-def _copy_bodies(recording: Recording, made: Home, digests: list[str]) -> None:
-    engine = writer_engine(made.bodies)
-    try:
-        with engine.begin() as connection:
-            for digest in digests:
-                content = recording.body(digest)
-                row = {"sha256": digest, "size": len(content), "stored_at": 0.0, "content": content}
-                connection.execute(insert(schema.bodies), [row])
-    finally:
-        engine.dispose()
 
 
 def _directories(recording: Recording, artifacts: Path, model_id: str) -> list[str]:

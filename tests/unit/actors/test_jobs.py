@@ -8,8 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tink.actors.exposures import Exposures
 from tink.actors.jobs import Jobs
-from tink.actors.trainer_link import TrainerLink
 
 
 class Runs:
@@ -108,15 +108,13 @@ async def test_after_a_crash_the_same_jobs_can_be_run_again(autojump_clock: Mock
 
 
 async def test_a_suspect_gets_its_turn_however_busy_the_others_are(autojump_clock: MockClock) -> None:
-    link = TrainerLink.__new__(TrainerLink)
-    link._exposures = trio.Condition()
-    link._exposed, link._suspects, link._alone = 0, 0, False
+    exposures = Exposures()
     out: set[int] = set()
 
     async def neighbour(number: int) -> None:
         await trio.sleep(0.5 * number)
         while True:
-            async with link.exposure(alone=False):
+            async with exposures.one(alone=False):
                 out.add(number)
                 await trio.sleep(1.0)
                 out.discard(number)
@@ -128,10 +126,10 @@ async def test_a_suspect_gets_its_turn_however_busy_the_others_are(autojump_cloc
         await trio.sleep(10.0)
         for _ in range(5):
             with trio.move_on_after(0.3):  # one that gives up leaves nothing behind
-                async with link.exposure(alone=True):
+                async with exposures.one(alone=True):
                     pass
             with trio.fail_after(2.0):
-                async with link.exposure(alone=True):
+                async with exposures.one(alone=True):
                     assert out == set()
                     await trio.sleep(1.0)
                     assert out == set()

@@ -11,8 +11,8 @@ import trio
 
 from tink.actors.backends import Backends, Base
 from tink.actors.books import Books
+from tink.actors.link import Life, Link
 from tink.actors.snapshots import Snapshots
-from tink.actors.trainer_link import Life, TrainerLink
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.domain.events import (
@@ -136,16 +136,14 @@ class RecordedLife(Life):
         super().require_training()
 
 
-class RecordedLink(TrainerLink):
+class RecordedLink(Link):
     """Always there, once the record has named a server. After a life that is lost the next one comes at
     once."""
 
     def __init__(self, calls: Calls, max_rank: int) -> None:
+        super().__init__(None)
         self._calls, self._max_rank, self._lives = calls, max_rank, 0
-        self._life: RecordedLife | None = None
         self._applied: dict[str, int] = {}  # no redo is ever needed
-        self._served: TrainerStarted | None = None
-        self._arrived = trio.Event()
 
     def serve(self, server: TrainerStarted | None) -> None:
         self._served = server
@@ -174,7 +172,7 @@ class RecordedLink(TrainerLink):
     def expect(self, job: rows.Job, op_no: int, refusal: str | None) -> None:
         """A job of a model is about to begin, which the server has up to `op_no`."""
         self._applied[str(job.model_id)] = max(op_no, 1)
-        if self._life is not None:
+        if isinstance(self._life, RecordedLife):
             self._life.refusal = refusal
 
     def is_new(self, life: Life) -> bool:
@@ -243,11 +241,5 @@ class RecordedBackends(Backends):
 class RecordedSnapshots(Snapshots):
     """When one is taken is not replayed."""
 
-    def __init__(self) -> None:
-        pass
-
     async def consider(self, life: Life | None, job: rows.Job) -> None:
         await trio.lowlevel.checkpoint()
-
-    def forget(self, model_id: str) -> None:
-        """Nothing is held of it."""

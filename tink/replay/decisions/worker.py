@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -88,7 +89,7 @@ class RecordedWorker:
             self.link,
             self.router.settle,
             self.router.release,
-            RecordedSnapshots(),
+            RecordedSnapshots(journal, folder, seconds=math.inf),
             folder,
             world,
             alpha=settings.alpha,
