@@ -2,9 +2,13 @@
 the journal has it (`idle_ms`), with bodies sent ahead. The baseline is a server that keeps none: every
 operation carries its own.
 
-A real worker without its HTTP side; a real training server in another process, over loopback, and in
-it an engine that only waits `--op-ms` for each operation. All jobs are there before the first one runs.
-"""
+A real worker without its HTTP side; a real training server in another process, over loopback, and in it an
+engine that only waits `--op-ms` for each operation. All jobs are there before the first one runs.
+
+Then a client that is one step ahead (forward_backward and optim_step of `--step-ms` each, the next step
+sent when the one before the last has ended): the trainer's idle time between two of its operations. And
+eight models whose jobs are all there: of the jobs that have ended when half of them have, the least of a
+model against the most."""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ import argparse
 import json
 import os
 import tempfile
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import msgspec
@@ -23,7 +28,7 @@ import trio
 
 from tests.bench import still
 from tests.bench.figures import Figure
-from tests.processes import Serving, serving
+from tests.processes import serving
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.backends.endpoint import ExternalEndpoint
@@ -42,6 +47,10 @@ TENANT = "bench"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=12, help="forward_backward jobs of a round (12)")
     parser.add_argument("--op-ms", type=float, default=400.0, help="what each takes in the engine (400)")
+    parser.add_argument("--steps", type=int, default=40, help="of the client that is one step ahead (40)")
+    parser.add_argument(
+        "--step-ms", type=float, default=20.0, help="what each of its operations takes (20)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="rounds of each, in turn (2)")
 
 
@@ -59,15 +68,18 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
             yield Figure(
                 f"idle_{name}_{models}_model{'s'[: models > 1]}", median(ahead), "ms", median(carried)
             )
+    ahead = [idle for _ in range(arguments.rounds) for idle in trio.run(one_ahead, arguments)]
+    yield Figure("idle_one_step_ahead_p50", median(ahead), "ms")
+    yield Figure("idle_one_step_ahead_p95", quantiles(ahead, n=20)[18], "ms")
+    yield Figure("fairness_8_models", median(trio.run(fairness, arguments) for _ in range(3)), "least/most")
 
 
 async def measure(arguments: argparse.Namespace, size: int, models: int, bodies: bool) -> list[float]:
     """`idle_ms` of each job but the first."""
     with (
         tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
-        _server(Path(name), arguments.op_ms / 1000, bodies) as server,
+        _server(Path(name), arguments.op_ms / 1000, bodies) as url,
     ):
-        url = f"http://127.0.0.1:{json.loads(server.said)['port']}"
         async with _worker(Path(name) / "home", url) as (journal, router):
             created: messages.Created = await router.ask(messages.CreateSession(TENANT))
             made = [await _create(router, created.id, number) for number in range(models)]
@@ -80,6 +92,61 @@ async def measure(arguments: argparse.Namespace, size: int, models: int, bodies:
             ended = [await journal.job(job_id) for job_id in promises if not job_id.endswith(":1")]
     assert all(job is not None and job.state == "done" for job in ended)
     return [job.idle_ms for job in ended if job is not None and job.idle_ms is not None]
+
+
+async def one_ahead(arguments: argparse.Namespace) -> list[float]:
+    """`idle_ms` of each operation but those of the first two steps."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
+        _server(Path(name), arguments.step_ms / 1000, True) as url,
+    ):
+        async with _worker(Path(name) / "home", url) as (journal, router):
+            created: messages.Created = await router.ask(messages.CreateSession(TENANT))
+            model = await _create(router, created.id, 0)
+            sent: deque[list[str]] = deque()
+            jobs = []
+            for step in range(arguments.steps):
+                if len(sent) == 2:
+                    jobs += (done := sent.popleft())
+                    for job_id in done:
+                        await router.ask(messages.AwaitOutcome(TENANT, job_id))
+                adam = msgspec.json.encode({"model_id": model, "adam_params": {"learning_rate": 1e-4}})
+                sent.append(
+                    [
+                        await _submit(router, model, 2 * step + 1, os.urandom(100_000)),
+                        await _submit(router, model, 2 * step + 2, adam, "optim_step"),
+                    ]
+                )
+            ended = [await journal.job(job_id) for job_id in jobs[4:]]
+    return [job.idle_ms for job in ended if job is not None and job.idle_ms is not None]
+
+
+async def fairness(arguments: argparse.Namespace) -> float:
+    """Of eight models: jobs of the one that has had least, against the one that has had most."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
+        _server(Path(name), arguments.step_ms / 1000, True) as url,
+    ):
+        async with _worker(Path(name) / "home", url) as (_, router):
+            created: messages.Created = await router.ask(messages.CreateSession(TENANT))
+            made = [await _create(router, created.id, number) for number in range(8)]
+            # The first ones come last: until then the lanes wait for them.
+            order = [(seq, model) for seq in range(arguments.jobs, 0, -1) for model in made]
+            promises = [await _submit(router, model, seq, os.urandom(1000)) for seq, model in order]
+            ended: Counter[str] = Counter()
+            half = trio.Event()
+
+            async def wait(job_id: str) -> None:
+                await router.ask(messages.AwaitOutcome(TENANT, job_id))
+                if not half.is_set():
+                    ended[job_id.rpartition(":")[0]] += 1
+                    if ended.total() == len(promises) // 2:
+                        half.set()
+
+            async with trio.open_nursery() as nursery:
+                for job_id in promises:
+                    nursery.start_soon(wait, job_id)
+    return min(ended[model] for model in made) / max(ended.values())
 
 
 async def _create(router: Router, session_id: str, number: int) -> str:
@@ -124,9 +191,11 @@ async def _worker(folder: Path, url: str) -> AsyncIterator[tuple[Journal, Router
         yield journal, router
 
 
-def _server(folder: Path, seconds: float, bodies: bool) -> AbstractContextManager[Serving]:
+@contextmanager
+def _server(folder: Path, seconds: float, bodies: bool) -> Iterator[str]:
+    """Its URL."""
     folder = folder / "trainer"
     folder.mkdir()
-    return serving(
-        "tests.bench.still", folder / "ready.json", str(seconds), *([] if bodies else ["--no-bodies"])
-    )
+    options = [] if bodies else ["--no-bodies"]
+    with serving("tests.bench.still", folder / "ready.json", str(seconds), *options) as server:
+        yield f"http://127.0.0.1:{json.loads(server.said)['port']}"

@@ -13,7 +13,7 @@ from typing import Any
 from tink.trainer import build, process, trainer
 from tink.trainer.engines.interface import Facts
 from tink.trainer.options import Options
-from tink.wire.tink_train import CreateModel, ForwardBackward, ModelInfo, OpResult
+from tink.wire.tink_train import CreateModel, ForwardBackward, ModelInfo, OpResult, OptimStep
 
 MODEL = "bench/still"
 
@@ -33,6 +33,10 @@ class Still:
         """A result as long as a real one is: of 16 bytes for a token, 4 come back."""
         time.sleep(self._seconds)
         return OpResult(body=op.body[: len(op.body) // 4], loss=1.0, tokens=len(op.body) // 16)
+
+    def optim_step(self, model_id: str, op: OptimStep) -> dict[str, float]:
+        time.sleep(self._seconds)
+        return {"grad_norm": 1.0}
 
 
 def main(ready_file: Path, seconds: float, bodies: bool) -> int:
