@@ -27,6 +27,7 @@ from tests.bench import (
     rerun,
     samples,
     sampling,
+    trainer,
 )
 
 BENCHES: dict[str, ModuleType] = {
@@ -43,6 +44,7 @@ BENCHES: dict[str, ModuleType] = {
     "rerun": rerun,
     "samples": samples,
     "sampling": sampling,
+    "trainer": trainer,
 }
 
 

@@ -7,6 +7,7 @@ stdout.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,8 @@ def peft(shape: Shape, directory: Path) -> dict[str, float]:
 
     seconds = timed(step, 3, 10)
     memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
-    return {"tokens_per_second": shape.tokens / seconds, "memory_gib": memory}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return {"tokens_per_second": shape.tokens / seconds, "memory_gib": memory, "resident_mb": resident}
 
 
 def main() -> None:
