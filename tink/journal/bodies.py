@@ -136,7 +136,7 @@ class BodyStore:
         hot = self._recent.get(digest)
         if hot is not None:
             self._recent.move_to_end(digest)
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
             return hot
 
         try:

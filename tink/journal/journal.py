@@ -149,7 +149,7 @@ class Journal:
         """A job by its id, open or ended, or None."""
         hot = self.present.job(job_id)
         if hot is not None or self.present.has_no_job(job_id):
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
             return hot
         return await self.read(partial(queries.job, job_id=job_id))
 
@@ -166,7 +166,7 @@ class Journal:
         """An adapter version. LookupError if there is none."""
         hot = self.ledger.adapters.get((adapter_id,))
         if hot is not None:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
             return hot
         found = await self.read(partial(queries.adapter, adapter_id=adapter_id))
         if found is None:
@@ -189,7 +189,7 @@ class Journal:
         """The event that accepted a job: it holds the request of a command."""
         hot = self.present.acceptance(job.job_id)
         if hot is not None:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
             return hot
         return await self.read(partial(store.acceptance, job=job))
 
