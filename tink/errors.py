@@ -100,18 +100,31 @@ class BackendError(TinkError):
 class JournalUnavailable(TinkError):
     """The journal's database could not commit. The worker stops: after a failed commit only a
     restart can tell what is on disk. What was acknowledged is safe; an unanswered request may or
-    may not have been accepted, and sending it again is harmless."""
+    may not have been accepted, and sending it again is harmless. `may_pass`: it may be over in a moment
+    with nothing done here, so that whoever can wait tries again."""
 
     status = 503
 
+    def __init__(self, text: str, *, may_pass: bool = False) -> None:
+        super().__init__(text)
+        self.may_pass = may_pass
+
 
 class StartupError(TinkError):
-    """Tink cannot start with this configuration. The text names the setting and the remedy."""
+    """Tink cannot start with this configuration. The text names the setting and the remedy. `may_pass`:
+    as of JournalUnavailable."""
+
+    def __init__(self, text: str, *, may_pass: bool = False) -> None:
+        super().__init__(text)
+        self.may_pass = may_pass
 
 
 class DatabaseInUse(StartupError):
     """Another worker writes to the PostgreSQL database. Stop it, or name another database; `tink serve`
     waits for its turn instead."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, may_pass=True)
 
 
 def tink_error(error: BaseException) -> TinkError | None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -18,13 +17,6 @@ from tink.errors import UNREADABLE, StartupError
 from tink.wire.ready import Ready
 
 T = TypeVar("T")
-
-# Of the URLs of databases.
-DATABASES = ("postgresql+psycopg", "postgresql", "postgres")
-NO_DATABASE_URL = (
-    "it is not like postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password "
-    "(leave it empty for SQLite files in the home)"
-)
 
 SECRET_BYTES = 32
 
@@ -36,15 +28,6 @@ class WorkerRecord(msgspec.Struct):
     url: str
     version: str
     mode: str
-
-
-def is_database_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return False
-    return parts.scheme in DATABASES and "://" in url and parts.netloc.count("@") <= 1
 
 
 @dataclass(frozen=True)
@@ -141,6 +124,20 @@ class Home:
             else:
                 files.write(self.database, f"{place}\n".encode())
             files.sync(self.root)
+
+    def misplaced(self) -> str | None:
+        """Why no worker may start here: its journal is in another kind of place than the settings say, and
+        it would begin a new one. StartupError if that cannot be told."""
+        if self.database_url and self.journal.exists():
+            return (
+                f"the journal of {self.root} is in SQLite files, and TINK_DATABASE_URL names another "
+                "place: 'tink db move' takes it there, or pass another --home"
+            )
+        if not self.database_url and (noted := self.noted_database()):
+            return (
+                f"the journal of {self.root} is in {noted}: set TINK_DATABASE_URL, or pass another --home"
+            )
+        return None
 
     def lock_owner(self) -> int | None:
         """The process that took the lock last, which may have ended since."""

@@ -71,6 +71,8 @@ MAX_PROMPTS = 256
 MAX_OPEN_JOBS = 20_000
 # Ended jobs kept in memory for the poll that is about to come; older ones come from the database.
 RECENT_JOBS = 4096
+# Of a sampler: numbers in memory that its jobs have, and that are not all from the first on.
+SCATTERED_NUMBERS = 1024
 # Of a training job: the lane waits for the number behind it, which a column of 64 bits has to hold.
 MAX_SEQ = 2**63 - 2
 # Between two looks for sessions, models and samplers in memory that nothing goes back to any more.
@@ -101,8 +103,13 @@ SQL_KEYS = 400
 # Events that are taken from SQLite at a time. A call for each would take as long as the reading; and
 # Python's garbage collector, which comes after 700 new objects, shall not come for them.
 READ_ROWS = 200
-# Of each check of a journal: a damaged one has as many problems as it has rows.
+# Rows of a whole table that are taken from a database at a time, where each is looked at once.
+SCANNED_ROWS = 1_000
+# Of each check of a journal: a damaged one has as many problems as it has rows. And characters of each, for
+# it may have a whole row in it: in that list, and in an error of one line.
 SHOWN_PROBLEMS = 100
+PROBLEM_CHARACTERS = 1_000
+FIRST_PROBLEM_CHARACTERS = 300
 # Bodies that a check holds at once: each may be as large as a request.
 CHECKED_BODIES = 4
 
@@ -122,19 +129,13 @@ SQL_ANSWER_BYTES = 256 * 1024 * 1024
 SQL_SPILL_BYTES = 1024 * 1024 * 1024
 # Steps of SQLite's machine between two looks at the clock: a fraction of a millisecond.
 SQL_STEPS = 10_000
-# Characters of a cell in a table that is printed.
+
+# -- what is printed --------------------------------------------------------------------------------
+
+# Characters of a cell in a table.
 SQL_CELL = 120
-
-# -- tink replay -----------------------------------------------------------------------------------
-
-# How hard a bundle is compressed.
-BUNDLE_LEVEL = 10
-# Of each table: a long screen.
-STATE_ROWS = 50
-# A time that a worker made of its clock, before its commit, from one that is made of the commit's time.
-REPLAY_CLOCK_SECONDS = 60.0
-# Pauses between two events are gone through up to here: nothing in a worker waits longer for its clients.
-REPLAY_PAUSE_SECONDS = 2 * SEQ_GAP_SECONDS
+# Of many things that a line tells of together, so many are named there.
+NAMED = 3
 
 # -- tink doctor -----------------------------------------------------------------------------------
 
@@ -159,8 +160,9 @@ DATABASE_LOST_SECONDS = 8
 # takes it after so long a silence.
 DATABASE_BEAT_SECONDS = 1.0
 DATABASE_SILENT_SECONDS = 10.0
-# For so long a server may take to notice that a connection was closed.
+# For so long a server may take to notice that a connection was closed, and to end one that it is told to.
 DATABASE_CLOSED_SECONDS = 1.0
+DATABASE_ENDED_SECONDS = 5.0
 # Between two looks whether it is one's turn, and before a server that was lost is tried again.
 DATABASE_LOOK_SECONDS = 0.5
 # A commit that takes longer is told of while it lasts.
@@ -338,8 +340,16 @@ SHORT_LIFE_SECONDS = 1.0
 # The SDK's body plus the envelope around it.
 MAX_TRAINER_BODY = MAX_TRAINING_BODY + 64 * 1024
 
-# -- replay -----------------------------------------------------------------------------------------
+# -- tink replay ------------------------------------------------------------------------------------
 
+# How hard a bundle is compressed.
+BUNDLE_LEVEL = 10
+# Of each table: a long screen.
+STATE_ROWS = 50
+# A time that a worker made of its clock, before its commit, from one that is made of the commit's time.
+REPLAY_CLOCK_SECONDS = 60.0
+# Pauses between two events are gone through up to here: nothing in a worker waits longer for its clients.
+REPLAY_PAUSE_SECONDS = 2 * SEQ_GAP_SECONDS
 # Operations of a replay that are out at once: what comes next is at the trainer when its turn comes, as far
 # as one will queue.
 REPLAY_AHEAD = TRAINER_AHEAD
@@ -351,8 +361,6 @@ REPLAY_SHOWN = 10
 FORK_SECONDS = 120.0
 # What a fork that was killed has left in the scratch folder is taken for such after so long.
 FORK_LEFT_SECONDS = 24 * 3600.0
-# Jobs that cannot be replayed are named in one line.
-REPLAY_NAMED = 3
 
 # -- metrics ----------------------------------------------------------------------------------------
 

@@ -1,24 +1,23 @@
-"""Every setting: its environment variable, its default and what it does. One place; `Settings.load` is
-its only reader of the environment."""
+"""Every setting: its environment variable, its default and what it does. `Settings.load` reads them for the
+worker and the commands; a training server reads its own three (trainer/options.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 
 from tink import crash
+from tink.addresses import NO_DATABASE_URL, is_database_url, is_loopback, is_origin, url_of
 from tink.domain.retention import Kept
 from tink.domain.routing import Routes, routes
 from tink.errors import StartupError, suggestion
-from tink.home import NO_DATABASE_URL, Home, is_database_url
+from tink.home import Home
 
 Switch = Literal["auto", "true", "false"]
 
@@ -184,8 +183,7 @@ class Settings:
                     f"VLLM_BASE_URL: {url!r} is not where a server is, such as http://127.0.0.1:8000 "
                     "(without /v1 or any other path)"
                 )
-        named = f"[{host}]" if ":" in host else host
-        return list(dict.fromkeys(found)) or [f"http://{named}:{self.vllm_port}"]
+        return list(dict.fromkeys(found)) or [url_of(host, self.vllm_port)]
 
     @property
     def home_folder(self) -> Home:
@@ -216,15 +214,17 @@ class Settings:
 
     @property
     def beyond_loopback(self) -> bool:
-        try:
-            return not ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host != "localhost"
+        return not is_loopback(self.host)
 
     @classmethod
-    def load(cls, environment: Mapping[str, str], **arguments: Any) -> Settings:
+    def load(
+        cls, environment: Mapping[str, str], *, only: Collection[str] | None = None, **arguments: Any
+    ) -> Settings:
         """From the environment; `arguments` that are not None win. Raises StartupError with one line for
-        each unknown TINK_ name and each value that cannot work."""
+        each unknown TINK_ name and each value that cannot work. `only`: the variables that matter to a
+        caller to whom not all do; none of the others can be wrong."""
+        if only is not None:
+            environment = {name: value for name, value in environment.items() if name in only}
         reading = cls.read(environment, **arguments)
         if reading.problems:
             raise StartupError("\n".join(reading.problems))
@@ -325,16 +325,6 @@ class Reading(NamedTuple):
     settings: Settings
     sources: Mapping[str, str]
     problems: list[str]
-
-
-def is_origin(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return False
-    whole = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and port != 0
-    return bool(whole) and not (parts.path or parts.query or parts.fragment)
 
 
 # Read by the tests.

@@ -13,18 +13,35 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.bench import affinity, audit, calls, journal, lane, overhead, recovery, replay, rerun, sampling
+from tests.bench import (
+    accept,
+    affinity,
+    audit,
+    calls,
+    journal,
+    lane,
+    overhead,
+    polls,
+    recovery,
+    replay,
+    rerun,
+    samples,
+    sampling,
+)
 
 BENCHES: dict[str, ModuleType] = {
+    "accept": accept,
     "affinity": affinity,
     "audit": audit,
     "calls": calls,
     "journal": journal,
     "lane": lane,
     "overhead": overhead,
+    "polls": polls,
     "recovery": recovery,
     "replay": replay,
     "rerun": rerun,
+    "samples": samples,
     "sampling": sampling,
 }
 

@@ -38,6 +38,8 @@ class Instant:
         match path.removeprefix("/api/v1/"):
             case "create_session":
                 return _said(session_id=SESSION)
+            case "telemetry":
+                return _said(status="accepted")
             case "get_info":
                 return _said(model_id=json.loads(content)["model_id"], model_data={"model_name": MODEL})
             case "create_sampling_session":

@@ -14,18 +14,15 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-import msgspec
 import tinker
 
+from tests.bench import rig
 from tests.bench.figures import Figure
-from tests.live import LiveServer
-from tests.null_servers import MODEL, Ports
-from tests.processes import cpu_seconds, serving
+from tests.null_servers import MODEL
 
 SUMMARY = "what Tink adds to an operation that does nothing, by the SDK"
 TOKENS = 32
@@ -48,9 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
-    with tempfile.TemporaryDirectory(prefix="tink-bench-") as name, servers(Path(name)) as (live, floor):
-        assert live.process is not None
-        client, instant = connect(live.url), connect(floor)
+    with (
+        tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
+        rig.worker(Path(name)) as worker,
+        rig.instant(Path(name)) as port,
+    ):
+        client, instant = connect(worker.port), connect(port)
         for age in ("fresh", "old"):
             if age == "old":
                 work(client, arguments.operations)
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
             tink, base, cpu = [], [], 0.0
             for _ in range(arguments.rounds):
                 base.append(wait(instant, arguments.each))
-                before = cpu_seconds(live.process.pid)
+                before = worker.cpu
                 tink.append(wait(client, arguments.each))
-                cpu += cpu_seconds(live.process.pid) - before
+                cpu += worker.cpu - before
             for kind in Waits._fields:
                 found, floors = (
                     [second for waits in some for second in getattr(waits, kind)] for some in (tink, base)
@@ -75,27 +75,8 @@ def _p95(some: list[float]) -> float:
     return quantiles(some, n=20)[18]
 
 
-@contextmanager
-def servers(folder: Path) -> Iterator[tuple[LiveServer, str]]:
-    """A worker with a training server that does nothing, and the URL of a server that is no worker."""
-    home = folder / "home"
-    with (
-        serving("tests.null_servers", folder / "null.json", str(home / "artifacts")) as null,
-        serving("tests.bench.instant", folder / "instant.json") as instant,
-    ):
-        ports = msgspec.json.decode(null.said, type=Ports)
-        live = LiveServer(
-            home, USE_MEGATRON="true", MEGATRON_SERVER_URL=f"http://127.0.0.1:{ports.trainer}"
-        )
-        live.start()
-        try:
-            yield live, f"http://127.0.0.1:{msgspec.json.decode(instant.said)}"
-        finally:
-            live.close()
-
-
-def connect(url: str) -> Any:
-    service = tinker.ServiceClient(base_url=url, api_key="tml-local")
+def connect(port: int) -> Any:
+    service = tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key="tml-local")
     return service.create_lora_training_client(MODEL, rank=8, seed=1).result()
 
 

@@ -58,6 +58,20 @@ def test_what_its_files_say_is_nothing_while_they_are_not_there_or_damaged(tmp_p
         assert said() == (worker, trainer, os.getpid())
 
 
+def test_a_journal_that_is_in_another_kind_of_place_than_the_settings_say_is_told_of(
+    tmp_path: Path,
+) -> None:
+    files, server = Home(tmp_path), Home(tmp_path, "postgresql://somewhere/tink")
+    assert (files.misplaced(), server.misplaced()) == (None, None)
+    files.journal.touch()
+    assert files.misplaced() is None
+    assert "is in SQLite files, and TINK_DATABASE_URL names another place" in str(server.misplaced())
+    files.journal.unlink()
+    server.note_database("postgresql://somewhere/tink")
+    assert server.misplaced() is None
+    assert "is in postgresql://somewhere/tink: set TINK_DATABASE_URL" in str(files.misplaced())
+
+
 def test_two_workers_cannot_share_a_home_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.make()

@@ -56,6 +56,12 @@ def test_an_argument_wins_over_tink_port_over_port_over_the_default(arguments, e
     assert load(arguments, **environment).port == port
 
 
+def test_what_does_not_matter_to_a_caller_cannot_be_wrong():
+    environment = {"TINK_HOME": "/srv/tink", "TINK_PORT": "none", "TINK_HOEM": "/srv"}
+    settings = Settings.load(environment, only=["TINK_HOME", "TINK_ARTIFACTS"])
+    assert (settings.home, settings.artifacts, settings.port) == (Path("/srv/tink"), None, 8400)
+
+
 def test_every_setting_is_read_from_its_variable():
     samples = {"str": "text", "int": "7", "float": "0.5", "bool": "true", "Switch": "true"}
     samples |= {"Path": "/a/folder", "Path | None": "/a/folder", "int | None": "7", "float | None": "0.5"}

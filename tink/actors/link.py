@@ -67,7 +67,7 @@ class Link(ABC):
 
     async def life(self) -> Life:
         """The server's present life; waits for one as long as it takes."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         while self._life is None:
             await self._arrived.wait()
         return self._life
@@ -75,7 +75,7 @@ class Link(ABC):
     async def served(self) -> TrainerStarted:
         """What the server serves, as far as is known: a server that is away for a while comes back with
         the same. Waits only if there never was one."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         while self._served is None:
             await self.life()
         return self._served

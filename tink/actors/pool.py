@@ -251,7 +251,7 @@ class VLLMPool:
     ) -> AsyncIterator[VLLMActor]:
         """A server with room for it, which is kept for it: the one with least to do, or one that has seen
         the beginning of the prompt if it has hardly more. Raises BackendError if none comes."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         while not (free := [one for one in self._ready(adapter) if one.has_room(exposure)]):
             if self._is_there(adapter):
                 await self._lines[exposure, adapter is not None].park()

@@ -46,8 +46,6 @@ async def open_worker(
     )
     folder = ArtifactFolder(settings.artifact_root, world)
     pool = None
-    if routes.sampling != "vllm":
-        await Placements.follow(journal, [TRAINER])
     if routes.sampling == "vllm":
         pool = VLLMPool(
             settings.vllm_urls,
@@ -60,6 +58,8 @@ async def open_worker(
             max_attempts=settings.max_attempts,
             trained=lambda: link.known if routes.trainer else None,
         )
+    else:
+        await Placements.follow(journal, [TRAINER])
     metrics = Metrics(journal.ledger, journal.diverged)
     journal.present.observers.append(metrics.observe)
     backends = Backends(link if routes.trainer else None, pool)

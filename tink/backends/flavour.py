@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
+from tink.backends.exchange import HttpAnswer, HttpClient, NoAnswer, exchange
 from tink.backends.replica import ReplicaGone, ReplicaRefused
 from tink.domain.routing import NO_VLLM
 from tink.errors import UNREADABLE
@@ -20,7 +20,7 @@ async def flavour(url: str, world: World, token: str = "") -> Flavour:
     """`trl` is a `trl vllm-serve` before 1.11 (see TrlClient); later ones start a `vllm serve`. Raises
     ReplicaGone if nothing answers, or not yet, and ReplicaRefused if it is neither. `token`: its
     `--api-key`."""
-    async with http_client(url, world, slots=1, token=token) as client:
+    async with HttpClient.connect(url, world, slots=1, token=token) as client:
 
         async def get(path: str) -> HttpAnswer:
             try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import httpx
-
-from tink.backends.exchange import HttpAnswer, NoAnswer, exchange
+from tink.backends.exchange import HttpAnswer, HttpClient, NoAnswer, exchange
 from tink.errors import BackendError
 
 
@@ -67,7 +65,7 @@ class Probe(NamedTuple):
 
 
 async def ask(
-    client: httpx.AsyncClient,
+    client: HttpClient,
     server: str,
     method: str,
     path: str,

@@ -18,11 +18,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import msgspec
 
 from tink import pretrained
-from tink.backends.exchange import HttpAnswer, NoAnswer, exchange, http_client
+from tink.backends.exchange import HttpAnswer, HttpClient, NoAnswer, exchange
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import sampling
 from tink.errors import UNREADABLE, BackendError, StartupError, UserError
@@ -49,7 +48,7 @@ _LACKS = "a plain Megatron-LM text generation server cannot serve: start `tink t
 
 async def recognised(url: str, world: World) -> bool:
     """Whether a plain one answers there. False also if nothing does, or not yet."""
-    async with http_client(url, world, slots=1) as client:
+    async with HttpClient.connect(url, world, slots=1) as client:
         try:
             health = await _exchange(client, "GET", "/v1/health", None, HEALTH_SECONDS)
             if health.status == 200 and "protocol" in _fields(health.content):
@@ -72,7 +71,7 @@ async def connect(
     url: str, world: World, *, slots: int, text: Text, name: str
 ) -> AsyncIterator[TextGenerationClient]:
     """`text`: the text side of the model that is there, `name` the one that clients use for it."""
-    async with http_client(url, world, slots=slots) as client:
+    async with HttpClient.connect(url, world, slots=slots) as client:
         yield TextGenerationClient(client, url, world, text, name)
 
 
@@ -80,7 +79,7 @@ class TextGenerationClient(TrainerClient):
     """Calls of one server. What it does not have (operations, snapshots) must not be asked for. Cancelled,
     a sample goes on there to its end."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str, world: World, text: Text, name: str) -> None:
+    def __init__(self, client: HttpClient, url: str, world: World, text: Text, name: str) -> None:
         super().__init__(client, url)
         self._world, self._text, self._name = world, text, name
         # It has no name for its life: one for each connection, and for each call that was lost.
@@ -281,12 +280,12 @@ def _texts(answer: Answer) -> list[tuple[str, list[str]]]:
 
 
 async def _exchange(
-    client: httpx.AsyncClient, method: str, path: str, content: bytes | None, seconds: float
+    client: HttpClient, method: str, path: str, content: bytes | None, seconds: float
 ) -> HttpAnswer:
     return await exchange(client, method, path, seconds=seconds, content=content, again=True)
 
 
-async def _complains(client: httpx.AsyncClient) -> bool:
+async def _complains(client: HttpClient) -> bool:
     """As such a server does of a request without fields, busy or not. Raises NoAnswer."""
     answer = await _exchange(client, "PUT", PATH, b"{}", HEALTH_SECONDS)
     return _complaint(answer.content) == NO_PROMPTS

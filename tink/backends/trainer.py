@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
-import httpx
 import msgspec
 import trio
 
-from tink.backends.exchange import NoAnswer, exchange, http_client
+from tink.backends.exchange import HttpClient, NoAnswer, exchange
 from tink.errors import UNREADABLE, BackendError
 from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, HOLD_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.wire import tink_train
@@ -54,7 +53,7 @@ class TrainerRefused(BackendError):
 class TrainerClient:
     """Calls of one trainer. Cancelling a call leaves the job running there: ask again by op_no."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+    def __init__(self, client: HttpClient, url: str) -> None:
         self._client, self.url = client, url
 
     @classmethod
@@ -62,7 +61,7 @@ class TrainerClient:
     async def connect(
         cls, url: str, world: World, *, slots: int, token: str = ""
     ) -> AsyncIterator[TrainerClient]:
-        async with http_client(url, world, slots=slots, token=token) as client:
+        async with HttpClient.connect(url, world, slots=slots, token=token) as client:
             yield cls(client, url)
 
     async def health(self) -> tink_train.Health:

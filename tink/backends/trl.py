@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import msgspec
 import trio
 
 from tink.backends import completions
-from tink.backends.exchange import HttpAnswer, http_client
+from tink.backends.exchange import HttpAnswer, HttpClient
 from tink.backends.replica import ReplicaGone, ReplicaRefused, Silent, ask
 from tink.domain import sampling
 from tink.errors import UNREADABLE, UserError
@@ -45,7 +44,7 @@ class TrlClient:
     """Calls of one server. It runs one at a time: whoever samples holds `turn`. Errors and cancellation as
     in VllmClient."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+    def __init__(self, client: HttpClient, url: str) -> None:
         self._client, self.url = client, url
         self.turn = trio.CapacityLimiter(1)
         self._hangs = False
@@ -54,7 +53,7 @@ class TrlClient:
     @asynccontextmanager
     async def connect(cls, url: str, world: World) -> AsyncIterator[TrlClient]:
         # Two: a look beside the call.
-        async with http_client(url, world, slots=2) as client:
+        async with HttpClient.connect(url, world, slots=2) as client:
             yield cls(client, url)
 
     async def health(self) -> bool:

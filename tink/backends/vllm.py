@@ -11,12 +11,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import httpx
 import msgspec
 
 from tink.backends import completions
 from tink.backends.completions import Call
-from tink.backends.exchange import HttpAnswer, http_client
+from tink.backends.exchange import HttpAnswer, HttpClient
 from tink.backends.replica import (
     AdapterMissing,
     Load,
@@ -64,7 +63,7 @@ class VllmClient:
     (the request's fault) a UserError. Cancelling `complete` closes its connection, which makes the server
     give the request up; a load or unload that is cancelled may have been done: it can be repeated."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str, world: World) -> None:
+    def __init__(self, client: HttpClient, url: str, world: World) -> None:
         self._client, self.url, self._world = client, url, world
 
     @classmethod
@@ -72,8 +71,8 @@ class VllmClient:
     async def connect(
         cls, url: str, world: World, *, slots: int, token: str = ""
     ) -> AsyncIterator[VllmClient]:
-        """`slots`: calls at once (see http_client). `token`: the server's `--api-key`."""
-        async with http_client(url, world, slots=slots, token=token) as client:
+        """`slots`: calls at once (see HttpClient). `token`: the server's `--api-key`."""
+        async with HttpClient.connect(url, world, slots=slots, token=token) as client:
             yield cls(client, url, world)
 
     # -- the server ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import TimeRemainingColumn
 
 from tink.cli import printing
-from tink.cli.homes import find_home, moving_homes
+from tink.cli.homes import find_home, moving_homes, place
 from tink.cli.options import add_home
 from tink.cli.progress import bar
 from tink.errors import DatabaseInUse, StartupError
@@ -23,7 +23,7 @@ from tink.journal.copies import Advance
 from tink.journal.database import database
 from tink.journal.journal import prepare
 from tink.journal.reader import open_snapshot
-from tink.journal.revisions import Schema
+from tink.journal.revisions import SCHEMAS, Schema
 from tink.world import World
 
 HELP = "upgrade, check, move or back up the journal"
@@ -140,13 +140,12 @@ def _alone() -> Iterator[None]:
 
 
 def _revisions(home: Home) -> dict[Schema, str | None]:
-    schemas: tuple[Schema, ...] = ("journal", "bodies")
-    found: dict[Schema, str | None] = dict.fromkeys(schemas)
-    for schema in schemas:
+    found: dict[Schema, str | None] = dict.fromkeys(SCHEMAS)
+    for schema in SCHEMAS:
         one = database(home, schema)
         if one.exists():
             with open_snapshot(one) as connection:
-                found[schema] = revisions.current(connection, schema)
+                found[schema] = revisions.look(connection, schema).revision
     return found
 
 
@@ -184,8 +183,8 @@ def run_move(arguments: argparse.Namespace) -> int:
     if arguments.json:
         document: dict[str, Any] = {
             "home": str(source.root),
-            "from": _place(source),
-            "to": _place(target),
+            "from": place(source),
+            "to": place(target),
             "copied": moved.copied,
             "events": events,
             "bodies": moved.bodies,
@@ -206,17 +205,13 @@ def run_move(arguments: argparse.Namespace) -> int:
         print("all of it was there already: an earlier move has come to its end")
     if events:
         print(f"head   {moved.head}")
-    print(f"now in {_place(target)}")
+    print(f"now in {place(target)}")
     print(f"old    {moved.kept}, out of use")
     if target.database_url:
         print("set TINK_DATABASE_URL for 'tink serve'")
     else:
         print("unset TINK_DATABASE_URL")
     return 0
-
-
-def _place(home: Home) -> str:
-    return database(home, "journal").place
 
 
 def _rate(count: int, seconds: float) -> str:

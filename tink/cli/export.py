@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     home = find_home(arguments.home)
-    named = {"TINK_ARTIFACTS": os.environ.get("TINK_ARTIFACTS", "")}
-    artifacts = Settings.load(named, home=home.root).artifact_root
+    artifacts = Settings.load(os.environ, only=["TINK_ARTIFACTS"], home=home.root).artifact_root
     if not arguments.redact:
         _say_what_is_lost(home, artifacts, arguments.model)
     made = bundle.write(

@@ -22,7 +22,7 @@ from tink.errors import StartupError
 from tink.home import Home
 from tink.journal.journal import Journal
 from tink.journal.recording import Recording, open_recording
-from tink.limits import REPLAY_NAMED, SHOWN_PROBLEMS
+from tink.limits import NAMED, SHOWN_PROBLEMS
 from tink.logs import configure_logs
 from tink.replay import garbage
 from tink.replay.garbage import Change, Garbage
@@ -180,8 +180,8 @@ def _print(report: Report) -> None:
         console.print("nothing would go" if report.dry_run else "there was nothing to delete")
     for what, ended in (("checkpoints expired", found.expired), ("adapter versions ended", found.given_up)):
         if ended:
-            more = len(ended) - REPLAY_NAMED
-            named = ", ".join(map(printing.text, ended[:REPLAY_NAMED]))
+            more = len(ended) - NAMED
+            named = ", ".join(map(printing.text, ended[:NAMED]))
             console.print(f"{what}: {named}" + (f" and {more:,} more" if more > 0 else ""), soft_wrap=True)
     if not report.complete:
         console.print("more goes once the worker runs: sampling servers may have it")

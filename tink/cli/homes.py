@@ -15,7 +15,7 @@ from tink.settings import Settings
 
 @contextmanager
 def readable_home(option: Path | None) -> Iterator[Home]:
-    """The same; or, if the option names a file of 'tink export', the home that is in it."""
+    """What `find_home` finds; or, if the option names a file of 'tink export', the home that is in it."""
     if option is not None and option.is_file():
         from tink.replay import bundle  # few have one, and it takes a while
 
@@ -33,7 +33,7 @@ def find_home(option: Path | None) -> Home:
         home = Home(home.root, home.noted_database() or "")
     if home.database_url:
         if not database(home, "journal").exists():
-            raise StartupError(f"{database(home, 'journal').place} has no journal: 'tink serve' makes one")
+            raise StartupError(f"{place(home)} has no journal: 'tink serve' makes one")
         return home
     advice = "pass --home DIR or set TINK_HOME; 'tink serve' makes a new one"
     if not home.root.exists():
@@ -55,15 +55,20 @@ def moving_homes(option: Path | None, origin: str | None, goal: str) -> tuple[Ho
         source = _source(home, target)
     else:
         source = Home(root, "" if origin == FILES else _with_password(origin, named))
-    if _address(source) == _address(target):
-        raise UserError(f"the journal is in {database(source, 'journal').place} already")
+    if place(source) == place(target):
+        raise UserError(f"the journal is in {place(source)} already")
     if not root.is_dir():
         raise StartupError(f"there is no home {root}: pass --home DIR or set TINK_HOME")
     if source.bundle.exists():
         raise UserError(f"{root} is no whole journal: it came out of a bundle")
     if not database(source, "journal").exists():
-        raise StartupError(f"{database(source, 'journal').place} has no journal: --from says where it is")
+        raise StartupError(f"{place(source)} has no journal: --from says where it is")
     return source, target
+
+
+def place(home: Home) -> str:
+    """Where its journal is, for people; without a password."""
+    return database(home, "journal").place
 
 
 # What --to and --from call the files of the home, and the database that TINK_DATABASE_URL names: a password
@@ -75,7 +80,7 @@ def _source(home: Home, target: Home) -> Home:
     """Where the journal is now. TINK_DATABASE_URL may say already where it will be; and a home may, if a
     move was interrupted."""
     for url in (home.database_url, home.noted_database() or ""):
-        if url and _address(Home(home.root, url)) != _address(target):
+        if url and place(Home(home.root, url)) != place(target):
             return Home(home.root, url)
     return Home(home.root)
 
@@ -91,11 +96,6 @@ def _with_password(url: str, known: str) -> str:
     return known if known and shown(url) == shown(known) else url
 
 
-def _address(home: Home) -> str:
-    return database(home, "journal").place
-
-
 def _named_home(option: Path | None) -> Home:
-    # Of the other settings none matters to a reader, so none of them can be wrong.
-    named = {name: os.environ.get(name, "") for name in ("TINK_HOME", "TINK_DATABASE_URL")}
-    return Settings.load(named, home=option).home_folder
+    only = "TINK_HOME", "TINK_DATABASE_URL"
+    return Settings.load(os.environ, only=only, home=option).home_folder

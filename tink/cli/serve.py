@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from tink import crash
 from tink.cli.options import add_home
 from tink.errors import StartupError
-from tink.home import Home
 from tink.settings import Settings
 from tink.trainer import engines
 from tink.world import World
@@ -63,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     home, world = settings.home_folder, World()
     home.make()
     with home.lock():
-        _check_place(home)
+        if wrong_place := home.misplaced():
+            raise StartupError(wrong_place)
         # The port first: if it is taken, nothing has been started that would have to be stopped. The rest
         # takes a second to import: clients that come meanwhile wait that long, instead of being refused.
         with world.listen(settings.host, settings.port) as listener:
@@ -77,21 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         keep_serving(settings, home, world)
     return 0
-
-
-def _check_place(home: Home) -> None:
-    """StartupError if the home has its journal in another kind of place than the settings say: a worker
-    would begin a new one."""
-    noted = home.noted_database()
-    if home.database_url and home.journal.exists():
-        raise StartupError(
-            f"the journal of {home.root} is in SQLite files, and TINK_DATABASE_URL names another place: "
-            "'tink db move' takes it there, or pass another --home"
-        )
-    if not home.database_url and noted is not None:
-        raise StartupError(
-            f"the journal of {home.root} is in {noted}: set TINK_DATABASE_URL, or pass another --home"
-        )
 
 
 def problems(settings: Settings, *, no_auth: bool) -> Iterator[str]:

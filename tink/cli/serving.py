@@ -19,6 +19,7 @@ from tink import http_server
 from tink.actors.embedded import EmbeddedTrainer
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
+from tink.addresses import url_of
 from tink.api.app import create_app
 from tink.api.auth import Auth
 from tink.cli.external import external
@@ -120,9 +121,9 @@ async def _listen(
             serve = partial(http_server.serve, app, listener, stop=stop)
             seconds = {"idle_seconds": KEEP_ALIVE_SECONDS, "last_seconds": STOPPING_SECONDS}
             await serving.start(partial(serve, **seconds))
-            record = WorkerRecord(os.getpid(), _url(local, port), tink.__version__, settings.routes.mode)
+            record = WorkerRecord(os.getpid(), url_of(local, port), tink.__version__, settings.routes.mode)
             home.announce(record)
-            write_line(_banner(settings, home, _url(public, port)), sys.stdout)
+            write_line(_banner(settings, home, url_of(public, port)), sys.stdout)
             try:
                 await stop.wait()
             finally:
@@ -169,7 +170,3 @@ def _banner(settings: Settings, home: Home, url: str) -> str:
         ("connect", f"export TINKER_BASE_URL={url} TINKER_API_KEY={key}"),
     ]
     return "\n".join([f"tink {tink.__version__}", *(f"  {name:<10}{value}" for name, value in rows)])
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -13,22 +13,13 @@ from tink import http_server
 from tink.cli.serving import Past, serve
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError, tink_error
 from tink.home import Home
-from tink.journal.database import MIGRATING
-from tink.journal.postgres import PostgreSQL, shown
+from tink.journal.postgres import MIGRATING, PostgreSQL, shown
 from tink.limits import DATABASE_LOOK_SECONDS, DATABASE_READ_SECONDS, DATABASE_SILENT_SECONDS
 from tink.logs import configure_logs
 from tink.settings import Settings
 from tink.world import World
 
 log = structlog.get_logger()
-
-# In what is said of a server that may be had in a moment. At the first start it would not help to wait for
-# anything else.
-_MAY_PASS = (
-    *("refused", "timeout", "timed out", "unreachable", "reset by peer", "closed the connection", "lost"),
-    *("starting up", "shutting down", "too many", "remaining connection slots", "No space left"),
-    *("is a replica", "Temporary failure", "in use"),
-)
 
 
 def keep_serving(settings: Settings, home: Home, world: World) -> None:
@@ -63,14 +54,10 @@ def _pause(raised: Exception, past: Past) -> float:
         past.serving = False
         log.warning("the journal's database is lost: nothing is taken until it is back", why=str(error))
         return 0.0
-    if not past.served and not _may_pass(str(error)):
+    if not past.served and not error.may_pass:  # at the first start it would not help to wait
         raise StartupError(str(error)) from error
     log.warning("the journal cannot be opened", why=str(error))
     return DATABASE_LOOK_SECONDS
-
-
-def _may_pass(why: str) -> bool:
-    return any(words in why for words in _MAY_PASS)
 
 
 async def _await_turn(database: PostgreSQL, world: World, past: Past, pause: float) -> bool:
@@ -87,7 +74,7 @@ async def _await_turn(database: PostgreSQL, world: World, past: Past, pause: flo
                 try:
                     why = await _in_the_way(database, world)
                 except StartupError as error:
-                    if not past.served and not _may_pass(str(error)):
+                    if not past.served and not error.may_pass:
                         raise
                     why = str(error)
                 turn = not why

@@ -131,9 +131,8 @@ def _room(folder: Path) -> Finding:
 
 def journal(home: Home, world: World) -> Iterator[Finding]:
     """Whether this Tink can read it, and the clock that its times were made by."""
-    if problem := _in_another_place(home):
-        remedy = "set TINK_DATABASE_URL to where it is, pass another --home, or take it there: tink db move"
-        yield wrong("journal", problem, remedy)
+    if wrong_place := home.misplaced():
+        yield wrong("journal", wrong_place)
         return
     journal = database(home, "journal")
     try:
@@ -148,20 +147,10 @@ def journal(home: Home, world: World) -> Iterator[Finding]:
         return
     try:
         with open_snapshot(journal) as connection:
-            current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
-            if current is not None and current > head:
-                yield wrong(
-                    "journal",
-                    f"{journal.place} has schema revision {current}, and this Tink knows {head}",
-                    "install the Tink that wrote it, or a newer one",
-                )
-                return
-            if current != head:
-                yield warning(
-                    "journal",
-                    f"{journal.place} has schema revision {current or 'none'}, not {head}",
-                    "tink db upgrade",
-                )
+            found = revisions.look(connection, "journal")
+            if problem := found.problem(journal.place):
+                told = warning if found.kind in ("none", "older") else wrong  # a start upgrades it
+                yield told("journal", *problem)
                 return
             count, newest = queries.count_events(connection), queries.newest_event_at(connection)
     except StartupError as error:
@@ -175,15 +164,6 @@ def journal(home: Home, world: World) -> Iterator[Finding]:
         )
     else:
         yield ok("clock", "not behind the journal")
-
-
-def _in_another_place(home: Home) -> str:
-    """Where a start would refuse to begin a new one."""
-    if not home.database_url and (noted := home.noted_database()):
-        return f"it is in {noted}, and TINK_DATABASE_URL is not set"
-    if home.database_url and home.journal.exists():
-        return f"it is in SQLite files in {home.root}, and TINK_DATABASE_URL names another place"
-    return ""
 
 
 def versions() -> Finding:

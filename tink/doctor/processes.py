@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from tink.backends.exchange import NoAnswer, exchange, http_client
+from tink.backends.exchange import HttpClient, NoAnswer, exchange
 from tink.backends.trainer import TrainerClient, TrainerGone
 from tink.domain import rows
 from tink.errors import UNREADABLE
@@ -108,7 +108,7 @@ async def _ask_worker(status: WorkerStatus, world: World) -> None:
     if status.url is None:
         return
     with contextlib.suppress(NoAnswer):
-        async with http_client(status.url, world, slots=1) as client:
+        async with HttpClient.connect(status.url, world, slots=1) as client:
             answer = await exchange(client, "GET", "/healthz", seconds=STATUS_SECONDS)
         if answer.status == 200:
             status.state = "running"

@@ -64,7 +64,7 @@ def _one_moment(home: Home) -> Iterator[tuple[Connection, Connection]]:
     """The journal, and all bodies that it needs: between two looks retention may have deleted some."""
     for left in reversed(range(BACKUP_TRIES)):
         with open_journal(home) as journal, open_snapshot(database(home, "bodies")) as found:
-            revisions.current(found, "bodies")  # its moment is that of the first read
+            revisions.look(found, "bodies")  # its moment is that of the first read
             due = queries.bodies_due(journal)
             if left and bodies.stored(found, due) != due.keys():
                 continue

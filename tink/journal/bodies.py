@@ -17,7 +17,7 @@ from sqlalchemy import Connection, bindparam, case, delete, select, tuple_
 from tink.errors import JournalUnavailable
 from tink.journal import schema
 from tink.journal.commits import GroupCommit
-from tink.journal.database import Database, database_errors, upsert
+from tink.journal.database import Database, batched, database_errors, upsert
 from tink.limits import (
     BODY_BATCH_BYTES,
     BODY_CACHE_BYTES,
@@ -25,7 +25,6 @@ from tink.limits import (
     PRUNE_BYTES,
     PRUNE_ROWS,
     READ_CONNECTIONS,
-    SQL_KEYS,
 )
 from tink.world import World
 
@@ -64,10 +63,9 @@ def read_body(connection: Connection, digest: str) -> bytes:
 
 def stored(connection: Connection, digests: Collection[str]) -> set[str]:
     """Those of these names that are stored. Whether what is there is whole, reading it tells."""
-    named, found = sorted(digests), set[str]()
-    for start in range(0, len(named), SQL_KEYS):
-        query = select(schema.bodies.c.sha256)
-        query = query.where(schema.bodies.c.sha256.in_(named[start : start + SQL_KEYS]))
+    found = set[str]()
+    for some in batched(sorted(digests)):
+        query = select(schema.bodies.c.sha256).where(schema.bodies.c.sha256.in_(some))
         found.update(connection.execute(query).scalars())
     return found
 
@@ -138,7 +136,7 @@ class BodyStore:
         hot = self._recent.get(digest)
         if hot is not None:
             self._recent.move_to_end(digest)
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             return hot
 
         try:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Text, select, type_coerce
 
 from tink.errors import UNREADABLE, UserError
 from tink.journal import schema
+from tink.limits import SCANNED_ROWS
 
 # Before the first event.
 START = bytes(32)
@@ -121,7 +122,7 @@ def breaks(connection: Connection, noted: Head | None = None) -> Iterator[str]:
     query = select(*columns).order_by(table.c.seq)
     found = False
     try:
-        with connection.execute(query, execution_options={"yield_per": 1000}) as read:
+        with connection.execute(query, execution_options={"yield_per": SCANNED_ROWS}) as read:
             for _, last, problem in walk(map(dict, read.mappings())):
                 if problem is not None:
                     yield problem

@@ -15,7 +15,7 @@ from tink.journal import chain, migrations, queries, revisions, schema, store
 from tink.journal.database import Database, database
 from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Schema
-from tink.limits import CHECKED_BODIES, SHOWN_PROBLEMS
+from tink.limits import CHECKED_BODIES, PROBLEM_CHARACTERS, SHOWN_PROBLEMS
 
 
 class Check(msgspec.Struct, kw_only=True):
@@ -35,7 +35,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
     journal, bodies = database(home, "journal"), database(home, "bodies")
     try:
         with open_snapshot(journal) as connection:
-            basis = [_file(connection, "journal", quick), _schema(connection, "journal")]
+            basis = [_file(connection, journal, quick), _schema(connection, journal)]
             yield from basis
             if all(part.ok for part in basis):
                 yield _events(connection)
@@ -48,7 +48,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
         return
     try:
         with open_snapshot(bodies) as connection:
-            basis = [_file(connection, "bodies", quick), _schema(connection, "bodies")]
+            basis = [_file(connection, bodies, quick), _schema(connection, bodies)]
             yield from basis
             if all(part.ok for part in basis):
                 yield _bodies(connection, due, quick, journal)
@@ -58,41 +58,22 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
 
 def _found(database: Schema, name: str, detail: str, problems: list[str]) -> Check:
     more = len(problems) - SHOWN_PROBLEMS
-    shown = [problem[:1000] for problem in problems[:SHOWN_PROBLEMS]]
+    shown = [problem[:PROBLEM_CHARACTERS] for problem in problems[:SHOWN_PROBLEMS]]
     if more > 0:
         shown.append(f"... and {more:,} more")
     return Check(database=database, name=name, ok=not problems, detail=detail, problems=shown)  # type: ignore[arg-type]
 
 
-def _file(connection: Connection, database: Schema, quick: bool) -> Check:
-    if connection.dialect.name != "sqlite":  # a server keeps its own house
-        from tink.journal.postgres import unsafe  # an extra
-
-        version = connection.exec_driver_sql("SHOW server_version").scalar_one()
-        detail = f"PostgreSQL {version}, whose files are its own to check (pg_amcheck)"
-        return _found(database, "file", detail, list(unsafe(connection)))
-    pragma = "quick_check" if quick else "integrity_check"
-    answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
-    problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
-    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-        problems.append(f"row {row} of {table} names a row that {parent} does not have")
-    return _found(database, "file", f"SQLite's {pragma}, and foreign keys", problems)
+def _file(connection: Connection, database: Database, quick: bool) -> Check:
+    return _found(database.schema, "file", *database.check_file(connection, quick=quick))
 
 
-def _schema(connection: Connection, database: Schema) -> Check:
-    current, head = revisions.current(connection, database), revisions.HEADS[database]
-    detail = f"revision {current or 'none'}, head {head}"
-    if current != head:
-        return _found(
-            database,
-            "schema",
-            detail,
-            [
-                revisions.moved(current or "", "this database")
-                or "not at the head: run 'tink db upgrade', or the newer Tink that wrote it"
-            ],
-        )
-    return _found(database, "schema", detail, migrations.differences(connection, database))
+def _schema(connection: Connection, database: Database) -> Check:
+    found = revisions.look(connection, database.schema)
+    detail = f"revision {found.revision or 'none'}, head {revisions.HEADS[found.schema]}"
+    problem = found.problem(database.place)
+    wrong = [str(problem)] if problem else migrations.differences(connection, found.schema)
+    return _found(found.schema, "schema", detail, wrong)
 
 
 def _events(connection: Connection) -> Check:

@@ -24,7 +24,7 @@ from tink.journal import chain, schema, store
 from tink.journal.bodies import Stored, oldest
 from tink.journal.database import Database, database_errors, upsert
 from tink.journal.sqlite import writer_engine
-from tink.limits import COPY_EVENTS
+from tink.limits import COPY_EVENTS, FIRST_PROBLEM_CHARACTERS
 
 # What is told as it goes on: so many more events, or bodies.
 Advance = Callable[[int], None]
@@ -62,7 +62,7 @@ def copy_events(source: Connection, target: Connection, into: Database, advance:
         try:
             with database_errors(failed):
                 target.execute(insert(schema.events), batch)
-                _settle(target)
+                into.settle(target)
         except JournalUnavailable as error:
             raise JournalUnavailable(f"{error}{_nul(batch) if into.contended else ''}") from error
         advance(len(batch))
@@ -70,7 +70,7 @@ def copy_events(source: Connection, target: Connection, into: Database, advance:
         for some in _batches(map(msgspec.structs.asdict, rows.tables.get(table.name, {}).values())):
             with database_errors(failed):
                 target.execute(insert(table), some)
-                _settle(target)
+                into.settle(target)
             advance(0)
 
 
@@ -98,7 +98,8 @@ def verify_events(target: Connection, into: Database, expected: chain.Head, adva
     if wrong:
         raise StartupError(
             f"the copy in {into.place} is not what was copied ({len(wrong)} differences, the first: "
-            f"{wrong[0][:300]}): nothing was changed; 'tink db check' says if it was damaged before"
+            f"{wrong[0][:FIRST_PROBLEM_CHARACTERS]}): nothing was changed; 'tink db check' says if it was "
+            "damaged before"
         )
 
 
@@ -111,13 +112,6 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
             batch = []
     if batch:
         yield batch
-
-
-def _settle(target: Connection) -> None:
-    """What is copied into a server is there at its end or not at all. A file is not in its place before
-    that, and all in one transaction it would be written twice."""
-    if target.dialect.name == "sqlite":
-        target.commit()
 
 
 def _nul(batch: list[dict[str, Any]]) -> str:
@@ -142,7 +136,7 @@ def copy_bodies(source: Connection, target: Connection, into: Database, advance:
     for page in _pages(source, "what is to be copied"):
         with database_errors(f"{into.place} cannot be written"):
             target.execute(statement, [{**one._asdict(), "content": content} for one, content in page])
-            _settle(target)
+            into.settle(target)
         found = _counted(found, page)
         advance(len(page))
     return found

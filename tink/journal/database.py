@@ -6,28 +6,26 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from tink.errors import JournalUnavailable
+from tink.errors import JournalUnavailable, StartupError
 from tink.home import Home
 from tink.journal.revisions import Schema
-from tink.limits import LOCK_SECONDS
+from tink.limits import LOCK_SECONDS, SQL_KEYS
+
+K = TypeVar("K")
 
 # msgspec's JSON is exact for floats, like the standard library's, and several times faster.
 JSON: dict[str, Any] = {
     "json_serializer": lambda value: msgspec.json.encode(value).decode(),
     "json_deserializer": msgspec.json.decode,
 }
-
-
-# How one that migrates names its connection: it may be silent for long.
-MIGRATING = "tink migrates"
 
 
 class Writer(ABC):
@@ -75,6 +73,23 @@ class Database(ABC):
         """From now on every read on the connection, of `reader`, sees the same moment."""
 
     @abstractmethod
+    def unbounded(self, connection: Connection) -> None:
+        """The writer's transaction may take as long as it does, and be silent meanwhile."""
+
+    @abstractmethod
+    def begin_schema(self, connection: Connection, *, whole: bool) -> None:
+        """Of the writer's: in its next transaction the schema is changed, wholly or not at all. `whole`:
+        false for a part of a journal, from a bundle."""
+
+    @abstractmethod
+    def settle(self, connection: Connection) -> None:
+        """In the middle of what is copied here: what there is of it may be committed."""
+
+    @abstractmethod
+    def check_file(self, connection: Connection, *, quick: bool) -> tuple[str, list[str]]:
+        """On a connection of `reader`, below the tables: what was looked at, and what is wrong there."""
+
+    @abstractmethod
     def bytes(self) -> int:
         """What it takes of a disk."""
 
@@ -89,9 +104,9 @@ def database(home: Home, schema: Schema) -> Database:
         from tink.journal.postgres import PostgreSQL  # an extra
 
         return PostgreSQL(home.database_url, schema)
-    from tink.journal.sqlite import SQLite
+    from tink.journal.sqlite import SQLite, path_of
 
-    return SQLite({"journal": home.journal, "bodies": home.bodies}[schema], schema)
+    return SQLite(path_of(home, schema), schema)
 
 
 def upsert(dialect: str, table: Table) -> Any:
@@ -105,10 +120,37 @@ def database_errors(what: str) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
+        cause = driver_error(error)
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             what += f", another process has held a lock for {LOCK_SECONDS:g} s"
-        raise JournalUnavailable(f"{what}: {one_line(cause)}") from error
+        raise JournalUnavailable(f"{what}: {one_line(cause)}", may_pass=_may_pass(cause)) from error
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """The same as StartupError, around what only reads: whoever asks can do nothing but say so."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = driver_error(error)
+        told = f"{place} cannot be read: {one_line(cause)}"
+        raise StartupError(told, may_pass=_may_pass(cause)) from error
+
+
+def driver_error(error: BaseException | None) -> BaseException | None:
+    """What the driver has raised, out of SQLAlchemy's error; any other one as it is."""
+    return getattr(error, "orig", None) or error
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """As far as the database's own module has said so of it."""
+    return getattr(cause, "may_pass", False)
+
+
+def batched(keys: Sequence[K]) -> Iterator[Sequence[K]]:
+    """As many of them at a time as one question may have."""
+    for start in range(0, len(keys), SQL_KEYS):
+        yield keys[start : start + SQL_KEYS]
 
 
 def one_line(error: object) -> str:

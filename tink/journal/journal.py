@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
@@ -42,9 +42,9 @@ from tink.home import Home
 from tink.journal import chain, queries, revisions, store
 from tink.journal.bodies import BodyStore, decompressed
 from tink.journal.commits import GroupCommit
-from tink.journal.database import Database, database, database_errors
+from tink.journal.database import database, database_errors
 from tink.journal.present import Present
-from tink.journal.revisions import Schema
+from tink.journal.revisions import SCHEMAS
 from tink.limits import BATCH_BYTES, READ_CONNECTIONS
 from tink.world import World
 
@@ -148,8 +148,8 @@ class Journal:
     async def job(self, job_id: str) -> rows.Job | None:
         """A job by its id, open or ended, or None."""
         hot = self.present.job(job_id)
-        if hot is not None:
-            await trio.lowlevel.checkpoint()
+        if hot is not None or self.present.has_no_job(job_id):
+            await trio.lowlevel.checkpoint_if_cancelled()
             return hot
         return await self.read(partial(queries.job, job_id=job_id))
 
@@ -166,7 +166,7 @@ class Journal:
         """An adapter version. LookupError if there is none."""
         hot = self.ledger.adapters.get((adapter_id,))
         if hot is not None:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             return hot
         found = await self.read(partial(queries.adapter, adapter_id=adapter_id))
         if found is None:
@@ -189,7 +189,7 @@ class Journal:
         """The event that accepted a job: it holds the request of a command."""
         hot = self.present.acceptance(job.job_id)
         if hot is not None:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             return hot
         return await self.read(partial(store.acceptance, job=job))
 
@@ -277,13 +277,13 @@ class Journal:
 
 def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
-    schemas: tuple[Schema, ...] = ("journal", "bodies")
-    for schema in schemas:
+    for schema in SCHEMAS:
         found = database(home, schema)
         try:
             with database_errors(f"{found.place} cannot be opened"):
-                if _is_at_head(found):
-                    continue
+                with closing(found.writer()) as writer:
+                    if revisions.look(writer.connection, schema).kind == "head":
+                        continue
                 # Alembic takes longer to be imported than all the rest of a start.
                 from tink.journal import migrations
 
@@ -292,14 +292,6 @@ def prepare(home: Home) -> None:
             if found.contended:  # it may come back: whoever runs a worker waits for it
                 raise
             raise StartupError(str(error)) from error
-
-
-def _is_at_head(database: Database) -> bool:
-    writer = database.writer()
-    try:
-        return revisions.current(writer.connection, database.schema) == revisions.HEADS[database.schema]
-    finally:
-        writer.close()
 
 
 def _bodies_named(event: AnyEvent) -> Iterator[str]:

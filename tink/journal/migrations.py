@@ -8,15 +8,14 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData
 
 import tink
 from tink.errors import StartupError
 from tink.journal import revisions, store, views
 from tink.journal import schema as tables
-from tink.journal.database import MIGRATING, Database
-from tink.journal.revisions import HEADS, Schema
+from tink.journal.database import Database
+from tink.journal.revisions import Schema
 
 METADATA: dict[Schema, MetaData] = {"journal": tables.metadata, "bodies": tables.bodies_metadata}
 
@@ -36,44 +35,23 @@ def upgrade(database: Database, *, whole: bool = True) -> None:
 def apply(connection: Connection, database: Database, *, whole: bool = True) -> None:
     """The same in the connection's transaction, which the caller commits."""
     schema = database.schema
-    before = revisions.current(connection, schema)
-    if before == HEADS[schema]:
+    found = revisions.look(connection, schema)
+    if found.kind == "head":
         return
-    if before is not None and before not in known(connection, schema):
-        raise StartupError(
-            revisions.moved(before, database.place)
-            or f"the {schema} database has schema revision {before}, which this Tink "
-            f"({tink.__version__}) does not know: it was written by a newer one; install that"
-        )
-    if connection.dialect.name == "sqlite":
-        if not whole:  # a sampler's session may be missing
-            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-            connection.commit()
-        # Its driver begins no transaction for DDL: a crash would leave half a schema behind.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    else:
-        # To make an index takes as long as there are rows.
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        # And to compare all of a long journal, during which the server hears nothing.
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-        connection.exec_driver_sql(f"SET application_name = '{MIGRATING}'")
+    if found.kind in ("newer", "moved"):
+        raise StartupError(str(found.problem(database.place)))
+    database.begin_schema(connection, whole=whole)
     if schema == "journal":
         views.drop(connection)
     command.upgrade(_config(connection, schema), "head")
     if schema == "journal":
         views.create(connection)
-    if schema == "journal" and before is not None:
+    if schema == "journal" and found.kind == "older":
         # It may have rewritten any row: the one start that looks at all of them.
         wrong = store.check(connection, whole=whole)
         if wrong:
             connection.rollback()
             raise store.damaged(database.place, wrong)
-
-
-def known(connection: Connection, schema: Schema) -> list[str]:
-    """The revisions of the migrations, the newest first."""
-    script = ScriptDirectory.from_config(_config(connection, schema))
-    return [revision.revision for revision in script.walk_revisions()]
 
 
 def differences(connection: Connection, schema: Schema) -> list[str]:

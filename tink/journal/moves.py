@@ -9,7 +9,6 @@ import datetime
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sqlalchemy import Connection, text
@@ -17,15 +16,14 @@ from sqlalchemy import Connection, text
 from tink import files
 from tink.errors import StartupError
 from tink.home import Home
-from tink.journal import chain, copies, migrations, revisions
+from tink.journal import chain, copies, migrations, revisions, sqlite
 from tink.journal.copies import Advance
 from tink.journal.database import Database, Writer, database, database_errors
 from tink.journal.reader import open_snapshot
-from tink.journal.revisions import Schema
+from tink.journal.revisions import SCHEMAS, Schema
 from tink.limits import DATABASE_BEAT_SECONDS
 from tink.world import World
 
-SCHEMAS: tuple[Schema, ...] = ("journal", "bodies")
 # In the home: what is copied into files, before it is all there.
 SCRATCH = "moving"
 
@@ -62,7 +60,10 @@ def move(source: Home, target: Home, world: World, stages: Stages) -> Moved:
         with origin.reading("journal") as journal, origin.reading("bodies") as bodies:
             head = chain.head(journal)
             there = goal.holds(head)
-            _check_revision(journal, origin.place, moved=there)
+            found = revisions.look(journal, "journal")
+            problem = found.problem(origin.place)
+            if problem and not (there and found.kind == "moved"):
+                raise StartupError(str(problem))
             work = _Work(origin, goal, world, stages)
             if not there:
                 work.copy(journal, bodies, head)
@@ -100,6 +101,7 @@ class _Work:
 
     def copy(self, journal: Connection, bodies: Connection, head: chain.Head) -> None:
         events, count = copies.sizes(journal, bodies)
+        self._goal.begin()
         into = self._goal.database("bodies")
         with self._goal.filled("bodies") as target:
             with self._stage("bodies", count) as advance:
@@ -136,18 +138,6 @@ def _reading(copy: Database) -> contextlib.AbstractContextManager[None]:
     return database_errors(f"what was copied into {copy.place} cannot be read")
 
 
-def _check_revision(journal: Connection, place: str, *, moved: bool) -> None:
-    found = revisions.current(journal, "journal") or "none"
-    told = revisions.moved(found, place)
-    if told is not None and not moved:
-        raise StartupError(told)
-    if told is None and found != revisions.HEADS["journal"]:
-        raise StartupError(
-            f"{place} has schema revision {found}, not {revisions.HEADS['journal']}: run 'tink db upgrade' "
-            "before it is moved"
-        )
-
-
 # -- the two ends -----------------------------------------------------------------------------------
 
 
@@ -176,12 +166,12 @@ class _End(ABC):
         if not database(self._home, "journal").exists():
             return False
         with self.reading("journal") as connection:
-            found = revisions.current(connection, "journal")
-            if found is not None and found != revisions.HEADS["journal"]:
+            _, revision, kind = revisions.look(connection, "journal")
+            if kind not in ("none", "head"):
                 raise StartupError(
-                    f"{self.place} has a journal already, of schema revision {found}: {self.advice}"
+                    f"{self.place} has a journal already, of schema revision {revision}: {self.advice}"
                 )
-            last = chain.head(connection) if found else chain.NONE
+            last = chain.head(connection) if kind == "head" else chain.NONE
             if last.seq == 0:
                 return False
             if not head.seq or chain.hash_of(connection, head.seq) != head.hash:
@@ -194,18 +184,19 @@ class _End(ABC):
     def database(self, schema: Schema) -> Database:
         """Where it is written to while it is copied."""
 
+    @abstractmethod
+    def begin(self) -> None:
+        """Before the first of the two is filled: what an interrupted move has left goes."""
+
     @contextlib.contextmanager
     def filled(self, schema: Schema) -> Iterator[Connection]:
         """A connection to an empty database of the newest schema, which is committed at the end."""
-        writer = self._writers.get(schema) or self._writers.setdefault(
-            schema, self.database(schema).writer()
-        )
-        connection, failed = writer.connection, f"{self.database(schema).place} cannot be written"
+        into = self.database(schema)
+        writer = self._writers.get(schema) or self._writers.setdefault(schema, into.writer())
+        connection, failed = writer.connection, f"{into.place} cannot be written"
         with database_errors(failed):
-            if connection.dialect.name == "postgresql":
-                for limit in ("statement_timeout", "idle_in_transaction_session_timeout"):
-                    connection.execute(text(f"SET LOCAL {limit} = 0"))
-            migrations.apply(connection, self.database(schema))
+            into.unbounded(connection)
+            migrations.apply(connection, into)
         yield connection
         with database_errors(failed):
             connection.commit()
@@ -245,6 +236,9 @@ class _Server(_End):
     def database(self, schema: Schema) -> Database:
         return database(self._home, schema)
 
+    def begin(self) -> None:
+        """Bodies that it has left are written over."""
+
     def complete(self, stamp: str) -> None:
         """It was, when it was committed."""
 
@@ -278,11 +272,12 @@ class _Files(_End):
     def database(self, schema: Schema) -> Database:
         return database(self._scratch, schema)
 
+    def begin(self) -> None:
+        shutil.rmtree(self._scratch.root, ignore_errors=True)
+        self._scratch.make()
+
     @contextlib.contextmanager
     def filled(self, schema: Schema) -> Iterator[Connection]:
-        if schema == SCHEMAS[-1]:  # the first to be filled: what another move has left goes
-            shutil.rmtree(self._scratch.root, ignore_errors=True)
-            self._scratch.make()
         with super().filled(schema) as connection:
             yield connection
         # The last one to close it brings everything into the file.
@@ -290,10 +285,10 @@ class _Files(_End):
 
     def complete(self, stamp: str) -> None:
         with self._home.writing():
-            for name in ("bodies", "journal"):
-                made, place = getattr(self._scratch, name), getattr(self._home, name)
+            for schema in reversed(SCHEMAS):  # with its journal it is a home
+                made, place = sqlite.path_of(self._scratch, schema), sqlite.path_of(self._home, schema)
                 files.sync(made)
-                for path in _beside(place):
+                for path in sqlite.files(place):
                     if path.exists():
                         path.rename(f"{path}.left-{stamp}")
                 made.rename(place)
@@ -308,9 +303,9 @@ class _Files(_End):
                 writer.connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         kept = f".moved-{stamp}"
         with self._home.writing():
-            for name in SCHEMAS:
-                place: Path = getattr(self._home, name)
-                for path in reversed(_beside(place)):
+            for schema in SCHEMAS:
+                place = sqlite.path_of(self._home, schema)
+                for path in reversed(sqlite.files(place)):
                     if path.exists():
                         path.rename(path.with_name(path.name.replace(place.name, place.name + kept)))
             files.sync(self._home.root)
@@ -319,8 +314,3 @@ class _Files(_End):
     def close(self) -> None:
         super().close()
         shutil.rmtree(self._scratch.root, ignore_errors=True)
-
-
-def _beside(path: Path) -> tuple[Path, ...]:
-    """A database file, and those that SQLite keeps beside it."""
-    return path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")

@@ -7,17 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    ExceptionContext,
+    NullPool,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from tink.addresses import NO_DATABASE_URL, is_database_url
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError
-from tink.home import NO_DATABASE_URL, is_database_url
 from tink.journal import revisions, schema
-from tink.journal.database import JSON, Database, Writer, database_errors, one_line
+from tink.journal.database import JSON, Database, Writer, database_errors, driver_error, reading
 from tink.journal.revisions import Schema
 from tink.limits import (
     DATABASE_CLOSED_SECONDS,
     DATABASE_CONNECT_SECONDS,
+    DATABASE_ENDED_SECONDS,
     DATABASE_LOST_SECONDS,
     DATABASE_READ_SECONDS,
     LOCK_SECONDS,
@@ -28,6 +40,9 @@ from tink.limits import (
 # server has locks of its own. The second one says of what it is.
 LOCK = 0x74696E6B
 _NUMBERS: dict[Schema, int] = {"journal": 1, "bodies": 2}
+
+# How one that migrates names its connection: it may be silent for long.
+MIGRATING = "tink migrates"
 
 # With these a commit that was answered may be lost: setting -> the value.
 _UNSAFE = {"synchronous_commit": "off", "fsync": "off", "full_page_writes": "off"}
@@ -46,7 +61,7 @@ SELECT h.pid, a.application_name AS name, coalesce(host(a.client_addr), 'this ma
 FROM (SELECT l.pid {_LOCKS}) h LEFT JOIN pg_stat_activity a ON a.pid = h.pid
 """)  # noqa: S608  of two texts that are here
 _HELD = text(f"SELECT EXISTS (SELECT 1 {_LOCKS} AND l.pid = pg_backend_pid())")
-_PUT_OUT = text(f"SELECT pg_terminate_backend(l.pid, 5000) {_LOCKS} AND l.pid = :pid")
+_PUT_OUT = text(f"SELECT pg_terminate_backend(l.pid, :milliseconds) {_LOCKS} AND l.pid = :pid")
 
 
 class Holder(NamedTuple):
@@ -101,6 +116,25 @@ class PostgreSQL(Database):
     def begin_snapshot(self, connection: Connection) -> None:
         """The first read begins it: such is REPEATABLE READ."""
 
+    def unbounded(self, connection: Connection) -> None:
+        for limit in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
+
+    def begin_schema(self, connection: Connection, *, whole: bool) -> None:
+        """To make an index takes as long as there are rows; and while all of a long journal is compared the
+        server hears nothing."""
+        self.unbounded(connection)
+        connection.exec_driver_sql(f"SET application_name = '{MIGRATING}'")
+
+    def settle(self, connection: Connection) -> None:
+        """What is copied here is there at its end or not at all."""
+
+    def check_file(self, connection: Connection, *, quick: bool) -> tuple[str, list[str]]:
+        """A server keeps its own house."""
+        version = connection.exec_driver_sql("SHOW server_version").scalar_one()
+        detail = f"PostgreSQL {version}, whose files are its own to check (pg_amcheck)"
+        return detail, list(unsafe(connection))
+
     def bytes(self) -> int:
         tables = schema.metadata if self.schema == "journal" else schema.bodies_metadata
         query = """
@@ -115,7 +149,7 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
     def engine(self, name: str, **options: Any) -> Engine:
         """Connections that notice when the server is gone. StartupError without the driver."""
         try:
-            return create_engine(
+            engine = create_engine(
                 self._url,
                 hide_parameters=True,
                 connect_args={
@@ -131,6 +165,8 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
             )
         except ModuleNotFoundError as error:
             raise StartupError("TINK_DATABASE_URL needs psycopg: pip install 'tink[postgres]'") from error
+        event.listen(engine, "handle_error", _say_if_it_may_pass)
+        return engine
 
     @contextmanager
     def _asking(self) -> Iterator[Connection]:
@@ -138,19 +174,18 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
         engine = self.engine("tink asks", poolclass=NullPool)
         seconds = f"{2 * DATABASE_CONNECT_SECONDS}s"
         event.listen(engine, "connect", lambda one, _record: _set(one, statement_timeout=seconds))
-        try:
-            with engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            raise StartupError(f"{self.place} cannot be read: {one_line(cause(error))}") from error
+        with reading(self.place), engine.connect() as connection:
+            yield connection
 
     # -- whose turn it is ---------------------------------------------------------------------------
 
-    def holder(self, connection: Connection | None = None) -> Holder | None:
+    def holder(self) -> Holder | None:
         """Who writes here. StartupError if the server cannot be asked."""
-        if connection is None:
-            with self._asking() as connection:
-                return self.holder(connection)
+        with self._asking() as connection:
+            return self.holder_on(connection)
+
+    def holder_on(self, connection: Connection) -> Holder | None:
+        """The same, asked on that connection."""
         row = connection.execute(_HOLDER, {"lock": LOCK, "number": self._number}).first()
         return (
             None
@@ -160,13 +195,16 @@ SELECT coalesce(sum(pg_total_relation_size(to_regclass(name))), 0) FROM unnest(C
             )
         )
 
-    def put_out(self, holder: Holder, connection: Connection | None = None) -> bool:
+    def put_out(self, holder: Holder) -> bool:
         """Ends its connection, and with it whatever it was about to commit. False if that is not allowed:
         it is to the same role, and to superusers. StartupError if the server cannot be asked."""
-        if connection is None:
-            with self._asking() as connection:
-                return self.put_out(holder, connection)
-        asked = {"lock": LOCK, "number": self._number, "pid": holder.pid}
+        with self._asking() as connection:
+            return self.put_out_on(connection, holder)
+
+    def put_out_on(self, connection: Connection, holder: Holder) -> bool:
+        """The same, asked on that connection."""
+        milliseconds = int(DATABASE_ENDED_SECONDS * 1000)
+        asked = {"lock": LOCK, "number": self._number, "pid": holder.pid, "milliseconds": milliseconds}
         try:
             with connection.begin_nested():
                 return all(connection.execute(_PUT_OUT, asked).scalars())
@@ -213,7 +251,8 @@ class _Session(Writer):
     def _refuse_another(self, *_: object) -> None:
         """SQLAlchemy would get a new one in place of one that is lost, and that would not have the lock."""
         if self._connected:
-            raise JournalUnavailable(f"the connection to {self._place} is lost, and its lock with it")
+            told = f"the connection to {self._place} is lost, and its lock with it"
+            raise JournalUnavailable(told, may_pass=True)
         self._connected = True
 
     def _configure(self, connection: Any, _record: object) -> None:
@@ -231,12 +270,13 @@ class _Session(Writer):
             for problem in unsafe(connection):
                 raise StartupError(f"{self._place}: {problem}")
             if connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
-                raise JournalUnavailable(f"{self._place} is a replica, which cannot be written")
+                told = f"{self._place} is a replica, which cannot be written"
+                raise JournalUnavailable(told, may_pass=True)  # it may take over
             if database.lock(connection):
                 return
-            holder = database.holder(connection)
+            holder = database.holder_on(connection)
             mine = database.schema == "bodies"
-            if mine and holder and database.put_out(holder, connection) and database.lock(connection):
+            if mine and holder and database.put_out_on(connection, holder) and database.lock(connection):
                 return
         who = holder or "another worker"
         raise DatabaseInUse(f"{self._place} is in use: {who} writes the {database.schema}")
@@ -300,11 +340,25 @@ def shown(url: str) -> str:
     return part.render_as_string(hide_password=False)
 
 
-def cause(error: SQLAlchemyError) -> object:
-    return getattr(error, "orig", None) or error
+# In what libpq says of a server that may be had in a moment, and in what that says to those it does not let
+# in: neither comes with an SQLSTATE.
+_MAY_PASS = (
+    *("refused", "timeout", "timed out", "unreachable", "reset by peer", "closed the connection", "lost"),
+    *("starting up", "shutting down", "too many", "remaining connection slots", "No space left"),
+    "Temporary failure",
+)
+
+
+def _say_if_it_may_pass(context: ExceptionContext) -> None:
+    """Of the driver's errors. A server that ends a connection, or lets none in, says so in any language."""
+    if not isinstance(context.sqlalchemy_exception, DBAPIError):
+        return
+    error: Any = context.original_exception
+    ended = (getattr(error, "sqlstate", None) or "").startswith("57P0")
+    error.may_pass = ended or any(words in str(error) for words in _MAY_PASS)
 
 
 def _state(error: BaseException | None) -> str | None:
     """The SQLSTATE of what the driver has raised."""
-    found: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    found: str | None = getattr(driver_error(error), "sqlstate", None)
     return found

@@ -11,7 +11,8 @@ from tink.domain import memory, rows
 from tink.domain.events import JobAccepted, Record
 from tink.domain.ledger import Ledger
 from tink.domain.memory import RowId
-from tink.domain.projection import KEYS, Key, Update, project
+from tink.domain.numbers import Numbers
+from tink.domain.projection import KEYS, Insert, Key, Update, project
 from tink.journal import store
 from tink.limits import RECENT_JOBS
 
@@ -26,6 +27,7 @@ class Present:
         self.observers: list[Callable[[Record], None]] = []
         self._acceptances: dict[str, JobAccepted] = {}  # of open jobs
         self._recent: OrderedDict[str, rows.Job] = OrderedDict()
+        self._numbers: dict[str, Numbers] = {}  # of the samplers that were made since the start
         self._held: Counter[RowId] = Counter()  # what stays in memory, for so many
 
     def apply(self, record: Record) -> list[rows.Row]:
@@ -38,8 +40,13 @@ class Present:
                 log.exception("observer failed", kind=record.event.__struct_config__.tag)
         if isinstance(record.event, JobAccepted):
             self._acceptances[str(record.subject.job_id)] = record.event
+            if record.event.sampler_id in self._numbers:
+                self._numbers[record.event.sampler_id].take(record.event.seq_id)
         changes = [change for change in project(record) if change.table in store.PRESENT]
         self.ledger.apply(changes)
+        for change in changes:
+            if isinstance(change, Insert) and isinstance(change.row, rows.Sampler):
+                self._numbers[change.row.sampler_id] = Numbers()
         updates = [change for change in changes if isinstance(change, Update)]
         return [row for one in updates if (row := self._forgotten_if_ended(one.table, one.key)) is not None]
 
@@ -58,6 +65,12 @@ class Present:
     def job(self, job_id: str) -> rows.Job | None:
         """One that is open, or has ended lately."""
         return self.ledger.jobs.get((job_id,)) or self._recent.get(job_id)
+
+    def has_no_job(self, job_id: str) -> bool:
+        """Whether there is none of that id, nor was, for certain."""
+        sampler_id, _, number = job_id.rpartition(":")
+        numbers = self._numbers.get(sampler_id)
+        return numbers is not None and number.isdecimal() and numbers.is_free(int(number))
 
     def acceptance(self, job_id: str) -> JobAccepted | None:
         """Of a job that is open, if it was accepted since the start."""
@@ -91,3 +104,5 @@ class Present:
         `busy`."""
         for table, id_ in list(memory.forgettable(self.ledger, self._held.keys() | busy)):
             self.ledger.forget(table, (id_,))
+            if table == "samplers":
+                self._numbers.pop(id_, None)

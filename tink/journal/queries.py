@@ -5,7 +5,7 @@ of tink/domain."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, and_, bindparam, func, or_, select
@@ -17,7 +17,8 @@ from tink.domain.requests import MUTATING
 from tink.domain.retention import Load
 from tink.errors import StartupError
 from tink.journal import schema, store
-from tink.limits import SQL_KEYS
+from tink.journal.database import batched
+from tink.limits import SCANNED_ROWS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -58,7 +59,7 @@ def at(connection: Connection, row_ids: Collection[RowId]) -> list[tuple[str, ro
     found: list[tuple[str, rows.Row]] = []
     for name in sorted({table for table, _ in row_ids}):
         table, (kind, (key,)) = schema.metadata.tables[name], rows.TABLES[name]
-        for some in _batched(sorted(id_ for table, id_ in row_ids if table == name)):
+        for some in batched(sorted(id_ for table, id_ in row_ids if table == name)):
             query = select(table).where(table.c[key].in_(some))
             found += ((name, row) for row in _rows(connection, query, kind))
     return found
@@ -157,7 +158,7 @@ def model(connection: Connection, model_id: str) -> rows.Model | None:
 def models(connection: Connection, model_ids: Collection[str]) -> list[rows.Model]:
     """Those of them that are the journal's."""
     table = schema.models
-    batches = _batched(sorted(model_ids))
+    batches = batched(sorted(model_ids))
     found = (
         _rows(connection, select(table).where(table.c.model_id.in_(some)), rows.Model) for some in batches
     )
@@ -203,7 +204,7 @@ def bodies_due(connection: Connection) -> dict[str, str]:
     ledger = store.read_present(connection)
     covers, cutoffs = retention.covered(ledger), _cutoffs(connection)
     due: dict[str, str] = {}
-    jobs = connection.execute(select(schema.jobs), execution_options={"yield_per": 1000}).mappings()
+    jobs = connection.execute(select(schema.jobs), execution_options={"yield_per": SCANNED_ROWS}).mappings()
     for job in (rows.Job(**row) for row in jobs):
         due |= dict.fromkeys(retention.bodies_needed([job], {}, covers, cutoffs), job.job_id)
     return due
@@ -272,7 +273,7 @@ def named_bodies(connection: Connection, digests: Collection[str]) -> tuple[set[
     """Those of these that are requests of jobs, and those that are results."""
     columns = schema.jobs.c.body_sha256, schema.jobs.c.result_sha256
     found: tuple[set[str], set[str]] = set(), set()
-    for some in _batched(sorted(digests)):
+    for some in batched(sorted(digests)):
         for column, names in zip(columns, found, strict=True):
             names.update(connection.execute(select(column).where(column.in_(some)).distinct()).scalars())
     return found
@@ -292,7 +293,7 @@ def trained_with(connection: Connection, digests: Collection[str]) -> set[str]:
     """The models that have one of these bodies as a request of their operations."""
     table = schema.jobs
     found: set[str] = set()
-    for some in _batched(sorted(digests)):
+    for some in batched(sorted(digests)):
         query = select(table.c.model_id).where(table.c.body_sha256.in_(some), table.c.op_no.is_not(None))
         found.update(connection.execute(query.distinct()).scalars())
     return found
@@ -314,7 +315,7 @@ def loads_behind(connection: Connection, covers: Mapping[str, int]) -> list[Load
     """Those into these models, and of each those behind an operation, if not more."""
     table = schema.jobs
     found: list[Load] = []
-    for some in _batched(sorted(covers)):
+    for some in batched(sorted(covers)):
         # By both columns of their own index: by the first alone SQLite takes another, with all jobs in it.
         behind = table.c.op_no > min(covers[model] for model in some)
         found += _loads(connection, table.c.model_id.in_(some), behind)
@@ -332,7 +333,7 @@ def last_requests(connection: Connection, samplers: list[str]) -> dict[str, floa
     """When each of these samplers had its last request; without those that never had one."""
     table = schema.jobs
     found: dict[str, float] = {}
-    for some in _batched(samplers):
+    for some in batched(samplers):
         asked = table.c.sampler_id.in_(some)
         query = select(table.c.sampler_id, func.max(table.c.submitted_at)).where(asked)
         found |= {row[0]: row[1] for row in connection.execute(query.group_by(table.c.sampler_id))}
@@ -342,7 +343,7 @@ def last_requests(connection: Connection, samplers: list[str]) -> dict[str, floa
 def adapter_directories(connection: Connection, adapters: Collection[str]) -> list[str]:
     table = schema.adapters
     found: list[str] = []
-    for some in _batched(sorted(adapters)):
+    for some in batched(sorted(adapters)):
         found += connection.execute(select(table.c.directory).where(table.c.adapter_id.in_(some))).scalars()
     return found
 
@@ -419,9 +420,3 @@ def _samplers_of(model_id: str) -> Select[Any]:
 
 def _rows(connection: Connection, query: Select[Any], kind: type[R]) -> list[R]:
     return list(store.read_rows(connection, query, kind))
-
-
-def _batched(keys: list[str]) -> Iterator[list[str]]:
-    """As many of them at a time as one question may have."""
-    for start in range(0, len(keys), SQL_KEYS):
-        yield keys[start : start + SQL_KEYS]

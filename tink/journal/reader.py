@@ -7,12 +7,11 @@ import contextlib
 from collections.abc import Iterator
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
 from tink.errors import UNREADABLE, StartupError
 from tink.home import Home
 from tink.journal import revisions
-from tink.journal.database import Database, database, one_line
+from tink.journal.database import Database, database, reading
 
 
 @contextlib.contextmanager
@@ -21,12 +20,9 @@ def open_snapshot(database: Database) -> Iterator[Connection]:
     cannot be read; what SQLAlchemy and msgspec raise in the body becomes that too."""
     engine = database.reader()
     try:
-        with engine.connect() as connection:
+        with reading(database.place), engine.connect() as connection:
             database.begin_snapshot(connection)
             yield connection
-    except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
-        raise StartupError(f"{database.place} cannot be read: {one_line(cause)}") from error
     except UNREADABLE as error:
         raise StartupError(
             f"{database.place} holds what this Tink does not understand ({error}): "
@@ -41,11 +37,6 @@ def open_journal(home: Home) -> Iterator[Connection]:
     """The journal of a home, whose schema is the one that this Tink knows. StartupError if not."""
     journal = database(home, "journal")
     with open_snapshot(journal) as connection:
-        current, head = revisions.current(connection, "journal"), revisions.HEADS["journal"]
-        if current != head:
-            raise StartupError(
-                revisions.moved(current or "", journal.place)
-                or f"{journal.place} has schema revision {current or 'none'}, this Tink reads {head}: "
-                "run 'tink db upgrade', or the Tink that wrote it"
-            )
+        if problem := revisions.look(connection, "journal").problem(journal.place):
+            raise StartupError(str(problem))
         yield connection

@@ -40,7 +40,7 @@ metadata = MetaData(
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 # SQLite makes only an INTEGER PRIMARY KEY the table's own b-tree key; PostgreSQL's INTEGER ends at 2**31,
 # and what a client names may be larger.
-BigKey = Whole = BigInteger().with_variant(Integer(), "sqlite")
+Whole = BigInteger().with_variant(Integer(), "sqlite")
 
 # The condition of the partial index on open jobs, word for word in the queries that are to use it: a
 # database does not recognise it in bound parameters.
@@ -76,7 +76,7 @@ def _where(condition: TextClause) -> dict[str, Any]:
 events = Table(
     "events",
     metadata,
-    Column("seq", BigKey, primary_key=True, autoincrement=False),
+    Column("seq", Whole, primary_key=True, autoincrement=False),
     Column("at", Double, nullable=False),
     Column("incarnation", Integer, nullable=False),
     Column("tenant", Text),

@@ -12,13 +12,15 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, create_engine, event
 
 from tink.errors import JournalUnavailable, StartupError
-from tink.journal.database import JSON, Database, Writer
+from tink.home import Home
+from tink.journal.database import JSON, Database, Writer, driver_error
 from tink.journal.revisions import Schema
 from tink.limits import (
     LOCK_SECONDS,
     READ_CONNECTIONS,
     READ_LOCK_SECONDS,
     READ_STATEMENTS,
+    SHOWN_PROBLEMS,
 )
 
 # pragma -> what must be read back. FULL: every commit is synced, so it survives power loss too.
@@ -55,11 +57,33 @@ class SQLite(Database):
         # The driver opens no transaction for reads.
         connection.exec_driver_sql("BEGIN")
 
+    def unbounded(self, connection: Connection) -> None:
+        """No file ends a transaction."""
+
+    def begin_schema(self, connection: Connection, *, whole: bool) -> None:
+        if not whole:  # a sampler's session may be missing
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            connection.commit()
+        # The driver begins no transaction for DDL: a crash would leave half a schema behind.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    def settle(self, connection: Connection) -> None:
+        """The copy is not in its place yet, and all in one transaction it would be written twice."""
+        connection.commit()
+
+    def check_file(self, connection: Connection, *, quick: bool) -> tuple[str, list[str]]:
+        pragma = "quick_check" if quick else "integrity_check"
+        answers = connection.exec_driver_sql(f"PRAGMA {pragma}({SHOWN_PROBLEMS})").scalars().all()
+        problems = [] if answers == ["ok"] else [str(answer) for answer in answers]
+        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+            problems.append(f"row {row} of {table} names a row that {parent} does not have")
+        return f"SQLite's {pragma}, and foreign keys", problems
+
     def bytes(self) -> int:
-        return sum(file.stat().st_size for file in _files(self._path) if file.exists())
+        return sum(file.stat().st_size for file in files(self._path) if file.exists())
 
     def is_damage(self, error: JournalUnavailable) -> bool:
-        code = getattr(getattr(error.__cause__, "orig", None), "sqlite_errorcode", None) or 0
+        code = getattr(driver_error(error.__cause__), "sqlite_errorcode", None) or 0
         return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -133,12 +157,18 @@ def reader_engine(path: Path) -> Engine:
 def check_writable(path: Path) -> None:
     """Raises StartupError for a file that may only be read. SQLite would open it without a word, and make
     others beside it that may only be read too."""
-    for file in _files(path):
+    for file in files(path):
         if file.exists() and not os.access(file, os.W_OK):
             raise StartupError(f"{file} cannot be written: it is read-only")
 
 
-def _files(path: Path) -> tuple[Path, ...]:
+def path_of(home: Home, schema: Schema) -> Path:
+    """Which of the home's files that database is."""
+    return {"journal": home.journal, "bodies": home.bodies}[schema]
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """A database file, and those that SQLite keeps beside it."""
     return path, _beside(path, "wal"), _beside(path, "shm")
 
 

@@ -33,8 +33,8 @@ from tink.domain.projection import Add, Change, Insert, Key, Update, project
 from tink.domain.written import Written, last_written, missing
 from tink.errors import UNREADABLE, StartupError
 from tink.journal import chain, schema
-from tink.journal.database import upsert
-from tink.limits import CHECKED_EVENTS, READ_ROWS, SQL_KEYS
+from tink.journal.database import batched, upsert
+from tink.limits import CHECKED_EVENTS, FIRST_PROBLEM_CHARACTERS, READ_ROWS
 
 R = TypeVar("R", bound=rows.Row)
 
@@ -356,7 +356,7 @@ def check(connection: Connection, *, whole: bool = True) -> list[str]:
 def damaged(place: str, wrong: list[str]) -> StartupError:
     return StartupError(
         f"{place} is damaged: its tables are not what its events say ({len(wrong)} differences, the first: "
-        f"{wrong[0][:300]}); restore a backup, or look at it with 'tink db check'"
+        f"{wrong[0][:FIRST_PROBLEM_CHARACTERS]}); restore a backup, or look at it with 'tink db check'"
     )
 
 
@@ -385,9 +385,8 @@ def _stored(connection: Connection, written: Written, present: Ledger) -> Ledger
     for name, keys in wanted.items():
         kind, (column, *_) = rows.TABLES[name]
         table = schema.metadata.tables[name]
-        for start in range(0, len(keys), SQL_KEYS):
-            # By the first column of the key: SQLite would scan the table for a pair.
-            some = [key[0] for key in keys[start : start + SQL_KEYS]]
+        # By the first column of the key: SQLite would scan the table for a pair.
+        for some in batched([key[0] for key in keys]):
             query = select(table).where(table.c[column].in_(some))
             for row in read_rows(connection, query, kind):
                 stored.put(name, row)

@@ -10,11 +10,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 
 from tink import files
-from tink.backends.exchange import NoAnswer, exchange, http_client
+from tink.backends.exchange import HttpClient, NoAnswer, exchange
 from tink.domain import ids
 from tink.errors import UNREADABLE, StartupError, Unauthorized, UserError
 from tink.limits import FORK_SECONDS
@@ -26,7 +25,7 @@ class Worker:
     """The run's worker. Its methods raise StartupError for one that does not answer, UserError for what it
     refuses."""
 
-    def __init__(self, client: httpx.AsyncClient, model_id: str, name: str) -> None:
+    def __init__(self, client: HttpClient, model_id: str, name: str) -> None:
         self._client, self._model_id, self._name = client, model_id, name
 
     @property
@@ -59,7 +58,7 @@ class Worker:
             response = await exchange(self._client, method, path, seconds=FORK_SECONDS, content=body)
             answer = msgspec.json.decode(response.content)
         except (NoAnswer, *UNREADABLE) as error:
-            raise StartupError(f"the worker at {self._client.base_url} does not answer: {error}") from error
+            raise StartupError(f"the worker at {self._client.url} does not answer: {error}") from error
         if response.status == Unauthorized.status:
             raise UserError("the worker wants an API key: set TINKER_API_KEY to one of the model's owner")
         if response.status >= 400:
@@ -71,7 +70,7 @@ class Worker:
 async def connect(url: str, key: str, model_id: str, name: str, world: World) -> AsyncIterator[Worker]:
     """Once it has been asked whether there can be a fork of the model with that name. `key`: an API key of
     the model's owner, if the worker wants one."""
-    async with http_client(url, world, slots=1, token=key) as client:
+    async with HttpClient.connect(url, world, slots=1, token=key) as client:
         worker = Worker(client, model_id, name)
         await worker.check()
         yield worker

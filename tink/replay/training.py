@@ -14,7 +14,7 @@ import msgspec
 from tink.domain import plans, requests, rows
 from tink.domain.ledger import Ledger
 from tink.errors import UserError
-from tink.limits import REPLAY_NAMED
+from tink.limits import NAMED
 from tink.wire import tink_train
 
 OPTIMIZER = tink_train.OptimStep.__struct_fields__
@@ -215,8 +215,8 @@ def _export(behind: Sequence[Turn]) -> str | None:
 
 
 def _why(missing: Sequence[Turn], lost: Mapping[str, str]) -> str:
-    named = "; ".join(f"{turn.job.job_id}: {lost[turn.job.job_id]}" for turn in missing[:REPLAY_NAMED])
-    more = len(missing) - REPLAY_NAMED
+    named = "; ".join(f"{turn.job.job_id}: {lost[turn.job.job_id]}" for turn in missing[:NAMED])
+    more = len(missing) - NAMED
     return named if more <= 0 else f"{named}; and {more} more"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tink.addresses import is_loopback
 from tink.errors import StartupError
 from tink.trainer import engines
 
@@ -119,10 +119,7 @@ def parsed(arguments: argparse.Namespace) -> Options:
 def check(options: Options) -> None:
     """StartupError for what cannot work."""
     engines.check(options.engine, options.ranks, options.pipeline_parallel)
-    loopback = options.host == "localhost" or (
-        _is_address(options.host) and ipaddress.ip_address(options.host).is_loopback
-    )
-    if not loopback and not options.token:
+    if not is_loopback(options.host) and not options.token:
         raise StartupError(f"--host {options.host} lets other machines in: set TINK_TRAINER_TOKEN first")
     if options.slots < 1 or options.threads < 1:
         raise StartupError("--slots and --threads must be 1 or more")
@@ -132,11 +129,3 @@ def check(options: Options) -> None:
         raise StartupError(
             "--preload serves in another process when one is killed: torchrun has to start all"
         )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -106,7 +106,7 @@ def test_a_revision_of_another_tink_is_found_and_nothing_is_built_on_it(home, ti
     alter(home.journal, "UPDATE journal_schema_version SET version_num = '9999'")
     code, document = tink_json("db", "check", "--home", home.root)
     assert code == 1
-    assert "newer Tink" in wrong(document)["journal", "schema"][0]
+    assert "written by a newer one" in wrong(document)["journal", "schema"][0]
     assert ("journal", "tables") not in {(c["database"], c["name"]) for c in document["checks"]}
     code, _, err = tink("db", "upgrade", "--home", home.root)
     assert code == 2

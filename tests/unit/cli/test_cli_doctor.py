@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import fields
@@ -166,10 +167,10 @@ def test_a_journal_that_is_in_another_place_than_the_settings_say_is_found(
 ):
     if on_database == "sqlite":
         monkeypatch.setenv("TINK_DATABASE_URL", "postgresql://tink:secret@nowhere/tink")
-        place = f"in SQLite files in {home.root}"
+        place = "is in SQLite files, and"
     else:
         monkeypatch.delenv("TINK_DATABASE_URL")
-        place = f"in {home.noted_database()}"
+        place = f"is in {home.noted_database()}: set TINK_DATABASE_URL"
     code, found = diagnosis()
     assert code == 1
     assert place in found["journal", "wrong"]
@@ -184,6 +185,24 @@ def test_a_journal_of_another_schema_is_found(diagnosis, monkeypatch, head, stat
     code, found = diagnosis()
     assert code == (state == "wrong")
     assert remedy in found["journal", state]
+
+
+@pytest.mark.on_files
+def test_the_database_that_a_journal_was_moved_out_of_is_found(
+    diagnosis, home, postgres, tink, monkeypatch
+):
+    """From one server to another, and the settings still name the first."""
+    first, second = (postgres.create_database() for _ in range(2))
+    for url in (first, second):
+        assert tink("db", "move", "--home", home.root, "--to", url)[0] == 0
+    monkeypatch.setenv("TINK_DATABASE_URL", first)
+    code, found = diagnosis()
+    assert code == 1
+    assert re.search(
+        r"was moved elsewhere \(moved-\w+\) -> unset TINK_DATABASE_URL, or name", found["journal", "wrong"]
+    )
+    for url in (first, second):
+        postgres.drop_database(url)
 
 
 def test_a_port_that_is_taken_is_found(diagnosis, monkeypatch):

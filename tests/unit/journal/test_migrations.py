@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 from trio.testing import MockClock
 
@@ -43,11 +44,11 @@ def _connected(path: Path) -> Iterator[Connection]:
 def test_an_empty_database_becomes_the_schema_of_the_code(tmp_path: Path, database: Schema) -> None:
     path = tmp_path / "db.sqlite"
     with _connected(path) as connection:
-        assert revisions.current(connection, database) is None
+        assert revisions.look(connection, database).revision is None
         assert migrations.differences(connection, database) != []
     migrations.upgrade(SQLite(path, database))
     with _connected(path) as connection:
-        assert revisions.current(connection, database) == revisions.HEADS[database]
+        assert revisions.look(connection, database).revision == revisions.HEADS[database]
         assert migrations.differences(connection, database) == []
 
 
@@ -80,10 +81,18 @@ def test_a_schema_of_a_newer_tink_is_refused_and_left_alone(tmp_path: Path, data
     assert path.read_bytes() == before
 
 
+def _made(path: Path, database: Schema) -> list[str]:
+    """The revisions that there are migrations for, the newest first."""
+    with _connected(path) as connection:
+        script = ScriptDirectory.from_config(migrations._config(connection, database))
+        return [revision.revision for revision in script.walk_revisions()]
+
+
 @both
 def test_the_head_that_the_code_knows_is_the_newest_migration(tmp_path: Path, database: Schema) -> None:
-    with _connected(tmp_path / "db.sqlite") as connection:
-        assert migrations.known(connection, database)[0] == revisions.HEADS[database]
+    made = _made(tmp_path / "db.sqlite", database)
+    assert made[0] == revisions.HEADS[database]
+    assert made == sorted(made, reverse=True)  # by which an older one is told from a newer one
 
 
 def test_a_start_without_a_migration_does_not_wait_for_alembic(tmp_path: Path) -> None:
@@ -158,7 +167,7 @@ async def test_a_start_after_a_migration_looks_at_all_of_the_journal(
         prepare(home)
     assert "added" not in _tables(home)
     with _connected(home.journal) as connection:
-        assert revisions.current(connection, "journal") not in (None, "9000")
+        assert revisions.look(connection, "journal").revision not in (None, "9000")
 
     write_next("5")
     async with opened(home) as journal:
@@ -283,5 +292,4 @@ async def test_a_journal_of_an_older_revision_becomes_what_its_events_say(
 
 
 def test_every_revision_but_the_last_has_its_way_back(tmp_path: Path) -> None:
-    with _connected(tmp_path / "db.sqlite") as connection:
-        assert sorted(migrations.known(connection, "journal"))[:-1] == sorted(BACK)
+    assert _made(tmp_path / "db.sqlite", "journal")[1:] == sorted(BACK, reverse=True)

@@ -70,11 +70,11 @@ def defined(connection: Connection) -> dict[tuple[str, str], str]:
 @both
 def test_an_empty_database_becomes_the_schema_of_the_code(postgres_url: str, database: Schema) -> None:
     with connected(postgres_url) as connection:
-        assert revisions.current(connection, database) is None
+        assert revisions.look(connection, database).revision is None
         assert migrations.differences(connection, database) != []
     migrations.upgrade(PostgreSQL(postgres_url, database))
     with connected(postgres_url) as connection:
-        assert revisions.current(connection, database) == revisions.HEADS[database]
+        assert revisions.look(connection, database).revision == revisions.HEADS[database]
         assert migrations.differences(connection, database) == []
 
 
@@ -145,7 +145,7 @@ def test_a_schema_of_a_newer_tink_is_refused_and_left_alone(tmp_path: Path, data
     with pytest.raises(StartupError, match=r"revision 9999.*written by a newer one; install that"):
         prepare(home)
     with connected(home.database_url) as connection:
-        assert revisions.current(connection, database) == "9999"
+        assert revisions.look(connection, database).revision == "9999"
         assert defined(connection) == before
 
 
@@ -197,7 +197,7 @@ async def test_a_migration_that_fails_or_leaves_something_else_has_not_been(
             prepare(home)
         with connected(home.database_url) as connection:
             assert defined(connection) == before
-            assert revisions.current(connection, "journal") not in (None, "9000")
+            assert revisions.look(connection, "journal").revision not in (None, "9000")
             assert store.check(connection) == []
     write_next("5")
     async with opened(home) as journal:

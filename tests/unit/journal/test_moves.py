@@ -29,6 +29,7 @@ from tink.journal.journal import prepare
 from tink.journal.moves import Moved, move
 from tink.journal.postgres import PostgreSQL, shown
 from tink.journal.reader import open_journal, open_snapshot
+from tink.journal.revisions import SCHEMAS
 from tink.world import World
 
 pytestmark = pytest.mark.on_files
@@ -502,6 +503,6 @@ def test_killed_at_any_moment_one_journal_is_whole_and_the_next_move_ends_it(
 def _wait_until_free(url: str) -> None:
     """A server notices a moment later that a process has ended."""
     deadline = World().monotonic() + 30
-    while any(PostgreSQL(url, schema).holder() for schema in moves.SCHEMAS):
+    while any(PostgreSQL(url, schema).holder() for schema in SCHEMAS):
         assert World().monotonic() < deadline
         os.sched_yield()

@@ -152,10 +152,10 @@ def test_a_writer_never_gets_another_connection(tmp_path: Path) -> None:
         holder = found.holder()
         assert holder is not None
         found.put_out(holder)
-        with pytest.raises(JournalUnavailable, match="is lost"):
-            writer.beat()
-        with pytest.raises(JournalUnavailable, match="is lost, and its lock with it"):
-            writer.beat()
+        for match in ("is lost", "is lost, and its lock with it"):
+            with pytest.raises(JournalUnavailable, match=match) as lost:
+                writer.beat()
+            assert lost.value.may_pass
 
 
 def test_a_commit_that_the_server_warns_of_is_none(tmp_path: Path) -> None:
@@ -199,6 +199,21 @@ def test_a_role_that_may_not_put_another_out_is_told_so(tmp_path: Path, postgres
         assert _journal(home).holder() is not None
 
 
+def test_what_may_be_over_in_a_moment_is_told_from_what_is_not(tmp_path: Path) -> None:
+    home = new_home(tmp_path)
+    away = PostgreSQL("postgresql://127.0.0.1:1/tink", "journal")
+    missing = PostgreSQL(f"{home.database_url}_not", "journal")
+    for found, may_pass in ((away, True), (missing, False)):
+        with pytest.raises(JournalUnavailable) as unavailable:
+            found.writer()
+        with pytest.raises(StartupError) as unread:
+            found.holder()
+        assert (unavailable.value.may_pass, unread.value.may_pass) == (may_pass, may_pass)
+    with _writing(_journal(home)), pytest.raises(DatabaseInUse) as used:
+        _journal(home).writer()
+    assert used.value.may_pass
+
+
 # -- what a commit means ----------------------------------------------------------------------------
 
 
@@ -227,9 +242,10 @@ def test_a_replica_is_not_written_to(tmp_path: Path) -> None:
         url = server.create_database()
         with (
             server.replica() as replica,
-            pytest.raises(JournalUnavailable, match="is a replica, which cannot be written"),
+            pytest.raises(JournalUnavailable, match="is a replica, which cannot be written") as refused,
         ):
             PostgreSQL(replica.url(url.rpartition("/")[2]), "journal").writer()
+        assert refused.value.may_pass
 
 
 async def test_a_journal_that_lacks_what_was_acknowledged_is_refused(

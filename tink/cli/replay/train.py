@@ -16,6 +16,7 @@ import trio
 from rich.progress import TimeElapsedColumn
 
 from tink import manifest
+from tink.addresses import is_origin
 from tink.cli import printing
 from tink.cli.homes import readable_home
 from tink.cli.options import add_home, positive
@@ -35,7 +36,7 @@ from tink.replay.reach import remains
 from tink.replay.rerun import Rerun
 from tink.replay.server import Server
 from tink.replay.training import Change, Edits, Schedule, schedule
-from tink.settings import Settings, is_origin
+from tink.settings import Settings
 from tink.world import World
 
 HELP = "a model's training, compared with what it gave; its adapter at any step"
@@ -60,7 +61,7 @@ differs by more than --tolerance; 2 if it cannot be replayed"""
 
 PROGRAM = "tink replay train"
 # Of the other settings none matters here, so none of them can be wrong.
-VARIABLES = ("TINK_ARTIFACTS", "TINK_TRAINER_TOKEN", "TINK_CRASH_AT")
+VARIABLES = frozenset({"TINK_ARTIFACTS", "TINK_TRAINER_TOKEN", "TINK_CRASH_AT"})
 # Whose key it is that a fork is published with: the SDK's name for it.
 KEY = "TINKER_API_KEY"
 
@@ -182,10 +183,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, home: Home) -> int:
-    named = {name: os.environ.get(name, "") for name in VARIABLES}
+    only = VARIABLES
     if bundle.about(home) is not None:
-        named["TINK_ARTIFACTS"] = ""  # it has its own
-    settings = Settings.load(named, home=home.root)
+        only = VARIABLES - {"TINK_ARTIFACTS"}  # it has its own
+    settings = Settings.load(os.environ, only=only, home=home.root)
     _check(arguments, home, settings)
     with (
         open_recording(home) as recording,
