@@ -23,7 +23,7 @@ import trio
 from tests.null_servers import DirectEndpoint, Ports
 from tests.soak import mutants
 from tests.soak.clients import Clients
-from tink.actors import retention, router
+from tink.actors import lanes, retention
 from tink.actors.router import Router
 from tink.actors.trainer_samples import TrainerSamples
 from tink.actors.worker import open_worker
@@ -118,8 +118,9 @@ def hurry(kept: float) -> None:
         (retention, "RETENTION_SECONDS", kept / 30),
         (retention, "EXPIRY_SECONDS", kept / 300),
         (policy, "LEAST_KEPT_SECONDS", kept / 30),
-        (router, "FORGET_SECONDS", kept / 30),
+        (lanes, "FORGET_SECONDS", kept / 30),
     ):
+        assert hasattr(module, name), "it has moved"
         setattr(module, name, seconds)
 
 
