@@ -9,8 +9,14 @@ One row for each: name, value, unit, and in brackets the baseline and how many t
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
+import sqlite3
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 from tests.bench import (
@@ -18,6 +24,7 @@ from tests.bench import (
     affinity,
     audit,
     calls,
+    costs,
     journal,
     lane,
     overhead,
@@ -35,6 +42,7 @@ BENCHES: dict[str, ModuleType] = {
     "affinity": affinity,
     "audit": audit,
     "calls": calls,
+    "costs": costs,
     "journal": journal,
     "lane": lane,
     "overhead": overhead,
@@ -48,6 +56,10 @@ BENCHES: dict[str, ModuleType] = {
 }
 
 
+# What `all` asks of a bench whose own defaults take an hour.
+SHORTER = {"audit": ["--events", "1000000"], "recovery": ["--events", "1000000"], "journal": ["--postgres"]}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/bench", description="Measures Tink on this machine.")
     benches = parser.add_subparsers(required=True, metavar="NAME", title="benches")
@@ -55,11 +67,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = benches.add_parser(name, help=bench.SUMMARY, description=bench.__doc__)
         options.formatter_class = argparse.RawDescriptionHelpFormatter
         bench.add_arguments(options)
-        options.set_defaults(run=bench.run)
+        options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+        options.set_defaults(run=bench.run, name=name)
+    options = benches.add_parser("all", help="every one of these, an hour and a half")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options.set_defaults(name="all")
     chosen = parser.parse_args(arguments)
-    for figure in chosen.run(chosen):
-        print(figure, flush=True)
-    return 0
+    asked = [chosen]
+    if chosen.name == "all":
+        asked = [parser.parse_args([name, *SHORTER.get(name, [])]) for name in BENCHES]
+    failed = False
+    told: list[dict[str, object]] = []
+    for one in asked:
+        try:
+            for figure in one.run(one):
+                print(figure, flush=True)
+                told.append({"bench": one.name, **figure._asdict()})
+        except (Exception, SystemExit) as error:
+            if chosen.name != "all":
+                raise
+            failed = True
+            print(f"{one.name} has failed: {error!r}", file=sys.stderr)
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps({"machine": machine(), "figures": told}, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def machine() -> dict[str, object]:
+    """Where they were measured, and by which versions."""
+    cpus = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    names = ("tink", "trio", "uvicorn", "httptools", "uvloop", "SQLAlchemy", "httpx", "tinker", "torch")
+    return {
+        "processor": cpus[0].partition(": ")[2] if cpus else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        **{name: metadata.version(name) for name in names},
+    }
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def _compared(
     found, bases = [], []
     for _ in range(rounds):
         # In turn: the machine may get slower or faster meanwhile.
-        bases.append(_taken(floor, "instant", jobs, connections, size))
+        bases.append(taken(floor, "instant", jobs, connections, size))
         before = tink.cpu
-        taken = _taken(tink.port, tink.model(tink.session()), jobs, connections, size)
-        found.append(taken._replace(cpu=(tink.cpu - before) / jobs))
+        one = taken(tink.port, tink.model(tink.session()), jobs, connections, size)
+        found.append(one._replace(cpu=(tink.cpu - before) / jobs))
     rate, base = (median(one.rate for one in some) for some in (found, bases))
     yield Figure(f"{name}_rate", rate, "jobs/s", base)
     p99, base = (median(one.p99 for one in some) for some in (found, bases))
@@ -76,7 +76,7 @@ def _compared(
     yield Figure(f"{name}_cpu", median(one.cpu for one in found) * 1e6, "us")
 
 
-def _taken(port: int, model: str, jobs: int, connections: int, size: int) -> Taken:
+def taken(port: int, model: str, jobs: int, connections: int, size: int = 0) -> Taken:
     processes = min(PROCESSES, connections)
     share = jobs // processes
     loads = [

@@ -29,7 +29,7 @@ class Load(msgspec.Struct, kw_only=True):
     `session_id`."""
 
     port: int
-    what: Literal["optim_step", "forward_backward", "sample", "poll", "heartbeat"]
+    what: Literal["optim_step", "step", "forward_backward", "sample", "poll", "heartbeat"]
     connections: int
     requests: int
     rate: float = 0.0
@@ -68,9 +68,11 @@ class Connection:
 
 async def ask(connection: Connection, load: Load, number: int) -> None:
     match load.what:
-        case "optim_step":
+        case "optim_step" | "step":
             fields = {"model_id": load.model_id, "seq_id": number, "adam_params": ADAM}
-            await connection.done("optim_step", msgspec.json.encode(fields))
+            promise = msgspec.json.decode(await connection.done("optim_step", msgspec.json.encode(fields)))
+            if load.what == "step":
+                await poll(connection, promise["request_id"])
         case "forward_backward":
             await connection.done("forward_backward", batch(load.model_id, number, load.size), PROTOBUF)
         case "heartbeat":

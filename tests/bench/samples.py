@@ -55,9 +55,9 @@ def _compared(tink: Worker, floor: int, rounds: int, samples: int, in_flight: in
     cpu = []
     for _ in range(rounds):
         # In turn: the machine may get slower or faster meanwhile.
-        bases.append(_asked(floor, "instant", samples, in_flight))
-        sampler, before = _sampler(tink), tink.cpu
-        found.append(_asked(tink.port, sampler, samples, in_flight))
+        bases.append(asked_of(floor, "instant", samples, in_flight))
+        chosen, before = sampler(tink), tink.cpu
+        found.append(asked_of(tink.port, chosen, samples, in_flight))
         cpu.append((tink.cpu - before) / samples)
     rate, base = (
         median(sum(len(o.seconds) / o.took for o in one) for one in some) for some in (found, bases)
@@ -71,7 +71,7 @@ def _compared(tink: Worker, floor: int, rounds: int, samples: int, in_flight: in
     yield Figure(f"samples_{in_flight}_cpu", median(cpu) * 1000, "ms/sample")
 
 
-def _asked(port: int, sampler: str, samples: int, in_flight: int) -> list[Report]:
+def asked_of(port: int, sampler_id: str, samples: int, in_flight: int) -> list[Report]:
     processes = min(PROCESSES, in_flight)
     share = samples // processes
     return asked(
@@ -79,7 +79,7 @@ def _asked(port: int, sampler: str, samples: int, in_flight: int) -> list[Report
             Load(
                 port=port,
                 what="sample",
-                sampler_id=sampler,
+                sampler_id=sampler_id,
                 connections=in_flight // processes,
                 requests=share,
                 first=number * share,
@@ -89,7 +89,7 @@ def _asked(port: int, sampler: str, samples: int, in_flight: int) -> list[Report
     )
 
 
-def _sampler(tink: Worker) -> str:
+def sampler(tink: Worker) -> str:
     session = tink.session()
     fields = {"session_id": session, "sampling_session_seq_id": next(_numbers), "base_model": MODEL}
     return str(tink.post("create_sampling_session", **fields)["sampling_session_id"])
