@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tink import http_server
 from tink.actors import embedded
 from tink.cli import serve, vllm
 from tink.cli.external import external
@@ -269,7 +270,7 @@ def served(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TINK_HOME", str(tmp_path / "home"))
     seen = []
-    monkeypatch.setattr(serve.trio, "run", lambda _serve, settings, *_: seen.append(settings))
+    monkeypatch.setattr(http_server, "run", lambda _serve, settings, *_: seen.append(settings))
     monkeypatch.setattr(serve.World, "listen", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(serve, "_raise_file_limit", lambda: None)
     return seen
