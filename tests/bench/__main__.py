@@ -34,6 +34,7 @@ from tests.bench import (
     rerun,
     samples,
     sampling,
+    survive,
     trainer,
 )
 
@@ -52,6 +53,7 @@ BENCHES: dict[str, ModuleType] = {
     "rerun": rerun,
     "samples": samples,
     "sampling": sampling,
+    "survive": survive,
     "trainer": trainer,
 }
 

@@ -38,6 +38,8 @@ class Instant:
         match path.removeprefix("/api/v1/"):
             case "create_session":
                 return _said(session_id=SESSION)
+            case "get_server_capabilities":
+                return _said(supported_models=[{"model_name": MODEL}])
             case "telemetry":
                 return _said(status="accepted")
             case "get_info":

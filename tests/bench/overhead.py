@@ -5,15 +5,18 @@ its own time.
 
 A real `tink serve`, durable as always, and a training server that computes nothing, each in a process of
 its own. In turn, `--each` of one kind and then of the other server. The CPU time of the worker is told for
-each operation: a request that submits it, a poll for its result, and the calls to the training server.
+each operation: a request that submits it, a poll for its result, and the calls to the training server. With
+`--url` it is another server that is compared with the SDK's own time.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -22,7 +25,6 @@ import tinker
 
 from tests.bench import rig
 from tests.bench.figures import Figure
-from tests.null_servers import MODEL
 
 SUMMARY = "what Tink adds to an operation that does nothing, by the SDK"
 TOKENS = 32
@@ -41,16 +43,16 @@ class Waits(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--each", type=int, default=50, help="operations of a kind in a round (50)")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of each server (4)")
+    parser.add_argument("--url", help="of another server, instead of Tink")
     parser.add_argument("--operations", type=int, default=10_000, help="to make a worker old (10000)")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
-    with (
-        tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
-        rig.worker(Path(name)) as worker,
-        rig.instant(Path(name)) as port,
-    ):
-        client, instant = connect(worker.port), connect(port)
+    with tempfile.TemporaryDirectory(prefix="tink-bench-") as name, ExitStack() as stack:
+        worker = None if arguments.url else stack.enter_context(rig.worker(Path(name)))
+        port = stack.enter_context(rig.instant(Path(name)))
+        url = arguments.url if worker is None else worker.live.url
+        client, instant = connect(url), connect(f"http://127.0.0.1:{port}")
         for age in ("fresh", "old"):
             if age == "old":
                 work(client, arguments.operations)
@@ -59,25 +61,28 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
             tink, base, cpu = [], [], 0.0
             for _ in range(arguments.rounds):
                 base.append(wait(instant, arguments.each))
-                before = worker.cpu
+                before = worker.cpu if worker else 0.0
                 tink.append(wait(client, arguments.each))
-                cpu += worker.cpu - before
+                cpu += (worker.cpu if worker else 0.0) - before
             for kind in Waits._fields:
                 found, floors = (
                     [second for waits in some for second in getattr(waits, kind)] for some in (tink, base)
                 )
                 yield Figure(f"{age}_{kind}_p50", median(found) * 1000, "ms", median(floors) * 1000)
                 yield Figure(f"{age}_{kind}_p95", _p95(found) * 1000, "ms", _p95(floors) * 1000)
-            yield Figure(f"{age}_cpu", cpu / (arguments.rounds * arguments.each * 4) * 1000, "ms/operation")
+            if worker is not None:
+                operations = arguments.rounds * arguments.each * 4
+                yield Figure(f"{age}_cpu", cpu / operations * 1000, "ms/operation")
 
 
 def _p95(some: list[float]) -> float:
     return quantiles(some, n=20)[18]
 
 
-def connect(port: int) -> Any:
-    service = tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key="tml-local")
-    return service.create_lora_training_client(MODEL, rank=8, seed=1).result()
+def connect(url: str) -> Any:
+    service = tinker.ServiceClient(base_url=url, api_key=os.environ.get("TINKER_API_KEY", "tml-local"))
+    model = service.get_server_capabilities().supported_models[0].model_name
+    return service.create_lora_training_client(model, rank=8, seed=1).result()
 
 
 def batch() -> list[tinker.types.Datum]:
