@@ -133,7 +133,7 @@ SQL_STEPS = 10_000
 # -- what is printed --------------------------------------------------------------------------------
 
 # Characters of a cell in a table.
-SQL_CELL = 120
+CELL = 120
 # Of many things that a line tells of together, so many are named there.
 NAMED = 3
 

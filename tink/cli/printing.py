@@ -16,7 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from tink.limits import SQL_CELL
+from tink.limits import CELL
 
 # Where the output goes into a file or a pipe.
 PIPE_COLUMNS = 200
@@ -87,13 +87,13 @@ def plain(value: object) -> str:
 
 def short(line: str) -> str:
     """What fits a cell."""
-    return line if len(line) <= SQL_CELL else f"{line[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return line if len(line) <= CELL else f"{line[: CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def wide(made: Table) -> str:
     """As wide as it is: a line that runs over can be read, a column that is cut off cannot."""
     here = console()
-    endless = here.options.update(max_width=sum(SQL_CELL + 2 for _ in made.columns))
+    endless = here.options.update(max_width=sum(CELL + 2 for _ in made.columns))
     here = console(Measurement.get(here, endless, made).maximum)
     with here.capture() as captured:
         here.print(made)

@@ -11,7 +11,7 @@ import trio
 
 from tink import http_server
 from tink.cli.serving import Past, serve
-from tink.errors import DatabaseInUse, JournalUnavailable, StartupError, tink_error
+from tink.errors import JournalUnavailable, StartupError, tink_error
 from tink.home import Home
 from tink.journal.postgres import MIGRATING, PostgreSQL, shown
 from tink.limits import DATABASE_LOOK_SECONDS, DATABASE_READ_SECONDS, DATABASE_SILENT_SECONDS
@@ -48,7 +48,9 @@ def keep_serving(settings: Settings, home: Home, world: World) -> None:
 def _pause(raised: Exception, past: Past) -> float:
     """For how long to wait before the next try. Raises what waiting does not mend."""
     error = tink_error(raised)
-    if past.stopped or not isinstance(error, JournalUnavailable | DatabaseInUse):
+    if past.stopped or not isinstance(error, JournalUnavailable | StartupError):
+        raise raised
+    if isinstance(error, StartupError) and not error.may_pass:
         raise raised
     if past.serving:
         past.serving = False

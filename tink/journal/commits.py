@@ -153,7 +153,7 @@ class GroupCommit(Generic[Item]):
             # Of any kind: whoever waits must not take an interrupted commit for one that was made.
             batch.error = unavailable = _unavailable(error)
             self._end(unavailable)
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and unavailable is not error:
                 raise unavailable from error
             raise
         finally:

@@ -16,7 +16,7 @@ from tink.cli import printing
 from tink.journal import sql
 from tink.journal.reader import open_journal
 from tink.journal.views import VIEWS
-from tink.limits import SQL_CELL
+from tink.limits import CELL
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
@@ -259,7 +259,7 @@ def test_a_table_cuts_no_column_and_no_line_but_long_values(tink, home, monkeypa
     head, line = out.splitlines()
     assert code == 0
     assert head.split() == [*(f"column_{i}" for i in range(5)), "long"]
-    assert line.split() == [*["x" * 100] * 5, "y" * (SQL_CELL - 1) + "\N{HORIZONTAL ELLIPSIS}"]
+    assert line.split() == [*["x" * 100] * 5, "y" * (CELL - 1) + "\N{HORIZONTAL ELLIPSIS}"]
 
 
 def test_control_characters_do_not_reach_the_terminal(tink, home):

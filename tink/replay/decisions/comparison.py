@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tink.domain.events import AnyEvent, Entry, Record, Subject, kind_of
-from tink.limits import REPLAY_CLOCK_SECONDS, SQL_CELL
+from tink.limits import CELL, REPLAY_CLOCK_SECONDS
 
 # They depend on when something ran, and on nothing else.
 TIMES = frozenset({"queue_ms", "run_ms", "idle_ms"})
@@ -117,4 +117,4 @@ def _telling(event: AnyEvent) -> dict[str, Any]:
 def _short(kind: str, values: dict[str, Any]) -> str:
     parts = (f"{name}={msgspec.json.encode(value).decode()}" for name, value in values.items())
     text = " ".join([kind, *parts])
-    return text if len(text) <= SQL_CELL else f"{text[: SQL_CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return text if len(text) <= CELL else f"{text[: CELL - 1]}\N{HORIZONTAL ELLIPSIS}"
