@@ -30,7 +30,9 @@ RECORDED = Path(__file__).with_suffix(".json")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each; the least counts (3)")
-    parser.add_argument("--margin", type=float, default=0.5, help="what may be more (0.5)")
+    parser.add_argument(
+        "--margin", type=float, default=1.0, help="what may be more: 1.0 is twice as much (1.0)"
+    )
     parser.add_argument("--check", action="store_true", help="exit status 1 if one is over it")
     parser.add_argument("--record", action="store_true", help="write them down")
 

@@ -31,15 +31,15 @@ def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_what_is_dearer_than_recorded_is_told(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recorded.write_text('{"append": 1.3}')
+    recorded.write_text('{"append": 0.9}')
     with pytest.raises(SystemExit, match="dearer than it was: append 2 units"):
         main(["costs", "--check"])
-    recorded.write_text('{"append": 1.4}')
+    recorded.write_text('{"append": 1.1}')
     assert main(["costs", "--check"]) == 0
-    assert "append 2 units (1.4, 1.43)" in capsys.readouterr().out
+    assert "append 2 units (1.1, 1.82)" in capsys.readouterr().out
 
 
 def test_what_it_costs_now_can_be_recorded(recorded: Path) -> None:
-    recorded.write_text('{"append": 1.3}')
+    recorded.write_text('{"append": 0.9}')
     assert main(["costs", "--record"]) == 0
     assert json.loads(recorded.read_text()) == {"append": 2.0}
