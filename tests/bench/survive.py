@@ -108,7 +108,7 @@ def train(server: Server, steps: int, kills: list[int]) -> Run:
         began = time.monotonic()
         try:
             sent = [
-                client.forward_backward(_batch(step), "cross_entropy"),
+                client.forward_backward(batch(step), "cross_entropy"),
                 client.optim_step(types.AdamParams()),
             ]
             if step in kills:
@@ -124,7 +124,7 @@ def train(server: Server, steps: int, kills: list[int]) -> Run:
     return Run(losses, longest)
 
 
-def _batch(step: int) -> list[types.Datum]:
+def batch(step: int) -> list[types.Datum]:
     rng, found = random.Random(step), []
     for _ in range(SEQUENCES):
         tokens = [rng.randrange(1, VOCABULARY) for _ in range(TOKENS + 1)]

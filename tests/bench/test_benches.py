@@ -22,6 +22,7 @@ SHORT = {
     "lane": ["--jobs", "8", "--op-ms", "5", "--steps", "6", "--step-ms", "5", "--rounds", "1"],
     "trainer": ["--steps", "8", "--rounds", "1"],
     "calls": ["--in-flight", "50", "--calls", "100", "--rounds", "1"],
+    "redo": ["--steps", "3", "--crashes", "1"],
     "survive": ["--steps", "4", "--kills", "1"],
 }
 # Of each the figures that matter most.
@@ -34,6 +35,7 @@ NAMES = {
     "lane": {"idle_10kB_1_model", "idle_one_step_ahead_p50", "fairness_8_models"},
     "trainer": {"trainer_1_adapter", "trainer_8_adapters", "trainer_memory"},
     "calls": {"call_cpu"},
+    "redo": {"redo_speed", "redo_wait"},
     "survive": {"kills", "client_errors", "different_losses", "longest_wait"},
 }
 
