@@ -134,6 +134,8 @@ SQL_STEPS = 10_000
 
 # Characters of a cell in a table.
 CELL = 120
+# The newest jobs, of which `tink status` says where their time went.
+STAGES_JOBS = 200
 # Of many things that a line tells of together, so many are named there.
 NAMED = 3
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 
 import tink
-from tink.cli import printing
+from tink.cli import printing, stages
 from tink.cli.homes import find_home
 from tink.cli.jobs import JobLine, job_line, print_jobs
 from tink.cli.options import add_home
+from tink.cli.stages import Stages
 from tink.doctor import processes
 from tink.doctor.processes import TrainerStatus, WorkerStatus
 from tink.domain import rows
@@ -19,6 +20,7 @@ from tink.domain.events import Diverged
 from tink.journal import queries, store
 from tink.journal.database import database
 from tink.journal.reader import open_journal
+from tink.limits import STAGES_JOBS
 from tink.world import World
 
 HELP = "what runs, the queue, models, sessions, last jobs"
@@ -71,6 +73,7 @@ class Status(msgspec.Struct, kw_only=True):
     last_models: list[rows.Model]
     last_sessions: list[rows.Session]
     last_jobs: list[JobLine]
+    stages: dict[str, Stages]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +115,7 @@ def collect(option: Path | None, world: World) -> Status:
         counts = {name: queries.count(connection, name) for name in ("jobs", "models", "sessions")}
         models = queries.latest_models(connection, SHOWN)
         sessions = queries.latest_sessions(connection, SHOWN)
-        last_jobs = queries.jobs(connection, limit=SHOWN)
+        newest = queries.jobs(connection, limit=STAGES_JOBS)
     now = world.now()
     worker, trainer = processes.look(home, last, world)
     return Status(
@@ -130,7 +133,8 @@ def collect(option: Path | None, world: World) -> Status:
         ),
         last_models=models,
         last_sessions=sessions,
-        last_jobs=[job_line(job, now) for job in last_jobs],
+        last_jobs=[job_line(job, now) for job in newest[:SHOWN]],
+        stages=stages.of(newest),
         **counts,
     )
 
@@ -161,6 +165,8 @@ def _print(found: Status, now: float) -> None:
     if found.diverged:
         facts.add_row("diverged", f"[red]{found.diverged:,} redone result(s) differ from the journaled[/]")
     facts.add_row("queue", _queue_line(found.queue))
+    for group, some in found.stages.items():
+        facts.add_row(group, _stages_line(some))
     sizes = msgspec.structs.asdict(found.disk)
     facts.add_row("disk", ", ".join(f"{name} {printing.size(size)}" for name, size in sizes.items()))
     console.print(facts)
@@ -206,6 +212,14 @@ def _trainer(trainer: TrainerStatus) -> str:
     for op in trainer.running:
         line += f"; runs {printing.text(op.job_id)} for {printing.duration(op.seconds)}"
     return line
+
+
+def _stages_line(some: Stages) -> str:
+    parts = {"waited": some.waited, "in the server": some.server, "in the worker": some.worker}
+    if some.idle is not None:
+        parts["the trainer idle before it"] = some.idle
+    told = ", ".join(f"{name} {printing.duration(ms / 1000)}" for name, ms in parts.items())
+    return f"{told} (medians of the last {some.jobs:,})"
 
 
 def _queue_line(queue: Queue) -> str:

@@ -183,6 +183,13 @@ def test_models_sessions_and_the_last_jobs_are_there(home, tink, tink_json):
     assert all(word in out for word in (MODEL, SESSION, SAMPLED, "2 done"))
 
 
+def test_where_the_time_of_the_last_jobs_went_is_there(home, tink, tink_json):
+    found = tink_json("status", "--home", home.root)[1]["stages"]
+    assert found["training"]["jobs"] >= 1
+    assert set(found["training"]) == {"jobs", "waited", "server", "worker", "idle"}
+    assert "medians of the last" in tink("status", "--home", home.root)[1]
+
+
 def test_the_disk_that_is_used_is_there(home, tink, tink_json):
     disk = tink_json("status", "--home", home.root)[1]["disk"]
     assert (disk["journal"], disk["bodies"]) == tuple(
@@ -215,7 +222,7 @@ def test_the_document_has_the_same_keys_whatever_runs(home, runs, tink_json):
     stopped = tink_json("status", "--home", home.root)[1]
     keys = "home version worker trainer events diverged queue disk jobs models sessions"
     lists = ["last_models", "last_sessions", "last_jobs"]
-    assert list(running) == list(stopped) == [*keys.split(), *lists]
+    assert list(running) == list(stopped) == [*keys.split(), *lists, "stages"]
     assert list(running["worker"]) == list(stopped["worker"])
     assert list(running["trainer"]) == list(stopped["trainer"])
 
