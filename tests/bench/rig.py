@@ -114,6 +114,8 @@ def clients(loads: Sequence[Load]) -> Iterator[list[Report]]:
         for process in processes:
             process.kill()
             process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 def asked(loads: Sequence[Load]) -> list[Report]:
