@@ -24,7 +24,8 @@ def keeps_files(journal: Journal) -> None:
 
 def keeps_rows(journal: Journal) -> None:
     """In memory, of sessions, models and samplers that have ended."""
-    setattr(journal, "forget", lambda busy: None)  # noqa: B010  it is a method
+    assert callable(journal.present.forget)
+    setattr(journal.present, "forget", lambda busy: None)  # noqa: B010  it is a method
 
 
 def _at_each_end(journal: Journal, every: int, make: Callable[[], object]) -> None:

@@ -35,8 +35,8 @@ class Look(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What came of so many jobs. `cpu`: seconds of the process. `journal`: how much its file has grown, in
-    bytes. `looks`: from outside, meanwhile."""
+    """What came of so many jobs. `cpu`: seconds of the process. `journal`: how much it has grown, in bytes.
+    `looks`: from outside, meanwhile."""
 
     jobs: int
     seconds: float
@@ -136,7 +136,12 @@ class SoakWorker:
         return cpu_seconds(self._process.pid)
 
     def _journal(self) -> int:
-        return self.home.journal.stat().st_size
+        """With what is not in the file yet, but in the log beside it."""
+        with closing(sqlite3.connect(f"file:{self.home.journal}?mode=ro", uri=True)) as journal:
+            size, pages = (
+                int(journal.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_size", "page_count")
+            )
+        return size * pages
 
 
 @contextmanager
