@@ -31,7 +31,6 @@ from google.protobuf.message import DecodeError
 from tink import files
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import TrainerClient, TrainerRefused
-from tink.trainer import books
 from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books, Outcome, Refused
 from tink.wire import tink_train
@@ -62,7 +61,7 @@ MODEL, CONTEXT, TOKENS = "null/null", 1024, 16
 # What each operation says that it took: a model is snapshotted every few steps.
 OP_MS = 2500.0
 # Models that are no more are remembered by the books; so few that there are as many before it is measured.
-books.TRAINER_TOMBSTONES = 64
+TOMBSTONES = 64
 
 
 class Trainer:
@@ -72,7 +71,7 @@ class Trainer:
 
     def __init__(self, artifacts: Path) -> None:
         self._artifacts = artifacts
-        self._books, self._bodies = Books(self.incarnation), Bodies()
+        self._books, self._bodies = Books(self.incarnation, TOMBSTONES), Bodies()
 
     @property
     def health(self) -> Health:

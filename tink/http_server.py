@@ -20,10 +20,9 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tink.limits import BACKLOG, MAX_HEAD_BYTES
+from tink.limits import BACKLOG, DRAIN_SECONDS, MAX_HEAD_BYTES
 
 T = TypeVar("T")
-Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 # An ASGI application.
@@ -94,13 +93,13 @@ async def serve(
             if not serving.done():
                 task_status.started()
                 requests.start_soon(await_stop)
-            await _awaited(serving)
+            await _awaited(_result(serving))
         finally:
             requests.cancel_scope.cancel()
             if not serving.done():
                 server.cut_off()
                 with trio.CancelScope(shield=True):
-                    await _awaited(serving)
+                    await _awaited(_result(serving))
 
 
 class _Server(uvicorn.Server):
@@ -125,13 +124,15 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(HttpToolsProtocol):
-    """uvicorn takes a head of any size, and waits for its end for ever."""
+    """uvicorn takes a head of any size, and waits for its end for ever; and it closes a connection on a
+    sender whom it refuses, who then may not get to read why."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
         # Bytes of a head that has begun and not ended, in reads after the one in which it began.
         self._head: int | None = None
         self._waiting: asyncio.TimerHandle | None = None
+        self._refused = False
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -139,12 +140,23 @@ class _Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._head is not None:
             self._head += len(data)
             if self._head > MAX_HEAD_BYTES:
                 self.send_400_response("The head of the request is too large.")
                 return
         super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """What else is sent is read and thrown away for a while, or until the sender closes."""
+        self._refused = True
+        self._waited()
+        head = ["HTTP/1.1 400 Bad Request", "content-type: text/plain", f"content-length: {len(msg)}"]
+        self.transport.write("\r\n".join([*head, "connection: close", "", msg]).encode())
+        self.transport.write_eof()
+        self._waiting = self.loop.call_later(DRAIN_SECONDS, self.transport.close)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -214,9 +226,8 @@ class _Bridge:
                 answered.set_result(None)
 
 
-async def _awaited(of: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
-    """What a coroutine or a future of the host's gives, awaited by a task of Trio. Cancelled: so is it."""
-    coroutine = of if asyncio.iscoroutine(of) else _result(of)
+async def _awaited(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine of the host's gives, stepped by a task of Trio. Cancelled: it is closed."""
     try:
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()

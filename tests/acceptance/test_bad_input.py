@@ -6,7 +6,6 @@ Most of it the SDK would not send, so it is sent over plain HTTP.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -439,19 +438,13 @@ def test_ids_that_are_nobodys(plain):
         assert (answer.status_code, list(answer.json())) == (404, ["detail"]), (path, answer.text)
 
 
-def test_bytes_that_are_not_http(server, plain):
+def test_bytes_that_are_not_http(server):
     for sent in (b"\x00" * 100, b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"GET " + b"/" * 200_000):
         with socket.create_connection(("127.0.0.1", server.live.port), timeout=10) as stream:
-            # It may have hung up before all is sent, which is an answer too.
-            try:
-                stream.sendall(sent)
-                stream.shutdown(socket.SHUT_WR)
-                while stream.recv(65536):
-                    pass
-            except OSError as error:
-                if error.errno not in (errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE):
-                    raise
-    assert plain.http.get("/healthz").status_code == 200
+            stream.sendall(sent)
+            stream.shutdown(socket.SHUT_WR)
+            while stream.recv(65536):
+                pass
 
 
 def test_clients_that_leave_in_the_middle(server, plain):

@@ -12,10 +12,10 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import NamedTuple
 
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, percentile
 from tests.bench.load import Load, Report
 from tests.bench.rig import Worker, asked, instant, worker
 
@@ -103,7 +103,7 @@ def _load(
 
 
 def _p99(reports: list[Report]) -> float:
-    return quantiles([second for one in reports for second in one.seconds], n=100)[98]
+    return percentile([second for one in reports for second in one.seconds], 99)
 
 
 def _beside(tink: Worker, seconds: float) -> Iterator[Figure]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import quantiles
 from typing import NamedTuple
 
 
@@ -19,6 +21,11 @@ class Figure(NamedTuple):
             return row
         ratio = f"{self.value / self.baseline:.2f}" if self.baseline else "-"
         return f"{row} ({_number(self.baseline)}, {ratio})"
+
+
+def percentile(values: Sequence[float], number: int) -> float:
+    """The value that so many of a hundred are not above."""
+    return quantiles(values, n=100)[number - 1]
 
 
 def _number(value: float) -> str:

@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 import tinker
 
 from tests.bench import rig
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, percentile
 
 SUMMARY = "what Tink adds to an operation that does nothing, by the SDK"
 TOKENS = 32
@@ -69,14 +69,12 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
                     [second for waits in some for second in getattr(waits, kind)] for some in (tink, base)
                 )
                 yield Figure(f"{age}_{kind}_p50", median(found) * 1000, "ms", median(floors) * 1000)
-                yield Figure(f"{age}_{kind}_p95", _p95(found) * 1000, "ms", _p95(floors) * 1000)
+                yield Figure(
+                    f"{age}_{kind}_p95", percentile(found, 95) * 1000, "ms", percentile(floors, 95) * 1000
+                )
             if worker is not None:
                 operations = arguments.rounds * arguments.each * 4
                 yield Figure(f"{age}_cpu", cpu / operations * 1000, "ms/operation")
-
-
-def _p95(some: list[float]) -> float:
-    return quantiles(some, n=20)[18]
 
 
 def connect(url: str) -> Any:

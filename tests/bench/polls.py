@@ -9,9 +9,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, percentile
 from tests.bench.load import Load
 from tests.bench.rig import Worker, asked, clients, worker
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
             yield Figure("worker_cpu", (tink.cpu - cpu) / idle * 100, "%")
             for what, (found, base) in {k: (meanwhile[k], alone[k]) for k in alone}.items():
                 yield Figure(f"{what}_p50", median(found) * 1000, "ms", median(base) * 1000)
-                yield Figure(f"{what}_p99", _p99(found) * 1000, "ms", _p99(base) * 1000)
+                yield Figure(f"{what}_p99", percentile(found, 99) * 1000, "ms", percentile(base, 99) * 1000)
             tink.post("optim_step", model_id=model, seq_id=1, adam_params={})  # they may all go
 
 
@@ -81,7 +81,3 @@ def wait_for(tink: Worker, polls: int) -> None:
     while tink.connections < polls and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1.0)
-
-
-def _p99(seconds: list[float]) -> float:
-    return quantiles(seconds, n=100)[98]

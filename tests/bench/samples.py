@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import tinker
 
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, percentile
 from tests.bench.load import Load, Report
 from tests.bench.rig import Worker, asked, instant, worker
 from tests.null_servers import MODEL
@@ -63,11 +63,12 @@ def _compared(tink: Worker, floor: int, rounds: int, samples: int, in_flight: in
         median(sum(len(o.seconds) / o.took for o in one) for one in some) for some in (found, bases)
     )
     yield Figure(f"samples_{in_flight}_rate", rate, "samples/s", base)
-    for what, of in (("p50", median), ("p99", _p99)):
+    for number in (50, 99):
         value, base = (
-            median(of([s for o in one for s in o.seconds]) for one in some) for some in (found, bases)
+            median(percentile([s for o in one for s in o.seconds], number) for one in some)
+            for some in (found, bases)
         )
-        yield Figure(f"samples_{in_flight}_{what}", value * 1000, "ms", base * 1000)
+        yield Figure(f"samples_{in_flight}_p{number}", value * 1000, "ms", base * 1000)
     yield Figure(f"samples_{in_flight}_cpu", median(cpu) * 1000, "ms/sample")
 
 
@@ -118,7 +119,3 @@ def _sample(client: Any, at_once: int) -> float:
     for future in futures:
         future.result()
     return time.perf_counter() - began
-
-
-def _p99(seconds: list[float]) -> float:
-    return quantiles(seconds, n=100)[98]

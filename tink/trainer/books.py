@@ -110,8 +110,9 @@ class Account:
 
 
 class Books:
-    def __init__(self, incarnation: str) -> None:
-        self.incarnation = incarnation
+    def __init__(self, incarnation: str, tombstones: int = TRAINER_TOMBSTONES) -> None:
+        """`tombstones`: removed models that are remembered."""
+        self.incarnation, self._tombstones = incarnation, tombstones
         self.lease = 0
         self._accounts: dict[str, Account] = {}
         # How many operations have not ended: the accounts are of all models that there were, too.
@@ -270,7 +271,7 @@ class Books:
     def _bury(self) -> None:
         """Models that are no more are remembered to answer repeats, the oldest forgotten first."""
         dead = [name for name, one in self._accounts.items() if not one.exists and not one.open]
-        for name in dead[: max(len(dead) - TRAINER_TOMBSTONES, 0)]:
+        for name in dead[: max(len(dead) - self._tombstones, 0)]:
             del self._accounts[name]
 
     # -- reading ------------------------------------------------------------------------------------
