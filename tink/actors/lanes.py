@@ -50,6 +50,7 @@ class Lanes:
     def drop(self, model_id: str) -> None:
         """What comes for that model next finds a lane as the journal has it."""
         del self._lanes[model_id]
+        self._gaps.pop(model_id, None)
 
     def load(self) -> list[rows.Job]:
         """Takes the lanes as the last life left them: its running jobs are next again. Returns the jobs
