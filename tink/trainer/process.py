@@ -42,7 +42,8 @@ log = structlog.get_logger("tink.trainer")
 
 
 def run(options: Options, world: World | None = None) -> int:
-    """Serves until told to stop; returns the exit status. StartupError before anything is bound."""
+    """Serves until told to stop, and ends the process; of a preloading one, returns its exit status.
+    StartupError before anything is bound."""
     crash.arm(options.crash_at)
     check(options)
     configure_logs("info")
@@ -57,12 +58,14 @@ def run(options: Options, world: World | None = None) -> int:
     return Preloaded(serve, world).serve()
 
 
-def _listen(options: Options, world: World) -> int:
+def _listen(options: Options, world: World) -> NoReturn:
     if options.preload:
         _begin_anew_for_cuda()
     with world.listen(options.host, options.port) as listener:
         http_server.run(_serve, options, listener, world)
-    return 0
+    # Not an orderly exit, in which the threads of torch's groups sometimes abort (lockstep.leave): all that
+    # is worth keeping is in files, and the logs have no buffer.
+    os._exit(0)
 
 
 def _begin_anew_for_cuda() -> None:

@@ -114,6 +114,7 @@ def main(
         lockstep.follow(engine, group)
     found = _find(function)(lockstep.Leader(engine, group, threading.Lock()), artifacts)
     Path(result).write_bytes(pickle.dumps(found))
+    lockstep.leave(0)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,18 @@ def test_a_start_leaves_torchs_compiler_out() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
+def test_at_the_end_of_a_process_its_group_is_gone() -> None:
+    """With gloo's threads, which abort one exit in ten."""
+    program = (
+        "import atexit, torch.distributed as dist; from tink.trainer.engines import megatron; "
+        # What is registered first runs last.
+        "atexit.register(lambda: print(dist.is_initialized())); megatron.join()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "stages", "says"),
     [

@@ -130,7 +130,7 @@ def follow(engine: Engine, group: Any) -> NoReturn:
             told = _hear(group)
         except RuntimeError as error:  # gloo's, when a connection breaks
             log.info("the first rank is gone", reason=str(error).strip().partition("\n")[0])
-            _leave(0)
+            leave(0)
         with to_the_end():
             name, args = _understand(told)
             # Whether this was what all others have found is the leader's to tell, and to end.
@@ -204,10 +204,10 @@ def to_the_end() -> Iterator[None]:
 
 def _end(event: str, **fields: Any) -> NoReturn:
     log.error(event, rank=dist.get_rank() if dist.is_initialized() else None, **fields)
-    _leave(1)
+    leave(1)
 
 
-def _leave(status: int) -> NoReturn:
-    # Not an orderly exit, in which gloo sometimes aborts when a connection breaks meanwhile: other threads
-    # wait in collectives, and nothing here is worth keeping.
+def leave(status: int) -> NoReturn:
+    """Ends the process of a rank. Not an orderly exit, in which gloo's threads sometimes abort: others may
+    wait in collectives, a connection may break meanwhile, and nothing here is worth keeping."""
     os._exit(status)

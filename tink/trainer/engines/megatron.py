@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -195,6 +196,10 @@ def join(ranks: int = 1, stages: int = 1) -> Mesh:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        if ranks == 1:
+            # gloo's threads abort one exit in ten if they are still there. (One of several ranks waits for
+            # nobody at its end: lockstep.leave.)
+            atexit.register(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=ranks // stages,
             pipeline_model_parallel_size=stages,
