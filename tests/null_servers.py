@@ -31,7 +31,6 @@ from google.protobuf.message import DecodeError
 from tink import files
 from tink.backends.endpoint import Endpoint
 from tink.backends.trainer import TrainerClient, TrainerRefused
-from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books, Outcome, Refused
 from tink.wire import tink_train
 from tink.wire import tinker_pb2 as pb
@@ -71,7 +70,7 @@ class Trainer:
 
     def __init__(self, artifacts: Path) -> None:
         self._artifacts = artifacts
-        self._books, self._bodies = Books(self.incarnation, TOMBSTONES), Bodies()
+        self._books = Books(self.incarnation, TOMBSTONES)
 
     @property
     def health(self) -> Health:
@@ -93,15 +92,12 @@ class Trainer:
             max_context=CONTEXT,
             max_rank=64,
             losses=["any"],
-            capabilities=["train", "sample", tink_train.BODIES],
+            capabilities=["train", "sample"],
         )
 
     @property
     def state(self) -> State:
         return self._books.state()
-
-    def keep(self, digest: str, body: bytes) -> None:
-        self._bodies.keep(digest, body)
 
     def op(self, request: OpRequest) -> OpReply:
         books, model_id, op_no = self._books, request.model_id, request.op_no
@@ -109,20 +105,11 @@ class Trainer:
         books.ack(model_id, min(request.acked, op_no - 1))
         verdict = books.decide(request)
         if verdict == "accept":
-            op = self._whole(request.op)
-            books.accept(msgspec.structs.replace(request, op=op))
+            books.accept(request)
             books.start(model_id)
-            result = msgspec.structs.replace(self._apply(op, request.job_id), run_ms=OP_MS)
+            result = msgspec.structs.replace(self._apply(request.op, request.job_id), run_ms=OP_MS)
             books.finish(model_id, Outcome(request.job_id, "done", result))
         return books.reply(model_id, op_no, replayed=verdict == "replay")
-
-    def _whole(self, op: tink_train.Op) -> tink_train.Op:
-        if not isinstance(op, Forward | ForwardBackward) or op.body_sha256 is None:
-            return op
-        body = self._bodies.take(op.body_sha256)
-        if body is None:
-            raise self._books.refused(404, "no_body", "the body is not here", retryable=True)
-        return msgspec.structs.replace(op, body=body, body_sha256=None)
 
     def _apply(self, op: tink_train.Op, job_id: str) -> OpResult:
         match op:
@@ -258,9 +245,6 @@ def train(trainer: Trainer, path: str, content: bytes) -> Answer:
                 return Answer(msgspec.json.encode(trainer.info))
             case "state", _, _:
                 return Answer(msgspec.json.encode(trainer.state))
-            case "bodies", _, digest:
-                trainer.keep(digest, content)
-                return Answer(b"")
             case "ops", _, _:
                 return Answer(tink_train.encode(trainer.op(_decoded(content, OpRequest))))
             case "snapshots", _, _:

@@ -282,13 +282,6 @@ TEXT_GENERATION_CONTEXT = 2560
 TRAINER_QUEUE = 256
 # Ops of one model that the trainer may hold behind the running one.
 TRAINER_AHEAD = 4
-# Bodies that the worker holds for jobs to come, in bytes, beside one more: the longest batch, or a dozen of
-# the SDK's. Of as many jobs as may run at once, twice: one behind may be a step, which has none.
-AHEAD_BYTES = MAX_TRAINING_BODY
-AHEAD_JOBS_PER_SLOT = 2
-# And those that the trainer keeps: what one worker has sent ahead, and not yet named, fits.
-TRAINER_BODIES = 1024
-TRAINER_BODIES_BYTES = AHEAD_BYTES + MAX_TRAINING_BODY
 MAX_RANK = 512
 MAX_OP_WAIT = 30.0
 SAMPLE_SLOTS = 2

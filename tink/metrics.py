@@ -88,8 +88,9 @@ class Metrics:
                 job = self._job(job_id)
                 self._ended.labels(job.op, "done").inc()
                 self._run.labels(job.op).observe(event.run_ms / 1000)
-                if event.idle_ms is not None and job.queue_ms is not None:
-                    self._idle.observe(min(event.idle_ms, job.queue_ms) / 1000)
+                waited = event.queue_ms or job.queue_ms
+                if event.idle_ms is not None and waited is not None:
+                    self._idle.observe(min(event.idle_ms, waited) / 1000)
             case events.JobFailed():
                 self._ended.labels(self._job(job_id).op, "failed").inc()
             case events.JobCancelled():

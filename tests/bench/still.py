@@ -1,6 +1,6 @@
 """A training server for the bench: the real one, before an engine that only waits, as if for a GPU.
 
-python -m tests.bench.still READY_FILE SECONDS [--no-bodies]
+python -m tests.bench.still READY_FILE SECONDS
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tink.trainer import build, process, trainer
+from tink.trainer import build, process
 from tink.trainer.engines.interface import Facts
 from tink.trainer.options import Options
 from tink.wire.tink_train import CreateModel, ForwardBackward, ModelInfo, OpResult, OptimStep
@@ -39,14 +39,12 @@ class Still:
         return {"grad_norm": 1.0}
 
 
-def main(ready_file: Path, seconds: float, bodies: bool) -> int:
+def main(ready_file: Path, seconds: float) -> int:
     load: Any = lambda options, incarnation: Still(seconds)  # noqa: E731
     build.load = load
-    if not bodies:
-        trainer.BODIES = "none"
     options = Options(home=ready_file.parent, slots=1, ready_file=ready_file, orphan_seconds=60.0)
     return process.run(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]), "--no-bodies" not in sys.argv))
+    sys.exit(main(Path(sys.argv[1]), float(sys.argv[2])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 
@@ -355,54 +354,6 @@ async def an_acknowledged_result_is_gone_410(server: Server) -> None:
     expect("an acknowledged op when polled", (410, "result_gone"), answer.short)
     answer = await model.send(Skip(), op_no=2)
     expect("an op that was not acknowledged", (200, "done"), answer.short)
-    await model.remove()
-
-
-@check
-async def an_op_that_names_a_body_sent_ahead_has_it(server: Server) -> None:
-    model, twin = server.model(), server.model()
-    for one in (model, twin):
-        await one.do(server.create())
-    for kind in (Forward, ForwardBackward):
-        body = server.body(3)
-        digest, answer = await server.keep(body)
-        expect("status of a body sent ahead", 200, answer.status)
-        await server.keep(server.body(4))
-        named, carried = await model.do(kind(body_sha256=digest)), await twin.do(kind(body))
-        server.same(f"a {kind.__name__} that names its body, and one that carries it", [carried], [named])
-        again = await model.send(kind(body_sha256=digest), op_no=model.last)
-        expect("the op sent again, whose body is not kept any longer", (200, "done"), again.short)
-        expect("`replayed` of it", True, again.message.replayed)
-    server.same("what follows", await twin.probe(), await model.probe())
-    await model.remove()
-    await twin.remove()
-
-
-@check
-async def an_op_that_names_a_body_that_is_not_there_is_refused_404(server: Server) -> None:
-    """And has changed nothing: it comes again with the body."""
-    model, body = server.model(), server.body(5)
-    await model.do(server.create())
-    await server.keep(server.body(6))
-    digest = hashlib.sha256(body).hexdigest()
-    for kind in (Forward, ForwardBackward):
-        answer = await model.send(kind(body_sha256=digest), op_no=model.last + 1)
-        expect("an op that names a body that is not there", (404, "no_body"), answer.short)
-        answer = await model.poll(model.last + 1)
-        expect("the refused op when polled", (404, "no_op"), answer.short)
-        await model.do(kind(body))
-    await model.remove()
-
-
-@check
-async def a_body_that_is_not_that_of_its_sha256_is_refused_400(server: Server) -> None:
-    digest = hashlib.sha256(server.body(7)).hexdigest()
-    _, answer = await server.keep(server.body(7)[:-1], digest)
-    expect("a body that was cut off", (400, "malformed"), answer.short)
-    model = server.model()
-    await model.do(server.create())
-    answer = await model.send(Forward(body_sha256=digest), op_no=2)
-    expect("an op that names it", (404, "no_body"), answer.short)
     await model.remove()
 
 

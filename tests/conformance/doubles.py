@@ -21,7 +21,6 @@ import trio
 
 from tests.conformance.suite import Server
 from tink.errors import BackendError, NotFound, UserError
-from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 from tink.trainer.engines.interface import Facts
 from tink.trainer.server import application
@@ -200,7 +199,6 @@ class Engine:
 async def conformance(
     engine: type[Engine] = Engine,
     books: type[Books] = Books,
-    bodies: type[Bodies] = Bodies,
     token: str | None = None,
 ) -> AsyncIterator[Server]:
     """The suite's view of such a server, connected."""
@@ -211,7 +209,6 @@ async def conformance(
             trainer = Trainer(World(), 4, nursery)
             trainer.books = books(trainer.incarnation)
             await trainer.load(lambda: engine(disk))
-            trainer.lanes.bodies = bodies()
             transport.to = httpx.ASGITransport(application(trainer, token))
 
         await restart()
@@ -273,24 +270,6 @@ class RunsWhatWasCancelled(Books):
     def start(self, model_id: str) -> bool:
         self._accounts[model_id].open[0].cancelled = False
         return super().start(model_id)
-
-
-class LosesBodies(Bodies):
-    def take(self, digest: str) -> bytes | None:
-        super().take(digest)
-        return None
-
-
-class TakesAnyBody(Bodies):
-    def take(self, digest: str) -> bytes | None:
-        return super().take(next(reversed(self._kept), digest))
-
-
-class KeepsNothingApart(Bodies):
-    """What is not there is empty."""
-
-    def take(self, digest: str) -> bytes | None:
-        return super().take(digest) or b""
 
 
 class ForwardAddsGradient(Engine):

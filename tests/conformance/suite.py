@@ -5,7 +5,6 @@ Of Tink only the protocol and the SDK's messages are used here: the server may b
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import struct
@@ -183,13 +182,6 @@ class Server:
         await self.restart()
         await self.connect(other_than=before)
         return before
-
-    async def keep(self, body: bytes, digest: str | None = None) -> tuple[str, Answer]:
-        """Sends a body ahead, under its own sha256 unless told otherwise."""
-        if "bodies" not in self.info.capabilities:
-            raise NotRun("info.capabilities has no `bodies`")
-        digest = digest or hashlib.sha256(body).hexdigest()
-        return digest, await self.call("PUT", f"/v1/bodies/{digest}", None, body)
 
     async def snapshot(self, model: Model, path: str, **fields: Any) -> Answer:
         request = SnapshotRequest(**self._envelope(model, path) | fields)

@@ -17,11 +17,10 @@ import pytest
 from tests.conformance import doubles
 from tests.conformance.__main__ import outcome
 from tests.conformance.checks import CHECKS
-from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 
 ROOT = Path(__file__).parents[2]
-PARTS = {"books": Books, "bodies": Bodies}
+PARTS = {"books": Books}
 
 
 def named(words: str):
@@ -52,9 +51,6 @@ async def test_a_right_server_passes_every_check() -> None:
         (doubles.TakesAnyIncarnation, "another incarnation is refused"),
         (doubles.TakesAnyJob, "a number known under another job"),
         (doubles.RunsWhatWasCancelled, "a queued op that is cancelled"),
-        (doubles.LosesBodies, "names a body sent ahead"),
-        (doubles.TakesAnyBody, "names a body sent ahead"),
-        (doubles.KeepsNothingApart, "a body that is not there"),
         (doubles.ForwardAddsGradient, "forward touches no gradient"),
         (doubles.FailsHalfWay, "a failed op is answered 200"),
         (doubles.KeepsTheGradient, "a step uses the gradient up"),

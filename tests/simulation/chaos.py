@@ -222,7 +222,7 @@ def _summary(counts: Counter[str]) -> str:
     """What the programs have reached."""
     struck = {
         occasion: sum(counts[f"{what} during {occasion}"] for what in get_args(What))
-        for occasion in ("redo", "restore", "snapshot", "op", "sample", "body", "commit", "boot")
+        for occasion in ("redo", "restore", "snapshot", "op", "sample", "ahead", "commit", "boot")
     }
     rows = {
         "faults": {what: counts[what] for what in get_args(What)},
@@ -245,8 +245,7 @@ def _summary(counts: Counter[str]) -> str:
                 "operations redone",
                 "long polls",
                 "requests come twice",
-                "bodies ahead",
-                "bodies forgotten",
+                "operations ahead",
             )
         },
     }

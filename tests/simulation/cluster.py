@@ -104,7 +104,8 @@ class Cluster:
         self.network = Network(self.nature, loss=loss, duplicates=duplicates)
         artifacts = self.settings.artifact_root
         self.watch = Watch(self.home, artifacts, self.nature.counts)
-        self.trainer = SimulatedTrainer(self.nature, self.network, artifacts, self.watch)
+        slots = self.settings.training_slots
+        self.trainer = SimulatedTrainer(self.nature, self.network, artifacts, self.watch, slots)
         self.ambush: Ambush | None = None
         self.router: Router | None = None
         self.journal: Journal | None = None

@@ -186,13 +186,9 @@ class Network(httpx.AsyncBaseTransport):
             answer = await trainer.handle(request)
         if answer is None:
             raise httpx.ReadError("connection reset", request=request)
-        if request.method == "PUT" and self._rng.random() < self.loss:
-            trainer.forget_bodies()
         if self._rng.random() < self.loss:
             raise httpx.ReadError("the answer was lost", request=request)
         self._nature.counts["long polls"] += answer.status_code == 202
-        self._nature.counts["bodies ahead"] += request.method == "PUT"
-        self._nature.counts["bodies forgotten"] += answer.status_code == 404 and b"body_sha256" in content
         return answer
 
     async def _come_again(self, trainer: SimulatedTrainer, request: httpx.Request) -> None:
@@ -205,8 +201,9 @@ class Network(httpx.AsyncBaseTransport):
 class SimulatedTrainer:
     """A training server that can be killed and started again; what it published under `artifacts` stays."""
 
-    def __init__(self, nature: Nature, network: Network, artifacts: Path, watch: Watch) -> None:
+    def __init__(self, nature: Nature, network: Network, artifacts: Path, watch: Watch, slots: int) -> None:
         self._nature, self._network, self.artifacts, self._watch = nature, network, artifacts, watch
+        self._slots = slots
         network.trainer = self
         self.app: Any = None
         self.lives = 0
@@ -221,6 +218,11 @@ class SimulatedTrainer:
         self.supervisor: trio.Nursery | None = None
         self._connections: set[trio.CancelScope] = set()
         self._world: TrainerWorld | None = None
+
+    @property
+    def running(self) -> list[str]:
+        """The models whose operations it computes."""
+        return [work.model_id for work in self._trainer.health.running if work.model_id]
 
     @property
     def alive(self) -> bool:
@@ -239,7 +241,7 @@ class SimulatedTrainer:
             with world.scope:
                 async with trio.open_nursery() as self.nursery:
                     await trio.lowlevel.checkpoint_if_cancelled()
-                    trainer = self._trainer = Trainer(world, 2, self.nursery)
+                    trainer = self._trainer = Trainer(world, self._slots, self.nursery)
                     self.app = application(trainer, None)
                     self.incarnation = trainer.incarnation
                     world.settled.set()
@@ -281,27 +283,21 @@ class SimulatedTrainer:
     def would_die_of(self, request: httpx.Request, content: bytes) -> bool:
         if self.deadly is None or request.method != "POST":
             return False
-        names = [body for digest, body in self._bodies.items() if digest.encode() in content]
-        return any(self.deadly in held for held in (content, *names))
-
-    def forget_bodies(self) -> None:
-        """As if others had taken the place of those that were sent ahead."""
-        for digest in self._bodies:
-            self._trainer.lanes.bodies.take(digest)
-
-    @property
-    def _bodies(self) -> dict[str, bytes]:
-        return self._trainer.lanes.bodies._kept.copy() if self._trainer.health.state == "ready" else {}
+        return self.deadly in content
 
     def kind_of(self, request: httpx.Request, content: bytes) -> str:
         """For faults: what this request makes the server do."""
         kind = request.url.path.removeprefix("/v1/").partition("/")[0].removesuffix("s")
         if kind != "op":
-            return "body" if kind == "bodie" else kind
+            return kind
         if request.method == "GET":
             return "poll"
         op = msgspec.msgpack.decode(content, type=tink_train.OpRequest)
-        return "redo" if self._watch.has_ended(op.job_id) else "op"
+        if self._watch.has_ended(op.job_id):
+            return "redo"
+        ahead = self._watch.is_ahead(op.job_id)
+        self._nature.counts["operations ahead"] += ahead
+        return "ahead" if ahead else "op"
 
     async def find(self, unfit: str | None) -> Endpoint:
         """As the embedded one's supervisor: one that is unfit is ended, and another started."""

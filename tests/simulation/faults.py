@@ -19,7 +19,7 @@ What = Literal["worker", "trainer", "both", "power", "torn", "disk", "damage", "
 # What may be wrong with a vLLM server: `unload` takes half of its adapters away.
 Mishap = Literal["kill", "drain", "pause", "hang", "freeze", "unload"]
 # What a moment may wait for: see doubles.py.
-OCCASIONS = ("redo", "restore", "snapshot", "op", "sample", "body", "commit", "boot", "state", "poll")
+OCCASIONS = ("redo", "restore", "snapshot", "op", "sample", "ahead", "commit", "boot", "state", "poll")
 # A moment that does not come by then is now.
 PATIENCE_SECONDS = 3.0
 

@@ -22,6 +22,10 @@ from tink.domain.projection import Change, Key, Update, project
 from tink.journal import schema
 from tink.limits import SEQ_GAP_SECONDS
 
+# One of these may begin while one of those, of the same model, runs.
+AHEAD = ("forward", "forward_backward", "optim_step")
+FOLLOWED = (*AHEAD, "save_weights", "save_weights_for_sampler", "save_weights_external")
+
 
 class Violation(AssertionError):
     """An invariant does not hold."""
@@ -98,6 +102,10 @@ class Mirror:
             self.ended[str(record.subject.job_id)] = record.seq
         return places
 
+    def is_ahead(self, job_id: str) -> bool:
+        job = self.ledger.jobs.get((job_id,))
+        return job is not None and self._first_running(job) is not job
+
     # -- a job's life -------------------------------------------------------------------------------
 
     def _check(self, event: AnyEvent, who: Subject) -> None:
@@ -119,11 +127,15 @@ class Mirror:
                 steps = job.op in ("forward_backward", "optim_step")
                 step = self.ledger.models[(job.model_id,)].steps + 1 if steps else None
                 require(event.step == step, f"X9: {who.job_id} is of step {event.step}, not {step}")
+                if job.model_id is not None:
+                    self._check_end(job)
             case events.JobFailed() | events.JobCancelled():
                 require(is_open, f"J3: {who.job_id} ends a second time")
                 assert job is not None
                 if isinstance(event, events.JobFailed) and event.seq_id is not None and not job.attempts:
                     self._check_order(job)
+                if job.model_id is not None:
+                    self._check_end(job)
             case events.SeqSkipped():
                 self._check_skip(event, str(who.model_id))
             case events.SnapshotTaken():
@@ -137,8 +149,21 @@ class Mirror:
         model = self.ledger.models[(job.model_id,)]
         require(event.op_no == model.op_no + 1, f"X1: op_no {event.op_no} comes after {model.op_no}")
         self._check_order(job)
-        busy = [other.job_id for other in self._jobs[model.model_id] if other.state == "running"]
-        require(not busy, f"X2: {job.job_id} begins while {busy} run")
+        busy = [other for other in self._jobs[model.model_id] if other.state == "running"]
+        follows = [(job.op in AHEAD, other.op in FOLLOWED, other.op_no) for other in busy]
+        require(
+            not busy or follows == [(True, True, model.op_no)],
+            f"X2: {job.job_id} begins while {[other.job_id for other in busy]} run",
+        )
+
+    def _check_end(self, job: rows.Job) -> None:
+        first = self._first_running(job)
+        require(not job.attempts or first is job, f"X2: {job.job_id} ends before {first}")
+
+    def _first_running(self, job: rows.Job) -> rows.Job | None:
+        """Of its model."""
+        running = (one for one in self._jobs[job.model_id] if one.state == "running")
+        return min(running, key=lambda one: one.op_no or 0, default=None)
 
     def _check_order(self, job: rows.Job) -> None:
         model = self.ledger.models[(job.model_id,)]

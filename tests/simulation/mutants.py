@@ -29,7 +29,6 @@ from tink.errors import TinkError
 from tink.journal import queries, sqlite
 from tink.journal.journal import Journal
 from tink.trainer import artifacts, lanes
-from tink.trainer.bodies import Bodies
 from tink.trainer.books import Books
 from tink.wire import tink_train
 from tink.wire.samples import Sampled
@@ -283,13 +282,6 @@ def damage_unnoticed(patch: Patch) -> None:
         return target, self._manifest(target)
 
     patch.setattr(artifacts.Artifacts, "open", trusting)
-
-
-@mutant
-def any_body_ahead(patch: Patch) -> None:
-    """An operation that names its body gets the one that came last."""
-    take = Bodies.take
-    patch.setattr(Bodies, "take", lambda self, digest: take(self, next(reversed(self._kept), digest)))
 
 
 # -- sampling ---------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ async def test_nobody_waits_twice_as_long_for_a_step_as_the_others(
             waits = [step_waits(journal.execute(query, (model,))) for model in others]
     assert [len(one) for one in waits] == [STEPS] * len(others)
     assert max(map(p95, waits)) <= FAIR * statistics.fmean(wait for one in waits for wait in one)
-    assert max(map(max, waits)) < 1.1 * 3 * SECONDS * 1000  # three others' batches, once
+    # Three others' batches, once, and one that was ahead of its turn.
+    assert max(map(max, waits)) < 1.1 * 4 * SECONDS * 1000
 
 
 async def test_who_sends_nothing_but_steps_has_no_more_than_its_turn(

@@ -272,6 +272,10 @@ class Watch:
     def has_ended(self, job_id: str) -> bool:
         return job_id in self._mirror.ended
 
+    def is_ahead(self, job_id: str) -> bool:
+        """Whether one of its model's runs that began before it."""
+        return self._mirror.is_ahead(job_id)
+
     @_looks
     def applied(self, request: tink_train.OpRequest, state: object, *, failed: bool) -> None:
         """The engine has done an operation, or refused to."""

@@ -1,117 +1,176 @@
-"""What comes next at the training server is there before its turn: while operations run, the bodies of the
-jobs behind them are read from the journal and given to the server, so that an operation need only name its
-own.
+"""The next operation is at the training server before its turn: while one runs, the job that is next is
+journaled as begun and sent, and the server, which keeps the order, goes from one to the other without a
+pause. Its turn finds the answer, or the call still out.
 
-A best effort, and no more: what is sent, when, and in which order is decided without it, and an operation
-whose body did not arrive, or was lost there, carries it.
+Only batches and steps go ahead, as many as there are slots, and only behind what cannot change what they
+are: everything else, and all that begins again, has its turn first. A job that was ahead when its server
+died is as one that was never sent, but for its number; its turn sends it.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import structlog
 import trio
 
+from tink import crash
 from tink.actors.books import JobBooks
 from tink.actors.jobs import Jobs
-from tink.actors.link import Link
-from tink.domain import rows
+from tink.actors.link import Life, Link
+from tink.actors.snapshots import Snapshots
+from tink.backends.trainer import TrainerGone
+from tink.domain import plans, rows
 from tink.domain.requests import DATA_OPS
 from tink.errors import BackendError, UserError
-from tink.limits import AHEAD_BYTES, AHEAD_JOBS_PER_SLOT
-from tink.wire.tink_train import BODIES
+from tink.wire.tink_train import OpReply
 from tink.world import World
 
 log = structlog.get_logger()
 
+# What they do, and whether they can be done, is told by their requests alone.
+SENT_AHEAD = frozenset({*DATA_OPS, "optim_step"})
+# Behind these the model is the same one, whatever becomes of them.
+FOLLOWED = SENT_AHEAD | {"save_weights", "save_weights_for_sampler", "save_weights_external"}
 
-class Shipped(NamedTuple):
-    """A body, its sha256, and the life of the server that has been given it."""
 
-    body: bytes
-    digest: str
-    incarnation: str
+@dataclass
+class Sent:
+    """A job that goes ahead. `begun`: it is journaled as begun, in `life`. `reply`: None while it is out,
+    and of a call whose fate is unknown; of one that was lost `in_turn`, the job may be the reason."""
+
+    job: rows.Job
+    life: Life
+    plan: plans.Plan | None = None
+    begun: bool = False
+    in_turn: bool = False
+    reply: OpReply | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
 class Ahead:
-    """`run` ships the bodies of the jobs that are coming, one at a time and each once; `take` is what a job
-    that begins finds done for it."""
+    """`run` sends. The actor that runs the jobs says which has its turn (`turn`, `turn_over`), and finds
+    with `take` what was done for it before."""
 
-    def __init__(self, journal: JobBooks, link: Link, jobs: Jobs, world: World) -> None:
-        self._journal, self._link, self._jobs, self._world = journal, link, jobs, world
-        # By job; None: it is on its way, or could not be shipped.
-        self._shipped: dict[str, Shipped | None] = {}
-        self._calls = 0
-        self._time = trio.Event()
-        self._on_its_way: str | None = None
-        self._way = trio.CancelScope()
-
-    def take(self, job_id: str) -> Shipped | None:
-        """What has arrived for this job. The operation does not wait for a body that is still on its way:
-        that one is given up."""
-        if job_id == self._on_its_way:
-            self._way.cancel()
-        return self._shipped.pop(job_id, None)
-
-    @contextmanager
-    def time(self) -> Iterator[None]:
-        """While the body runs, the server has an operation: there is time for those behind it. Between two
-        of them there is none."""
-        self._calls += 1
-        self._time.set()
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._time = trio.Event()
+    def __init__(
+        self,
+        journal: JobBooks,
+        link: Link,
+        jobs: Jobs,
+        snapshots: Snapshots,
+        world: World,
+        *,
+        alpha: float,
+    ) -> None:
+        self._journal, self._link, self._jobs = journal, link, jobs
+        self._snapshots, self._world, self._alpha = snapshots, world, alpha
+        self._sent: dict[str, Sent] = {}
+        # By model: the job that has its turn, once it is sent, and the life that has it.
+        self._turns: dict[str, tuple[rows.Job, Life]] = {}
 
     async def run(self) -> None:
         """For ever."""
-        self._shipped.clear()
-        while True:
-            await self._time.wait()
-            job = self._next()
-            if job is None:
-                await self._jobs.changed()
-            else:
-                await self._ship(job)
+        self._sent.clear()
+        self._turns.clear()
+        async with trio.open_nursery() as nursery:
+            while True:
+                sent = self._next()
+                if sent is None:
+                    await self._jobs.changed()
+                else:
+                    self._sent[sent.job.job_id] = sent
+                    nursery.start_soon(self._send, sent)
 
-    def _next(self) -> rows.Job | None:
-        held = sum(len(shipped.body) for shipped in self._shipped.values() if shipped is not None)
-        if held >= AHEAD_BYTES:
+    def turn(self, job: rows.Job, life: Life) -> None:
+        """The operation of that job, which has its turn, is being sent to this life."""
+        self._turns[str(job.model_id)] = job, life
+        self._jobs.wake()
+
+    def turn_over(self, job: rows.Job) -> None:
+        """Until the next turn nothing of that model is sent ahead."""
+        self._turns.pop(str(job.model_id), None)
+
+    def is_behind(self, model_id: str) -> bool:
+        """Whether an operation of that model is at the server that has not had its turn."""
+        return any(sent.begun and sent.job.model_id == model_id for sent in self._sent.values())
+
+    async def take(self, job: rows.Job) -> Sent | None:
+        """What was done for the job whose turn has come, once it is known what became of it; None if it was
+        not begun."""
+        sent = self._sent.pop(job.job_id, None)
+        if sent is None:
             return None
-        open_jobs = self._journal.ledger.jobs
-        jobs = (open_jobs.get((job_id,)) for job_id in self._jobs.coming())
-        with_body = [job for job in jobs if job is not None and job.op in DATA_OPS]
-        near = with_body[: AHEAD_JOBS_PER_SLOT * self._jobs.slots]
-        return next((job for job in near if job.job_id not in self._shipped), None)
+        sent.in_turn = not sent.ended.is_set()
+        if sent.begun:
+            self.turn(job, sent.life)
+        else:
+            sent.scope.cancel()
+        await sent.ended.wait()
+        return sent if sent.begun else None
 
-    async def _ship(self, job: rows.Job) -> None:
-        self._shipped[job.job_id], self._on_its_way = None, job.job_id
-        with trio.CancelScope() as self._way:
-            try:
-                life = await self._link.life()
-                if BODIES not in life.info.capabilities:
-                    return
+    # -- the inside ---------------------------------------------------------------------------------
+
+    def _next(self) -> Sent | None:
+        """The one to send now, if it may be sent: nothing overtakes what cannot go ahead."""
+        life = self._link.present
+        if life is None or len(self._sent) >= self._jobs.slots:
+            return None
+        for job_id in self._jobs.coming():
+            if job_id not in self._sent:
+                job = self._journal.ledger.jobs.get((job_id,))
+                return Sent(job, life) if job is not None and self._may_go(job, life) else None
+        return None
+
+    def _may_go(self, job: rows.Job, life: Life) -> bool:
+        """Whether all operations of its model before it are done, or run, in this life."""
+        model_id = str(job.model_id)
+        if job.op not in SENT_AHEAD or job.attempts or not life.info.trains:
+            return False
+        if any(sent.job.model_id == model_id for sent in self._sent.values() if sent.job is not job):
+            return False
+        model = self._journal.ledger.models.get((model_id,))
+        if model is None or model.state != "live":
+            return False
+        if self._jobs.waits(job.job_id):  # for a slot alone, and so it is to wait there
+            orderly = life.info.slots is not None and life.info.slots <= self._jobs.slots
+            return orderly and life.applied.get(model_id, 0) == model.op_no
+        if model_id not in self._turns:
+            return False
+        before, where = self._turns[model_id]
+        return (
+            where is life
+            and before.op in FOLLOWED
+            and before.op_no == model.op_no
+            and not self._snapshots.is_due(before)
+        )
+
+    async def _send(self, sent: Sent) -> None:
+        job, life = sent.job, sent.life
+        try:
+            with sent.scope:
                 body = await self._journal.request(job)
-                digest = await self._digest(job, body)
-                await life.client.keep(digest, body)
-            except (BackendError, UserError) as error:
-                log.info("body not sent ahead", job=job.job_id, reason=str(error))
-                return
-            finally:
-                self._on_its_way = None
-            if job.job_id in self._shipped:
-                self._shipped[job.job_id] = Shipped(body, digest, life.incarnation)
+                async with self._link.exposure(alone=False):
+                    if self._link.present is life and self._may_go(job, life):
+                        await self._call(sent, body)
+        except TrainerGone as error:
+            log.info("lost on its way ahead", job=job.job_id, reason=str(error))
+            self._link.lost(life)
+        except (UserError, BackendError) as error:
+            log.info("not done ahead", job=job.job_id, reason=str(error))
+        finally:
+            sent.ended.set()
 
-    async def _digest(self, job: rows.Job, body: bytes) -> str:
-        if job.codec == "identity":
-            assert job.body_sha256 is not None, "a data op has a body"
-            return job.body_sha256
-        # The journal has it as it came, compressed.
-        return await self._world.run_sync(lambda: hashlib.sha256(body).hexdigest())
+    async def _call(self, sent: Sent, body: bytes) -> None:
+        job, life, model_id = sent.job, sent.life, str(sent.job.model_id)
+        op_no = self._journal.ledger.models[(model_id,)].op_no + 1
+        context = plans.Context(self._journal.ledger, life.info, self._alpha, exports=False)
+        sent.plan = plans.training(job, body, op_no, context)
+        sent.begun = True  # from here on its turn waits for it
+        await self._journal.append(plans.started(job, op_no, sent.plan, self._world.now()))
+        crash.point("worker.started")
+        self._jobs.wake()  # it may have its turn already, and be followed
+        # The one before it may have no terminal event yet.
+        request = life.request(job, op_no, sent.plan.op, acked=max(0, op_no - 2))
+        sent.reply = await life.client.op(request)
+        life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))

@@ -20,10 +20,19 @@ class Attempts:
     the next one. From the second on the job is out alone, so that only its own death counts."""
 
     def __init__(
-        self, link: Link, job: rows.Job, begin: Callable[[], Awaitable[None]], *, most: int
+        self,
+        link: Link,
+        job: rows.Job,
+        begin: Callable[[], Awaitable[None]],
+        *,
+        most: int,
+        begun_in: str | None = None,
+        excused: bool = False,
     ) -> None:
+        """`begun_in`: the life in which the job has begun already. `excused`: if that is no more, another
+        job was its death, and the attempt does not count."""
         self._link, self._job, self._begin, self._most = link, job, begin, most
-        self._begun_in: str | None = None
+        self._begun_in, self._excused = begun_in, excused
         self._backoff = Backoff()
         # The life whose last answer was wrong, what it had applied then, and how often in a row.
         self._wrong_in: tuple[str, int | None] = ("", None)
@@ -46,7 +55,7 @@ class Attempts:
                 if self._link.present is not life:
                     continue  # it ended while this job waited for its turn
                 if fresh:
-                    if self._job.attempts >= self._most:
+                    if self._job.attempts - self._excused >= self._most:
                         raise BackendError(
                             f"the trainer died {self._job.attempts} times while it ran this job; given up "
                             f"after TINK_MAX_ATTEMPTS={self._most}"

@@ -41,22 +41,30 @@ class Jobs:
         if job_id not in self._running:
             self._waiting.setdefault(job_id)
             self._expected.pop(job_id, None)
-            self._change()
+            self.wake()
 
     def expect(self, job_id: str) -> None:
         """It will be sent once another one, which runs or waits here, has ended: until then it is not run,
         but it is among those that are `coming`."""
         if job_id not in self._running and job_id not in self._waiting:
             self._expected.setdefault(job_id)
-            self._change()
+            self.wake()
 
     def coming(self) -> list[str]:
         """Those that cannot run yet, and will, in about that order."""
         return [*(self._waiting if self._full else ()), *self._expected]
 
+    def waits(self, job_id: str) -> bool:
+        """Whether it has its turn as soon as there is a slot."""
+        return job_id in self._waiting
+
     async def changed(self) -> None:
-        """Returns when a job has come, begun or ended."""
+        """Returns when a job has come, begun or ended, or somebody calls `wake`."""
         await self._changed.wait()
+
+    def wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     def withdraw(self, job_id: str) -> bool:
         """Takes back a job that waits; False if it is run already, or is not here."""
@@ -68,7 +76,7 @@ class Jobs:
         """What is left to do for a job that runs needs no slot."""
         if job_id in self._running:
             self._aside.add(job_id)
-            self._change()
+            self.wake()
 
     def clear(self) -> None:
         """Forgets those that it does not run."""
@@ -84,7 +92,7 @@ class Jobs:
                 job_id = next(iter(self._waiting))
                 del self._waiting[job_id]
                 self._running.add(job_id)
-                self._change()
+                self.wake()
                 nursery.start_soon(self._run_one, run_one, job_id)
 
     async def _run_one(self, run_one: Callable[[str], Awaitable[None]], job_id: str) -> None:
@@ -93,15 +101,11 @@ class Jobs:
         finally:
             self._running.discard(job_id)
             self._aside.discard(job_id)
-            self._change()
+            self.wake()
 
     @property
     def _full(self) -> bool:
         return len(self._running) - len(self._aside) >= self.slots
-
-    def _change(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
 
 async def run_to_end(

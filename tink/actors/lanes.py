@@ -13,7 +13,7 @@ from tink.actors.jobs import Jobs
 from tink.domain import rows
 from tink.domain.events import SeqSkipped, Subject
 from tink.domain.lane import Lane
-from tink.limits import AHEAD_JOBS_PER_SLOT, FORGET_SECONDS, GAP_LOOKS, SEQ_GAP_SECONDS
+from tink.limits import FORGET_SECONDS, GAP_LOOKS, SEQ_GAP_SECONDS
 
 log = structlog.get_logger()
 
@@ -58,7 +58,9 @@ class Lanes:
         jobs = [job for job in self._journal.ledger.jobs.values() if job.model_id]
         for job in jobs:
             if job.state == "running":
-                self.of(str(job.model_id)).next_seq = job.seq_id
+                # Of two, the later one had gone ahead.
+                lane = self.of(str(job.model_id))
+                lane.next_seq = min(lane.next_seq, job.seq_id)
         return [job for job in jobs if not self.of(str(job.model_id)).arrive(job.seq_id, job.job_id)]
 
     def resume(self) -> None:
@@ -82,7 +84,8 @@ class Lanes:
             self._gaps.pop(model_id, None)
         elif model_id not in self._gaps or self._gaps[model_id].missing != missing:
             self._gaps[model_id] = _Gap(missing)
-        for following in lane.behind(AHEAD_JOBS_PER_SLOT):
+        following = lane.behind()
+        if following is not None:
             self._jobs.expect(following)
 
     def release(self, job_id: str) -> None:

@@ -41,7 +41,8 @@ class Life:
                 "training needs `tink trainer --engine megatron` in its place"
             )
 
-    def request(self, job: rows.Job, op_no: int, op: tink_train.Op) -> tink_train.OpRequest:
+    def request(self, job: rows.Job, op_no: int, op: tink_train.Op, *, acked: int) -> tink_train.OpRequest:
+        """`acked`: up to which number the model's operations have their terminal events."""
         return tink_train.OpRequest(
             incarnation=self.incarnation,
             lease=self.lease,
@@ -49,8 +50,7 @@ class Life:
             op_no=op_no,
             job_id=job.job_id,
             op=op,
-            # A model's lane is serial: what came before this op has its terminal event.
-            acked=op_no - 1,
+            acked=acked,
             wait=HOLD_SECONDS,
         )
 

@@ -1,10 +1,10 @@
 """The training lane: sends one operation after another to the training server, whatever its engine.
 
-A slot is one operation in flight: one for Megatron, MAX_WORKERS for the HuggingFace engine. The router
-hands it at most one job of a model at a time, so the queue is fair between models by its order alone:
-a model's next job joins at the end.
+A slot is one operation that has its turn: one for Megatron, MAX_WORKERS for the HuggingFace engine. The
+router hands it at most one job of a model at a time, so the queue is fair between models by its order
+alone: a model's next job joins at the end.
 
-While operations run, the bodies of those behind them go to the server (ahead.py).
+While operations run, those that are next go ahead to the server (ahead.py).
 
 A server that has lost state (it was restarted) is brought up to date before anything new is sent: the
 model's journaled operations since are applied again, in order, and compared with what they gave.
@@ -16,13 +16,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
 
-import msgspec
 import structlog
 import trio
 
 from tink import crash
 from tink.actors import placements
-from tink.actors.ahead import Ahead, Shipped
+from tink.actors.ahead import Ahead, Sent
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
 from tink.actors.books import JobBooks
@@ -32,7 +31,7 @@ from tink.actors.redo import Redo
 from tink.actors.snapshots import Snapshots
 from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import plans, rows
-from tink.domain.events import Diverged, Entry, JobDone, JobFailed, JobStarted
+from tink.domain.events import Diverged, Entry, JobDone, JobFailed
 from tink.domain.requests import MUTATING
 from tink.errors import BackendError, UserError
 from tink.wire import tink_train
@@ -69,7 +68,7 @@ class MegatronActor:
         self._snapshots, self._folder = snapshots, folder
         self._redo = Redo(journal, snapshots, world)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
-        self._ahead = Ahead(journal, link, jobs, world)
+        self._ahead = Ahead(journal, link, jobs, snapshots, world, alpha=alpha)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -80,8 +79,10 @@ class MegatronActor:
         job = await run_to_end(job_id, self._journal, self._run_to_its_end, self._crashed, self._settle)
         if job is None:
             return
+        self._ahead.turn_over(job)
         if job.state == "done" and job.op in MUTATING:
-            await self._snapshots.consider(self._link.present, job)
+            between = not self._ahead.is_behind(str(job.model_id))
+            await self._snapshots.consider(self._link.present, job, between=between)
         elif job.state == "done" and job.op == "unload_model":
             self._snapshots.forget(str(job.model_id))
         await self._release(job_id)
@@ -109,21 +110,24 @@ class MegatronActor:
     async def _outcome(self, job: rows.Job) -> Callable[[], list[Entry]]:
         """Runs the job. The call that it returns gives the events that end it, the terminal one first;
         or raises UserError."""
-        shipped = self._ahead.take(job.job_id)
-        life = await self._link.life()
+        sent = await self._ahead.take(job)
+        life = sent.life if sent is not None else await self._link.life()
         context = self._context(life)
         try:
-            life.require_training()
-            body = await self._journal.request(job) if shipped is None else shipped.body
-            op_no = job.op_no or self._model(job).op_no + 1
-            plan = plans.training(job, body, op_no, context)
+            plan = sent.plan if sent is not None else None
+            if plan is None:
+                life.require_training()
+                body = await self._journal.request(job)
+                plan = plans.training(job, body, job.op_no or self._model(job).op_no + 1, context)
         except (UserError, BackendError) as error:
             failed = [self._failed(job, error.category, str(error))]
             return lambda: failed
         try:
             # What it reads or writes stays, from now until its row says so.
             with self._folder.use(plan.directory), self._folder.use(plan.export):
-                reply = await self._send(job, op_no, plan, shipped)
+                reply = sent.reply if sent is not None else None
+                if reply is None:
+                    reply = await self._send(job, plan, sent)
                 crash.point("worker.answered")
                 if reply.failure is not None:
                     failed = [self._failed(job, reply.failure.category, reply.failure.message)]
@@ -152,6 +156,7 @@ class MegatronActor:
                 metrics=result.metrics,
                 run_ms=result.run_ms,
                 idle_ms=result.idle_ms,
+                queue_ms=(job.queue_ms or 0.0) + result.queued_ms if result.queued_ms else None,
                 step=plans.step(job, context.ledger),
                 learning_rate=plans.learning_rate(plan),
             )
@@ -174,19 +179,14 @@ class MegatronActor:
         return plans.exported_events(job, adapter, replicas)
 
     async def _begin_attempt(self, job: rows.Job, op_no: int, plan: plans.Plan) -> None:
-        started = JobStarted(
-            attempt=job.attempts + 1,
-            backend="trainer",
-            op_no=op_no,
-            seq_id=job.seq_id,
-            directory=plan.directory,
-            queue_ms=job.queued_ms(self._world.now()),
-        )
-        await self._journal.append((rows.about(job), started))
+        await self._journal.append(plans.started(job, op_no, plan, self._world.now()))
 
     def _failed(self, job: rows.Job, category: str, error: str) -> Entry:
         failed = JobFailed(
-            category="user" if category == "user" else "server", error=error, seq_id=job.seq_id
+            category="user" if category == "user" else "server",
+            error=error,
+            # One that was begun has consumed it, and the next one may have begun since.
+            seq_id=job.seq_id if job.op_no is None or job.seq_id == 0 else None,
         )
         return rows.about(job), failed
 
@@ -198,16 +198,21 @@ class MegatronActor:
 
     # -- talking to the server ----------------------------------------------------------------------
 
-    async def _send(
-        self, job: rows.Job, op_no: int, plan: plans.Plan, shipped: Shipped | None
-    ) -> tink_train.OpReply:
+    async def _send(self, job: rows.Job, plan: plans.Plan, ahead: Sent | None) -> tink_train.OpReply:
         """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
         a server that came back without its state is brought up to date first, and one that knows another
         history is replaced. Raises BackendError when the job's attempts are used up, or the op is one that
-        the server will never take."""
-        model_id = str(job.model_id)
+        the server will never take. `ahead`: how it was sent before its turn."""
+        model_id, op_no = str(job.model_id), job.op_no or self._model(job).op_no + 1
         begin = partial(self._begin_attempt, job, op_no, plan)
-        attempts = Attempts(self._link, job, begin, most=self._max_attempts)
+        attempts = Attempts(
+            self._link,
+            job,
+            begin,
+            most=self._max_attempts,
+            begun_in=ahead.life.incarnation if ahead is not None else None,
+            excused=ahead is not None and not ahead.in_turn,
+        )
         while True:
             try:
                 async with attempts.call() as life:
@@ -218,8 +223,8 @@ class MegatronActor:
                         )
                     if not isinstance(plan.op, tink_train.RemoveModel):  # which needs nothing of the redo
                         await self._redo.bring_up(life, model_id, op_no - 1)
-                    with self._ahead.time():
-                        reply = await self._call(life, life.request(job, op_no, plan.op), shipped)
+                    self._ahead.turn(job, life)
+                    reply = await life.client.op(life.request(job, op_no, plan.op, acked=op_no - 1))
                     if isinstance(plan.op, tink_train.RemoveModel):
                         life.applied.pop(model_id, None)
                     else:
@@ -240,16 +245,3 @@ class MegatronActor:
                     life.applied.pop(model_id, None)
                 elif error.refusal.error != "busy":
                     self._link.lost(life)
-
-    async def _call(
-        self, life: Life, request: tink_train.OpRequest, shipped: Shipped | None
-    ) -> tink_train.OpReply:
-        """Without the body, if this life has it already."""
-        if shipped is not None and shipped.incarnation == life.incarnation:
-            named = msgspec.structs.replace(request.op, body=b"", body_sha256=shipped.digest)
-            try:
-                return await life.client.op(msgspec.structs.replace(request, op=named))
-            except TrainerRefused as error:
-                if not error.lacks_body:
-                    raise
-        return await life.client.op(request)

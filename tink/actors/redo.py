@@ -55,7 +55,7 @@ class Redo:
             raise _cannot_be_redone(job, str(error)) from error
         op = plans.again(job, body, self._journal.ledger)
         try:
-            reply = await life.client.op(life.request(job, op_no, op))
+            reply = await life.client.op(life.request(job, op_no, op, acked=op_no - 1))
         except TrainerRefused as error:
             if error.refusal.error != "result_gone":
                 raise

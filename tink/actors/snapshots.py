@@ -36,10 +36,17 @@ class Snapshots:
         self._limit_ms = seconds * 1000
         self._redo_ms: dict[str, float] = {}
 
-    async def consider(self, life: Life | None, job: rows.Job) -> None:
-        """Called between two operations of the model, after `job` is done: takes a snapshot if it is time.
-        After an optimizer step there are no gradients to write, so it waits for one, within reason. What
-        goes wrong with it is logged, and tried again after the next operation."""
+    def is_due(self, job: rows.Job) -> bool:
+        """Whether one is to be taken when `job`, which runs, is done: then nothing may run behind it. Also
+        as long as that is not known."""
+        model_id = str(job.model_id)
+        return model_id not in self._redo_ms or self._redo_ms[model_id] >= self._limit(job)
+
+    async def consider(self, life: Life | None, job: rows.Job, *, between: bool) -> None:
+        """Called after `job` is done: takes a snapshot if it is time, and if this is `between` two of the
+        model's operations: when the next one has begun already, it waits for that. After an optimizer
+        step there are no gradients to write, so it waits for one, within reason. What goes wrong with
+        it is logged, and tried again after the next operation."""
         model_id = str(job.model_id)
         if model_id not in self._redo_ms:
             newest = next(iter(self._live(model_id)), None)
@@ -47,8 +54,7 @@ class Snapshots:
             self._redo_ms[model_id] = await self._journal.read(behind)
         else:
             self._redo_ms[model_id] += job.run_ms or 0.0
-        limit = self._limit_ms if job.op == "optim_step" else 2 * self._limit_ms
-        if life is None or self._redo_ms[model_id] < limit:
+        if life is None or not between or self._redo_ms[model_id] < self._limit(job):
             return
         try:
             await self._take(life, job)
@@ -56,6 +62,9 @@ class Snapshots:
             log.warning("no snapshot", model=model_id, reason=str(error))
         else:
             self._redo_ms[model_id] = 0.0
+
+    def _limit(self, job: rows.Job) -> float:
+        return self._limit_ms if job.op == "optim_step" else 2 * self._limit_ms
 
     def forget(self, model_id: str) -> None:
         """The model is trained no more."""

@@ -41,7 +41,7 @@ async def open_worker(
         find,
         journal,
         world,
-        slots=settings.training_slots + SAMPLE_SLOTS + TRAINER_OWN_SLOTS,
+        slots=2 * settings.training_slots + SAMPLE_SLOTS + TRAINER_OWN_SLOTS,
         hang_seconds=settings.hang_seconds,
     )
     folder = ArtifactFolder(settings.artifact_root, world)

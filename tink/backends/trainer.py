@@ -12,7 +12,7 @@ import trio
 
 from tink.backends.exchange import HttpClient, NoAnswer, exchange
 from tink.errors import UNREADABLE, BackendError
-from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, HOLD_SECONDS, POLL_SECONDS, STATE_SECONDS
+from tink.limits import GRACE_SECONDS, HEALTH_SECONDS, POLL_SECONDS, STATE_SECONDS
 from tink.wire import tink_train
 from tink.wire.tink_train import OpReply, OpRequest, Refusal, SampleReply, SampleRequest
 from tink.world import World
@@ -38,11 +38,6 @@ class TrainerRefused(BackendError):
     def invalid(self) -> bool:
         """The request will never be taken, and nothing was done."""
         return self.refusal.error in ("malformed", "too_large")
-
-    @property
-    def lacks_body(self) -> bool:
-        """The operation named a body that is not there: nothing was done."""
-        return self.refusal.error == "no_body"
 
     @property
     def contradicts(self) -> bool:
@@ -90,12 +85,6 @@ class TrainerClient:
         poll = f"/v1/ops/{request.model_id}/{request.op_no}?wait={request.wait}"
         check = partial(self._check_op, request)
         return await self._to_its_end("/v1/ops", body, poll, OpReply, request.wait, check)
-
-    async def keep(self, digest: str, body: bytes) -> None:
-        """Gives it the body of an operation to come, which may then name it by its sha256. It may be lost
-        there: then that operation is refused (`lacks_body`), and has to carry it."""
-        seconds = HOLD_SECONDS + GRACE_SECONDS
-        await self._exchange("PUT", f"/v1/bodies/{digest}", body, seconds, "application/octet-stream")
 
     async def sample(self, request: SampleRequest) -> SampleReply:
         """Sends a sample and waits for its end. A pure function of the request: may be sent again."""

@@ -14,9 +14,9 @@ GROUPS = {"training": ("forward", "forward_backward", "optim_step"), "sampling":
 
 
 class Stages(msgspec.Struct, kw_only=True):
-    """Of so many `jobs`, milliseconds at the median. `waited`: from the promise until it was sent to its
-    server; `server`: in it; `worker`: the rest, until the result was durable; `idle`: how long the trainer
-    had had nothing to do before it."""
+    """Of so many `jobs`, milliseconds at the median. `waited`: from the promise until its turn at its
+    server; `server`: computed there; `worker`: the rest, until the result was durable; `idle`: how long the
+    trainer had had nothing to do before it."""
 
     jobs: int
     waited: float
@@ -51,8 +51,7 @@ def _groups(jobs: Sequence[rows.Job]) -> Iterator[tuple[str, Stages]]:
 
 
 def _times(job: rows.Job) -> tuple[float, float, float] | None:
-    if job.started_at is None or job.finished_at is None or job.run_ms is None:
+    if job.queue_ms is None or job.finished_at is None or job.run_ms is None:
         return None
-    waited = max(0.0, job.started_at - job.submitted_at) * 1000
-    whole = max(0.0, job.finished_at - job.started_at) * 1000
-    return waited, job.run_ms, max(0.0, whole - job.run_ms)
+    whole = max(0.0, job.finished_at - job.submitted_at) * 1000
+    return job.queue_ms, job.run_ms, max(0.0, whole - job.queue_ms - job.run_ms)

@@ -121,8 +121,9 @@ class JobStarted(Event, frozen=True, kw_only=True, tag="job_started"):
 
 class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
     """Final. The answer is `result` (JSON) or the body `result_sha256` (protobuf). `idle_ms`: for how long
-    the trainer had nothing to do just before it; None if nobody said. `step`: of the model, counted from 1,
-    the optimizer step that the job makes or adds a gradient to. `learning_rate`: of an optim_step."""
+    the trainer had nothing to do just before it; None if nobody said. `queue_ms`: the whole wait of a job
+    that waited at its server too; None if it did not. `step`: of the model, counted from 1, the optimizer
+    step that the job makes or adds a gradient to. `learning_rate`: of an optim_step."""
 
     result: dict[str, Any] | None = None
     result_sha256: str | None = None
@@ -133,12 +134,13 @@ class JobDone(Event, frozen=True, kw_only=True, tag="job_done"):
     metrics: dict[str, float] = {}
     run_ms: float = 0.0
     idle_ms: float | None = None
+    queue_ms: float | None = None
     step: int | None = None
     learning_rate: float | None = None
 
 
 class JobFailed(Event, frozen=True, kw_only=True, tag="job_failed"):
-    """Final. `seq_id` is consumed, and `op_no` too if it was sent."""
+    """Final. `seq_id` is consumed by it, unless it was when the job began; and `op_no` if it was sent."""
 
     category: Literal["user", "server"]
     error: str

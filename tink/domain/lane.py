@@ -39,15 +39,9 @@ class Lane:
         self.running = self.waiting.pop(self.next_seq, None)
         return self.running
 
-    def behind(self, count: int) -> list[str]:
-        """Up to `count` jobs that come right behind the running one, in their order."""
-        jobs: list[str] = []
-        while self.running is not None and len(jobs) < count:
-            seq = self.next_seq + 1 + len(jobs)
-            if seq not in self.waiting:
-                break
-            jobs.append(self.waiting[seq])
-        return jobs
+    def behind(self) -> str | None:
+        """The job that comes right behind the running one, if both are there."""
+        return None if self.running is None else self.waiting.get(self.next_seq + 1)
 
     def end(self) -> int:
         """The number behind all that have come, or are on their way."""

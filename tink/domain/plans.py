@@ -285,6 +285,19 @@ def _save_name(job: rows.Job, request: Save) -> str | None:
     return None if isinstance(request, requests.SaveWeightsForSampler) else f"seq-{job.seq_id:06d}"
 
 
+def started(job: rows.Job, op_no: int, plan: Plan, now: float) -> Entry:
+    """The event of the next attempt."""
+    event = events.JobStarted(
+        attempt=job.attempts + 1,
+        backend="trainer",
+        op_no=op_no,
+        seq_id=job.seq_id,
+        directory=plan.directory,
+        queue_ms=job.queued_ms(now),
+    )
+    return rows.about(job), event
+
+
 # -- the end of a training job ----------------------------------------------------------------------
 
 

@@ -200,6 +200,8 @@ def _(event: events.JobDone, record: Record) -> Iterator[Change]:
         "result_bytes": event.result_bytes,
         "step": event.step,
     }
+    if event.queue_ms is not None:
+        values["queue_ms"] = event.queue_ms
     who = record.subject
     yield Update("jobs", (who.job_id,), values, open=True)
     if who.model_id is not None:

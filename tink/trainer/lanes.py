@@ -18,7 +18,6 @@ import trio
 
 from tink import crash
 from tink.limits import MAX_OP_WAIT
-from tink.trainer.bodies import Bodies
 from tink.trainer.books import CANCELLED, Book, Books, Outcome
 from tink.trainer.boundary import perform
 from tink.trainer.engines.interface import Engine
@@ -49,8 +48,7 @@ log = structlog.get_logger("tink.trainer")
 
 
 class Lanes:
-    """Performs what the books allow. All methods raise Refused as the protocol's table says. `bodies`: of
-    operations to come, which may name them."""
+    """Performs what the books allow. All methods raise Refused as the protocol's table says."""
 
     def __init__(
         self, world: World, engine: Engine, books: Books, slots: int, nursery: trio.Nursery
@@ -60,11 +58,11 @@ class Lanes:
         self._books = books
         self._nursery = nursery
         self._slots = trio.CapacityLimiter(slots)
-        self.bodies = Bodies()
         self._idleness = Idleness(world.monotonic)
         self._finishing = False
         self._moving: set[str] = set()
         self._ended: dict[tuple[str, int], trio.Event] = {}
+        self._came: dict[tuple[str, int], float] = {}  # those that are queued, by the clock
         self._work: dict[str, Work] = {}
         # A model's lock is there while somebody holds or wants it.
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
@@ -76,8 +74,9 @@ class Lanes:
         self._books.ack(model_id, min(request.acked, op_no - 1))
         verdict = self._books.decide(request)
         if verdict == "accept":
-            self._books.accept(self._whole(request))
+            self._books.accept(request)
             self._ended[model_id, op_no] = trio.Event()
+            self._came[model_id, op_no] = self._world.monotonic()
             if model_id not in self._moving:
                 self._moving.add(model_id)
                 self._nursery.start_soon(self._move, model_id)
@@ -134,19 +133,6 @@ class Lanes:
 
     # -- the inside ---------------------------------------------------------------------------------
 
-    def _whole(self, request: OpRequest) -> OpRequest:
-        """With the body that it names, which is not kept any longer."""
-        op = request.op
-        if not isinstance(op, Forward | ForwardBackward) or op.body_sha256 is None:
-            return request
-        body = self.bodies.take(op.body_sha256)
-        if body is None:
-            raise self._books.refused(
-                404, "no_body", f"the body {op.body_sha256} is not here", retryable=True
-            )
-        whole = msgspec.structs.replace(op, body=body, body_sha256=None)
-        return msgspec.structs.replace(request, op=whole)
-
     async def _wait(self, model_id: str, op_no: int, wait: float) -> None:
         ended = self._ended.get((model_id, op_no))
         if ended is not None:
@@ -183,9 +169,11 @@ class Lanes:
         self._moving.remove(model_id)
 
     async def _perform(self, request: OpRequest) -> Outcome:
+        came = self._came.pop((request.model_id, request.op_no))
         if not self._books.start(request.model_id):
             return Outcome(request.job_id, "failed", failure=CANCELLED)
         with self._working(request.model_id, request.op_no, request.job_id) as work:
+            queued_ms = (self._world.monotonic() - came) * 1000
             idle_ms = self._idleness.take() * 1000
             result, failure = await perform(
                 self._world, apply, self._engine, request, model=request.model_id, op_no=request.op_no
@@ -198,13 +186,14 @@ class Lanes:
             op=type(request.op).__name__,
             job=request.job_id,
             ms=round(run_ms, 1),
+            queued_ms=round(queued_ms, 1),
             idle_ms=round(idle_ms, 1),
             loss=result.loss if result else None,
             failure=failure.message if failure else None,
         )
         if result is None:
             return Outcome(request.job_id, "failed", failure=failure)
-        timed = msgspec.structs.replace(result, run_ms=run_ms, idle_ms=idle_ms)
+        timed = msgspec.structs.replace(result, run_ms=run_ms, queued_ms=queued_ms, idle_ms=idle_ms)
         return Outcome(request.job_id, "done", timed)
 
 

@@ -90,11 +90,6 @@ async def cancel_op(trainer: Trainer, request: Request) -> Response:
     return _reply(trainer.lanes.cancel(*_op(request)))
 
 
-async def put_body(trainer: Trainer, request: Request) -> Response:
-    await trainer.keep(request.path_params["sha256"], bytes(await _body(request)))
-    return Response()
-
-
 async def post_sample(trainer: Trainer, request: Request) -> Response:
     return _reply(await trainer.samples.submit(await _read(request, SampleRequest)))
 
@@ -122,7 +117,6 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/ops", post_op),
     ("GET", "/v1/ops/{model_id}/{op_no:int}", get_op),
     ("POST", "/v1/ops/{model_id}/{op_no:int}/cancel", cancel_op),
-    ("PUT", "/v1/bodies/{sha256}", put_body),
     ("POST", "/v1/samples", post_sample),
     ("GET", "/v1/samples/{sample_id}", get_sample),
     ("POST", "/v1/snapshots", post_snapshot),

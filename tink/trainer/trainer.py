@@ -6,20 +6,18 @@ is answered at once whatever goes on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import structlog
 import trio
 
-from tink.errors import MalformedRequest
 from tink.trainer.books import Books
 from tink.trainer.engines.interface import Engine, Facts
 from tink.trainer.lanes import Lanes
 from tink.trainer.samples import Samples
 from tink.trainer.text_generation import TextGeneration
-from tink.wire.tink_train import BODIES, PROTOCOL, Health, Info
+from tink.wire.tink_train import PROTOCOL, Health, Info
 from tink.world import World
 
 log = structlog.get_logger("tink.trainer")
@@ -58,11 +56,12 @@ class Trainer:
             self._broken = f"{type(error).__name__}: {error}"
             return
         # A GPU has room for the activations of one model, and is no faster with two.
-        slots = self._slots if engine.facts.versions.get("device", "cpu") == "cpu" else 1
+        if engine.facts.versions.get("device", "cpu") != "cpu":
+            self._slots = 1
         samples = Samples(self._world, engine, self.books.refused, self._nursery)
         self._serving = Serving(
             engine.facts,
-            Lanes(self._world, engine, self.books, slots, self._nursery),
+            Lanes(self._world, engine, self.books, self._slots, self._nursery),
             samples,
             TextGeneration(self._world, samples, engine.facts),
         )
@@ -98,17 +97,7 @@ class Trainer:
 
     @property
     def info(self) -> Info:
-        facts = asdict(self.serving.facts)
-        facts["capabilities"] = [*facts["capabilities"], BODIES]
-        return Info(PROTOCOL, self.incarnation, **facts)
-
-    async def keep(self, digest: str, body: bytes) -> None:
-        """Keeps the body of an operation to come. MalformedRequest if that is not its sha256."""
-        lanes = self.lanes
-        # In a thread: a long one would be felt here.
-        if await self._world.run_sync(_sha256, body) != digest:
-            raise MalformedRequest(f"these {len(body)} bytes are not the body {digest}")
-        lanes.bodies.keep(digest, body)
+        return Info(PROTOCOL, self.incarnation, **asdict(self.serving.facts), slots=self._slots)
 
     @property
     def lanes(self) -> Lanes:
@@ -117,7 +106,3 @@ class Trainer:
     @property
     def samples(self) -> Samples:
         return self.serving.samples
-
-
-def _sha256(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()

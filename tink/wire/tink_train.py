@@ -17,7 +17,6 @@ result change together or not at all, so that any call can be sent again:
 | op_no further ahead | 409 `gap` with `applied` |
 | op_no further ahead, of a `remove_model` | runs it, or 429 `busy` while another op of the model is open |
 | a model it does not have, and the op does not create it | 404 `no_model` |
-| a new op that names a body which is not kept | 404 `no_body` |
 | a full queue | 429 `busy` |
 
 A job that fails (bad input, out of memory, a loss that is not finite) is answered 200 with
@@ -32,7 +31,6 @@ Endpoints (health, info and state answer JSON, off the training thread):
     GET  /v1/state                           State            503 while loading
     POST /v1/ops                             OpRequest -> OpReply (200 ended, 202 still running)
     GET  /v1/ops/{model_id}/{op_no}?wait=S   OpReply          long poll of at most S seconds
-    PUT  /v1/bodies/{sha256}                 bytes -> nothing  kept for an op to come
     POST /v1/ops/{model_id}/{op_no}/cancel   OpReply          a queued op ends as failed
     POST /v1/samples                         SampleRequest -> SampleReply (200 or 202)
     GET  /v1/samples/{sample_id}?wait=S      SampleReply
@@ -53,8 +51,6 @@ import msgspec
 
 PROTOCOL = "tink-train/1"
 MEDIA_TYPE = "application/msgpack"
-# Among a server's capabilities: it keeps bodies for ops to come.
-BODIES = "bodies"
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,18 +77,15 @@ class CreateModel(Message, frozen=True, tag="create_model"):
 
 
 class Forward(Message, frozen=True, tag="forward"):
-    """Log-probabilities and loss; touches no gradient. `body` is the SDK's ForwardBackwardRequest.
-    `body_sha256`, in its place, names one that the server was given before."""
+    """Log-probabilities and loss; touches no gradient. `body` is the SDK's ForwardBackwardRequest."""
 
     body: bytes = b""
-    body_sha256: str | None = None
 
 
 class ForwardBackward(Message, frozen=True, tag="forward_backward"):
     """Adds the gradient of the summed loss to what the model has accumulated. As Forward's, its body."""
 
     body: bytes = b""
-    body_sha256: str | None = None
 
 
 class OptimStep(Message, frozen=True, tag="optim_step"):
@@ -173,9 +166,10 @@ class File(Message, frozen=True):
 
 class OpResult(Message, frozen=True):
     """What an op gave. `body`: the ForwardBackwardOutput protobuf of forward and forward_backward,
-    to be passed on untouched. `tokens`: input tokens. `idle_ms`: for how long since the end of the op
-    before, of any model, the server had nothing to do; 0 for its first. Left out by one that cannot
-    tell. `run_ms` and `idle_ms` are the only parts that a redo of the same op may change."""
+    to be passed on untouched. `tokens`: input tokens. `queued_ms`: for how long the op waited at the server
+    for its turn. `idle_ms`: for how long since the end of the op before, of any model, the server had
+    nothing to do; 0 for its first. Left out by one that cannot tell. `run_ms`, `queued_ms` and `idle_ms`
+    are the only parts that a redo of the same op may change."""
 
     body: bytes = b""
     metrics: dict[str, float] = {}
@@ -184,6 +178,7 @@ class OpResult(Message, frozen=True):
     files: list[File] = []
     model: ModelInfo | None = None
     run_ms: float = 0.0
+    queued_ms: float = 0.0
     idle_ms: float | None = None
 
 
@@ -323,7 +318,8 @@ class Health(Message, frozen=True):
 
 class Info(Message, frozen=True):
     """`base_model` is the name clients use; `base_path` a directory with the tokenizer, when there is
-    one on this machine. `base_digest` identifies the frozen weights."""
+    one on this machine. `base_digest` identifies the frozen weights. `slots`: how many models' ops run at
+    once; the others wait, in the order in which they came. None if that is not so, or not known."""
 
     protocol: str
     incarnation: str
@@ -339,6 +335,7 @@ class Info(Message, frozen=True):
     max_rank: int
     losses: list[str]
     capabilities: list[str]
+    slots: int | None = None
 
     @property
     def trains(self) -> bool:
