@@ -112,14 +112,18 @@ class Ahead:
     # -- the inside ---------------------------------------------------------------------------------
 
     def _next(self) -> Sent | None:
-        """The one to send now, if it may be sent: nothing overtakes what cannot go ahead."""
+        """One to send now. Nothing overtakes a job that waits for a slot."""
         life = self._link.present
         if life is None or len(self._sent) >= self._jobs.slots:
             return None
         for job_id in self._jobs.coming():
-            if job_id not in self._sent:
-                job = self._journal.ledger.jobs.get((job_id,))
-                return Sent(job, life) if job is not None and self._may_go(job, life) else None
+            if job_id in self._sent:
+                continue
+            job = self._journal.ledger.jobs.get((job_id,))
+            if job is not None and self._may_go(job, life):
+                return Sent(job, life)
+            if self._jobs.waits(job_id):
+                return None
         return None
 
     def _may_go(self, job: rows.Job, life: Life) -> bool:

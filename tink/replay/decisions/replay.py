@@ -165,7 +165,7 @@ class _Replay:
         """What the worker appends where the record has these; None: nothing of it."""
         first = records[0]
         place = place_of(first.subject, first.event)
-        await wait_all_tasks_blocked()
+        await self._take_turns()
         if place not in self._journal.pending:
             match first.event:
                 case JobStarted() | JobDone() | JobFailed():
@@ -186,6 +186,17 @@ class _Replay:
         if isinstance(first.event, JobAccepted) and place not in self._journal.pending:
             return self._accepted_otherwise(first.event)
         return self._journal.pending.get(place)
+
+    async def _take_turns(self) -> None:
+        """What the record has as begun before its turn has its turn when it is sent, of which no event
+        tells."""
+        await wait_all_tasks_blocked()
+        for job_id in self._worker.training.waiting():
+            job = self._journal.ledger.jobs.get((job_id,))
+            if job is not None and job.attempts and job_id not in self._departed:
+                self._expect(job)
+                self._worker.training.begin(job_id)
+        await wait_all_tasks_blocked()
 
     def _accepted_otherwise(self, event: JobAccepted) -> Append | None:
         """The acceptance of the same request under another number, if there is one."""
@@ -242,7 +253,7 @@ class _Replay:
         worker.calls.end(job.job_id, records)
         await wait_all_tasks_blocked()
 
-    def _expect(self, job: rows.Job, event: AnyEvent) -> None:
+    def _expect(self, job: rows.Job, event: AnyEvent | None = None) -> None:
         """The trainer's part before a job of a model is sent, if it is that which stopped it."""
         if job.model_id is None:
             return

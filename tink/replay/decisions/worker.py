@@ -37,7 +37,7 @@ class RecordedJobs(Jobs):
     """When a job that waits begins, the record says."""
 
     def __init__(self) -> None:
-        super().__init__(slots=1)
+        super().__init__(slots=sys.maxsize)
 
     def coming(self) -> list[str]:
         """Behind a job of its own model one may go ahead; before those of others one just begins."""
@@ -47,6 +47,9 @@ class RecordedJobs(Jobs):
         async with trio.open_nursery() as self._nursery:
             self._begin = run_one
             await trio.sleep_forever()
+
+    def waiting(self) -> list[str]:
+        return list(self._waiting)
 
     def runs(self, job_id: str) -> bool:
         return job_id in self._running
