@@ -1,6 +1,6 @@
 """How long the training server has nothing to do between two operations, though jobs wait: its own word, as
-the journal has it (`idle_ms`), with bodies sent ahead. The baseline is a server that keeps none: every
-operation carries its own.
+the journal has it (`idle_ms`). The baseline is the same worker, in which no operation goes ahead of its
+turn.
 
 A real worker without its HTTP side; a real training server in another process, over loopback, and in it an
 engine that only waits `--op-ms` for each operation. All jobs are there before the first one runs.
@@ -17,11 +17,13 @@ import json
 import os
 import tempfile
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import trio
@@ -29,6 +31,7 @@ import trio
 from tests.bench import still
 from tests.bench.figures import Figure, percentile
 from tests.processes import serving
+from tink.actors.jobs import Jobs
 from tink.actors.router import Router
 from tink.actors.worker import open_worker
 from tink.backends.endpoint import ExternalEndpoint
@@ -40,7 +43,7 @@ from tink.logs import configure_logs
 from tink.settings import Settings
 from tink.world import World
 
-SUMMARY = "how long the trainer idles between two jobs, with bodies ahead and without"
+SUMMARY = "how long the trainer idles between two jobs, with operations ahead and without"
 TENANT = "bench"
 
 
@@ -58,27 +61,36 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
     configure_logs("error")
     for size, name in ((5_000_000, "5MB"), (1_000_000, "1MB"), (10_000, "10kB")):
         for models in (1, 4):
-            ahead: list[float] = []
-            carried: list[float] = []
-            for number in range(arguments.rounds):
-                # In turn, and each as often first: the machine may get slower or faster meanwhile.
-                turns = [(carried, False), (ahead, True)][:: -1 if number % 2 else 1]
-                for idle, bodies in turns:
-                    idle += trio.run(measure, arguments, size, models, bodies)
-            yield Figure(
-                f"idle_{name}_{models}_model{'s'[: models > 1]}", median(ahead), "ms", median(carried)
-            )
-    ahead = [idle for _ in range(arguments.rounds) for idle in trio.run(one_ahead, arguments)]
-    yield Figure("idle_one_step_ahead_p50", median(ahead), "ms")
-    yield Figure("idle_one_step_ahead_p95", percentile(ahead, 95), "ms")
+            ahead, after = both(arguments, partial(measure, arguments, size, models))
+            name_of_all = f"idle_{name}_{models}_model{'s'[: models > 1]}"
+            yield Figure(name_of_all, median(ahead), "ms", median(after))
+    ahead, after = both(arguments, partial(one_ahead, arguments))
+    yield Figure("idle_one_step_ahead_p50", median(ahead), "ms", median(after))
+    yield Figure("idle_one_step_ahead_p95", percentile(ahead, 95), "ms", percentile(after, 95))
     yield Figure("fairness_8_models", median(trio.run(fairness, arguments) for _ in range(3)), "least/most")
 
 
-async def measure(arguments: argparse.Namespace, size: int, models: int, bodies: bool) -> list[float]:
+def both(
+    arguments: argparse.Namespace, idle: Callable[[], Awaitable[list[float]]]
+) -> tuple[list[float], list[float]]:
+    """With operations ahead, and without. In turn, and each as often first: the machine may get slower or
+    faster meanwhile."""
+    ahead: list[float] = []
+    after: list[float] = []
+    for number in range(arguments.rounds):
+        for found in (ahead, after) if number % 2 else (after, ahead):
+            with ExitStack() as stack:
+                if found is after:
+                    stack.enter_context(patch.object(Jobs, "coming", lambda self: []))
+                found += trio.run(idle)
+    return ahead, after
+
+
+async def measure(arguments: argparse.Namespace, size: int, models: int) -> list[float]:
     """`idle_ms` of each job but the first."""
     with (
         tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
-        _server(Path(name), arguments.op_ms / 1000, bodies) as url,
+        _server(Path(name), arguments.op_ms / 1000) as url,
     ):
         async with _worker(Path(name) / "home", url) as (journal, router):
             created: messages.Created = await router.ask(messages.CreateSession(TENANT))
@@ -98,7 +110,7 @@ async def one_ahead(arguments: argparse.Namespace) -> list[float]:
     """`idle_ms` of each operation but those of the first two steps."""
     with (
         tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
-        _server(Path(name), arguments.step_ms / 1000, True) as url,
+        _server(Path(name), arguments.step_ms / 1000) as url,
     ):
         async with _worker(Path(name) / "home", url) as (journal, router):
             created: messages.Created = await router.ask(messages.CreateSession(TENANT))
@@ -125,7 +137,7 @@ async def fairness(arguments: argparse.Namespace) -> float:
     """Of eight models: jobs of the one that has had least, against the one that has had most."""
     with (
         tempfile.TemporaryDirectory(prefix="tink-bench-") as name,
-        _server(Path(name), arguments.step_ms / 1000, True) as url,
+        _server(Path(name), arguments.step_ms / 1000) as url,
     ):
         async with _worker(Path(name) / "home", url) as (_, router):
             created: messages.Created = await router.ask(messages.CreateSession(TENANT))
@@ -192,10 +204,9 @@ async def _worker(folder: Path, url: str) -> AsyncIterator[tuple[Journal, Router
 
 
 @contextmanager
-def _server(folder: Path, seconds: float, bodies: bool) -> Iterator[str]:
+def _server(folder: Path, seconds: float) -> Iterator[str]:
     """Its URL."""
     folder = folder / "trainer"
     folder.mkdir()
-    options = [] if bodies else ["--no-bodies"]
-    with serving("tests.bench.still", folder / "ready.json", str(seconds), *options) as server:
+    with serving("tests.bench.still", folder / "ready.json", str(seconds)) as server:
         yield f"http://127.0.0.1:{json.loads(server.said)['port']}"

@@ -266,7 +266,7 @@ class Server:
     # -- comparing ----------------------------------------------------------------------------------
 
     def same(self, what: str, expected: Sequence[OpResult], got: Sequence[OpResult]) -> None:
-        """Bit for bit, but for `run_ms` and `idle_ms`. A difference within the tolerance is a warning."""
+        """Bit for bit, but for times. A difference within the tolerance is a warning."""
         expect(f"{what}: number of results", len(expected), len(got))
         worst = max((_difference(one, other) for one, other in zip(expected, got, strict=True)), default=0)
         if worst == 0.0:

@@ -11,7 +11,7 @@ from tink.domain import rows
 
 
 def job(op: str, **fields: Any) -> rows.Job:
-    known: dict[str, Any] = {"submitted_at": 10.0, "started_at": 10.02, "finished_at": 10.1, "run_ms": 70.0}
+    known: dict[str, Any] = {"submitted_at": 10.0, "queue_ms": 20.0, "finished_at": 10.1, "run_ms": 70.0}
     rest: dict[str, Any] = {
         **dict.fromkeys(("session_id", "model_id", "sampler_id", "model_seq_id", "body_sha256", "seed")),
         "num_samples": None,
@@ -44,5 +44,5 @@ def test_medians_are_of_those_that_ended_well_and_of_no_other_operation() -> Non
 
 
 def test_a_clock_that_was_set_back_makes_no_time_negative() -> None:
-    (found,) = stages.of([job("sample", started_at=9.0, finished_at=8.0)]).values()
+    (found,) = stages.of([job("sample", queue_ms=0.0, finished_at=8.0)]).values()
     assert (found.waited, found.worker) == (0.0, 0.0)

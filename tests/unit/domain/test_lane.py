@@ -96,10 +96,14 @@ def test_what_runs_next_is_what_has_come_right_behind_the_running_one() -> None:
     lane = Lane()
     for seq in (0, 1, 2, 3, 5):
         lane.arrive(seq, f"job {seq}")
-    assert lane.behind(2) == []
+    assert lane.behind() is None
     lane.start()
-    assert lane.behind(2) == ["job 1", "job 2"]
-    assert lane.behind(9) == ["job 1", "job 2", "job 3"]
+    assert lane.behind() == "job 1"
     lane.finish("job 0")
     lane.start()
-    assert lane.behind(2) == ["job 2", "job 3"]
+    assert lane.behind() == "job 2"
+    lane.finish("job 1")
+    lane.start()
+    lane.finish("job 2")
+    lane.start()
+    assert lane.behind() is None  # 4 has not come
