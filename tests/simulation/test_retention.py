@@ -576,7 +576,7 @@ async def _much_to_clear_away(folder: Path) -> str:
         model = await cluster.create(session)
         await save(cluster, model, 1, "save_weights", path="state", ttl_seconds=60)
         await save(cluster, model, 2, "save_weights_for_sampler", sampling_session_seq_id=0)
-        await answers(cluster, await train(cluster, model, 3, 4))
+        await answers(cluster, await train(cluster, model, 3, 6))
         await cluster.ask(messages.FinishSession(TENANT, session, "success"))
         (cluster.trainer.artifacts / ids.directory(model, 1, "snapshot")).mkdir()
     return model
@@ -606,7 +606,7 @@ async def test_a_crash_anywhere_in_a_pass_is_made_good_by_the_next_one(
             assert scratch(cluster) == set()
             assert len(events(cluster, "adapter_deleted")) == 1
             assert len(events(cluster, "checkpoint_deleted")) == 1
-            assert (await cluster.outcome(await batch(cluster, model, 11))).state == "done"
+            assert (await cluster.outcome(await batch(cluster, model, 15))).state == "done"
             assert events(cluster, "diverged") == []
             cluster.check_journal()
         if not death.came:
