@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
+from starlette.routing import Router
+from starlette.types import ASGIApp
 
 from tink.api import both, front, rest, tinker
 from tink.api.access_log import AccessLog
@@ -23,19 +23,19 @@ def create_app(
     artifacts: Path,
     secret: bytes,
     world: World,
-) -> Starlette:
+) -> ASGIApp:
     """`ask` answers a message of tink.domain.messages, or raises a TinkError. `secret` signs download
     URLs."""
     service = Service(ask, auth, world, Downloads(artifacts, secret, world), Texts(world))
-    app = Starlette(
+    router = Router(
         routes=[
             *routes(service, front.TABLE, public=True),
             *routes(service, both.together(tinker.TABLE, rest.API), prefix="/api/v1"),
             *routes(service, rest.SHORT),
         ],
-        middleware=[Middleware(AccessLog, world=world)],
+        default=Nowhere(service),
+        # A path with a slash too many is a mistake to be told about: the SDK follows no redirect on a POST.
+        redirect_slashes=False,
     )
-    app.router.default = Nowhere(service)
-    # A path with a slash too many is a mistake to be told about: the SDK follows no redirect on a POST.
-    app.router.redirect_slashes = False
-    return app
+    # Not Starlette's application: what it has around its router catches what no Endpoint lets out.
+    return AccessLog(router, world)

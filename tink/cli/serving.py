@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 import trio
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 import tink
 from tink import http_server
@@ -99,7 +99,7 @@ async def _run(
 
 
 async def _listen(
-    app: Starlette,
+    app: ASGIApp,
     listener: socket.socket,
     router: Router,
     settings: Settings,
