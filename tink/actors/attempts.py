@@ -27,12 +27,13 @@ class Attempts:
         *,
         most: int,
         begun_in: str | None = None,
-        excused: bool = False,
+        innocent: bool = False,
     ) -> None:
-        """`begun_in`: the life in which the job has begun already. `excused`: if that is no more, another
-        job was its death, and the attempt does not count."""
+        """`begun_in`: the life in which the job has begun already. `innocent`: if that is no more before
+        the first call, it was not this job's doing, and does not count."""
         self._link, self._job, self._begin, self._most = link, job, begin, most
-        self._begun_in, self._excused = begun_in, excused
+        self._begun_in, self._innocent = begun_in, innocent
+        self._excused = 0
         self._backoff = Backoff()
         # The life whose last answer was wrong, what it had applied then, and how often in a row.
         self._wrong_in: tuple[str, int | None] = ("", None)
@@ -55,14 +56,17 @@ class Attempts:
                 if self._link.present is not life:
                     continue  # it ended while this job waited for its turn
                 if fresh:
-                    if self._job.attempts - self._excused >= self._most:
+                    self._excused += self._innocent
+                    died = self._job.attempts - self._excused
+                    if died >= self._most:
                         raise BackendError(
-                            f"the trainer died {self._job.attempts} times while it ran this job; given up "
+                            f"the trainer died {died} times while it ran this job; given up "
                             f"after TINK_MAX_ATTEMPTS={self._most}"
                         )
                     await self._begin()
                     crash.point("worker.started")
                     self._begun_in = life.incarnation
+                self._innocent = False
                 with self._counting(life):
                     yield life
                 return

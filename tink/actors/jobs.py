@@ -54,6 +54,11 @@ class Jobs:
         """Those that cannot run yet, and will, in about that order."""
         return [*(self._waiting if self._full else ()), *self._expected]
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a job that is sent now has its turn now."""
+        return not self._waiting and not self._full
+
     def waits(self, job_id: str) -> bool:
         """Whether it has its turn as soon as there is a slot."""
         return job_id in self._waiting

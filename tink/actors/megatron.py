@@ -24,6 +24,7 @@ from tink.actors import placements
 from tink.actors.ahead import Ahead, Sent
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.attempts import Attempts
+from tink.actors.beginnings import Beginnings
 from tink.actors.books import JobBooks
 from tink.actors.jobs import INTERNAL, Jobs, Release, Settle, append_end, run_to_end
 from tink.actors.link import Life, Link
@@ -53,6 +54,7 @@ class MegatronActor:
         link: Link,
         settle: Settle,
         release: Release,
+        beginnings: Beginnings,
         snapshots: Snapshots,
         folder: ArtifactFolder,
         world: World,
@@ -65,7 +67,7 @@ class MegatronActor:
         from the artifact folder."""
         self.jobs, self._journal, self._link, self._world = jobs, journal, link, world
         self._settle, self._release = settle, release
-        self._snapshots, self._folder = snapshots, folder
+        self._beginnings, self._snapshots, self._folder = beginnings, snapshots, folder
         self._redo = Redo(journal, snapshots, world)
         self._alpha, self._max_attempts, self._place = alpha, max_attempts, place
         self._ahead = Ahead(journal, link, jobs, snapshots, world, alpha=alpha)
@@ -205,13 +207,14 @@ class MegatronActor:
         the server will never take. `ahead`: how it was sent before its turn."""
         model_id, op_no = str(job.model_id), job.op_no or self._model(job).op_no + 1
         begin = partial(self._begin_attempt, job, op_no, plan)
+        begun_in = self._beginnings.take(job.job_id) if ahead is None else ahead.life.incarnation
         attempts = Attempts(
             self._link,
             job,
             begin,
             most=self._max_attempts,
-            begun_in=ahead.life.incarnation if ahead is not None else None,
-            excused=ahead is not None and not ahead.in_turn,
+            begun_in=begun_in,
+            innocent=begun_in is not None and (ahead is None or not ahead.in_turn),
         )
         while True:
             try:

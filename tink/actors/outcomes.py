@@ -34,21 +34,20 @@ class Outcomes:
         self._waiters[job_id] = [*waiting, reply]
 
     async def announce(self, job_id: str) -> None:
-        """The job's terminal event is durable: says so, in the log and to those who wait."""
+        """The job's terminal event is durable: says so, to those who wait and in the log."""
         waiters = self._waiters.pop(job_id, [])
         job = await self._journal.job(job_id)
         assert job is not None, "it has just ended"
+        if waiters:
+            try:
+                outcome = await self.of(job)
+            except TinkError as error:
+                for reply in waiters:
+                    reply.fail(error)
+            else:
+                for reply in waiters:
+                    reply.set(outcome)
         log.info("job", **job_line(job))
-        if not waiters:
-            return
-        try:
-            outcome = await self.of(job)
-        except TinkError as error:
-            for reply in waiters:
-                reply.fail(error)
-        else:
-            for reply in waiters:
-                reply.set(outcome)
 
     async def of(self, job: rows.Job) -> messages.Outcome:
         """Of a job that has ended. Raises NotFound if its result is lost."""

@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from tink import crash
+from tink.actors.beginnings import Beginnings
 from tink.actors.books import JobBooks
 from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
@@ -25,6 +26,7 @@ from tink.actors.outcomes import Outcomes
 from tink.actors.reply import Reply
 from tink.domain import ids, keys, memory, messages, rows
 from tink.domain.events import JobAccepted, JobCancelled, JobFailed, Subject
+from tink.domain.lane import Lane
 from tink.domain.memory import RowId
 from tink.domain.requests import DATA_OPS
 from tink.errors import NotFound, Overloaded, TooLarge, UserError
@@ -68,9 +70,16 @@ class Router:
     `run` is its task."""
 
     def __init__(
-        self, journal: JobBooks, catalogue: Catalogue, training: Jobs, sampling: Jobs, world: World
+        self,
+        journal: JobBooks,
+        catalogue: Catalogue,
+        training: Jobs,
+        sampling: Jobs,
+        beginnings: Beginnings,
+        world: World,
     ) -> None:
         self._journal, self.catalogue, self._world = journal, catalogue, world
+        self._beginnings = beginnings
         self._training, self._sampling = training, sampling
         self._outcomes = Outcomes(journal)
         self._mailbox, self._sent = trio.open_memory_channel[_Message](MAILBOX)
@@ -311,7 +320,7 @@ class Router:
             if making is not None:
                 await making.wait()
                 self.catalogue.model(str(subject.tenant), model_id)
-            await self._accept(subject, accepted, body)
+            await self._accept(subject, accepted, body, self.lanes.of(model_id))
             in_time = self.lanes.of(model_id).arrive(accepted.seq_id, job_id)
         if in_time:
             self.lanes.advance(model_id)
@@ -369,14 +378,20 @@ class Router:
         self._sampling.send(job_id)
         return promise
 
-    async def _accept(self, subject: Subject, accepted: JobAccepted, body: bytes) -> None:
-        """Body first, then the event: when it returns, the client may be told."""
+    async def _accept(
+        self, subject: Subject, accepted: JobAccepted, body: bytes, lane: Lane | None = None
+    ) -> None:
+        """Body first, then the event: when it returns, the client may be told. `lane`: that of a job of
+        a model, which may begin at once."""
         if accepted.request is None and accepted.invalid is None:
             digest = await self._journal.bodies.put(body)
             crash.point("worker.body")
             accepted = msgspec.structs.replace(accepted, body_sha256=digest)
-        await self._journal.append((subject, accepted))
+        begins = [] if lane is None else self._beginnings.of(subject, accepted, lane)
+        await self._journal.append((subject, accepted), *begins)
         crash.point("worker.accepted")
+        if begins:
+            crash.point("worker.started")
 
     def _is_known(self, job_id: str) -> bool:
         return job_id in self._accepting or (job_id,) in self._journal.ledger.jobs

@@ -9,6 +9,7 @@ import trio
 
 from tink.actors.artifacts import ArtifactFolder
 from tink.actors.backends import Backends
+from tink.actors.beginnings import Beginnings
 from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
 from tink.actors.megatron import MegatronActor
@@ -67,13 +68,15 @@ async def open_worker(
     by_trainer = TrainerSamples(journal, link, world, max_attempts=settings.max_attempts)
     sampling_backend = by_trainer if pool is None else pool
     training, sampling = Jobs(settings.training_slots), Jobs(sampling_backend.slots)
-    router = Router(journal, catalogue, training, sampling, world)
+    beginnings = Beginnings(journal, link, training)
+    router = Router(journal, catalogue, training, sampling, beginnings, world)
     megatron = MegatronActor(
         training,
         journal,
         link,
         router.settle,
         router.release,
+        beginnings,
         Snapshots(journal, folder, seconds=settings.snapshot_seconds),
         folder,
         world,

@@ -72,8 +72,8 @@ def training(job: rows.Job, body: bytes, op_no: int, context: Context) -> Plan:
             plan = Plan(_create_model(model_id, create, context), request=create)
             return _exporting(plan, model_id, op_no, context)
         case "optim_step":
-            optim = requests.decode(body, requests.OptimStep)
-            return Plan(_optim_step(optim), request=optim)
+            optim, op = optim_step(body)
+            return Plan(op, request=optim)
         case "load_weights":
             load = _load_weights(job, requests.decode(body, requests.LoadWeights), context)
             return _exporting(load, model_id, op_no, context)
@@ -132,7 +132,7 @@ def again(job: rows.Job, body: bytes, ledger: Ledger) -> tink_train.Op:
         case "forward_backward":
             return tink_train.ForwardBackward(body)
         case "optim_step":
-            return _optim_step(requests.decode(body, requests.OptimStep))
+            return optim_step(body)[1]
         case "load_weights" if job.seq_id != 0:
             request = requests.decode(body, requests.LoadWeights)
             return tink_train.LoadState(path=str(job.directory), optimizer=request.optimizer)
@@ -221,7 +221,9 @@ def _create_model(model_id: str, request: requests.CreateModel, context: Context
     )
 
 
-def _optim_step(request: requests.OptimStep) -> tink_train.OptimStep:
+def optim_step(body: bytes) -> tuple[requests.OptimStep, tink_train.OptimStep]:
+    """The request of an optim_step, and the operation. Raises UserError if it cannot be served."""
+    request = requests.decode(body, requests.OptimStep)
     if request.optimizer_params is not None:
         kind = str(request.optimizer_params.get("type"))[:80]
         raise UserError(f"the optimizer {kind!r} is not supported: send adam_params")
@@ -230,7 +232,7 @@ def _optim_step(request: requests.OptimStep) -> tink_train.OptimStep:
         raise UserError("learning_rate, weight_decay and grad_clip_norm cannot be negative")
     if not (0 <= adam.beta1 < 1 and 0 <= adam.beta2 < 1 and adam.eps > 0):
         raise UserError("beta1 and beta2 must be in [0, 1), and eps above 0")
-    return tink_train.OptimStep(**msgspec.structs.asdict(adam))
+    return request, tink_train.OptimStep(**msgspec.structs.asdict(adam))
 
 
 def _load_weights(job: rows.Job, request: requests.LoadWeights, context: Context) -> Plan:

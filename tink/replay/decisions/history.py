@@ -94,7 +94,7 @@ def look(recording: Recording) -> History:
 
 def decisions(records: Iterable[Record]) -> Iterator[Sequence[Record]]:
     """The records, those together that were committed as one decision: the end of a job, and what comes
-    with it."""
+    with it; and its acceptance, if it began with that."""
     group: list[Record] = []
     for record in records:
         if group and not _belongs(record, group[0]):
@@ -106,6 +106,10 @@ def decisions(records: Iterable[Record]) -> Iterator[Sequence[Record]]:
 
 
 def _belongs(record: Record, first: Record) -> bool:
+    if isinstance(record.event, JobStarted):
+        # What is begun later is begun by somebody who saw it accepted, in another commit.
+        accepted = isinstance(first.event, JobAccepted) and first.subject.job_id == record.subject.job_id
+        return accepted and first.at == record.at
     return (
         is_end(first.event)
         and first.subject.job_id == record.subject.job_id

@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from tink.actors.artifacts import ArtifactFolder
+from tink.actors.beginnings import Beginnings
 from tink.actors.catalogue import Catalogue
 from tink.actors.jobs import Jobs
 from tink.actors.megatron import MegatronActor
@@ -38,6 +39,12 @@ class RecordedJobs(Jobs):
 
     def __init__(self) -> None:
         super().__init__(slots=sys.maxsize)
+        self.room = False
+
+    @property
+    def has_room(self) -> bool:
+        """As the record has it: what is accepted now begins with it, or waits."""
+        return self.room
 
     def coming(self) -> list[str]:
         """Behind a job of its own model one may go ahead; before those of others one just begins."""
@@ -85,13 +92,15 @@ class RecordedWorker:
             Metrics(journal.ledger, 0),
             world,
         )
-        self.router = Router(journal, catalogue, self.training, self.sampling, world)
+        beginnings = Beginnings(journal, self.link, self.training)
+        self.router = Router(journal, catalogue, self.training, self.sampling, beginnings, world)
         self._megatron = MegatronActor(
             self.training,
             journal,
             self.link,
             self.router.settle,
             self.router.release,
+            beginnings,
             RecordedSnapshots(journal, folder, seconds=math.inf),
             folder,
             world,
