@@ -21,14 +21,16 @@ class Beginnings:
 
     def __init__(self, journal: Books, link: Link, jobs: Jobs) -> None:
         self._journal, self._link, self._jobs = journal, link, jobs
-        self._lives: dict[str, str] = {}  # of those that have not been sent
+        self._lives: dict[str, str] = {}  # of those that have not had their turn
 
     def of(self, subject: Subject, accepted: JobAccepted, lane: Lane) -> list[Entry]:
         """The event with which it begins, for the commit of its acceptance; none if that is not for now."""
         life, model = self._link.present, self._journal.ledger.models.get((subject.model_id,))
         if life is None or not life.info.trains or model is None or model.state != "live":
             return []
-        if lane.running is not None or lane.next_seq != accepted.seq_id or not self._jobs.has_room:
+        if lane.running is not None or lane.next_seq != accepted.seq_id:
+            return []
+        if len(self._lives) >= self._jobs.room:
             return []
         if accepted.op not in SENT_AHEAD or accepted.invalid is not None:
             return []
@@ -49,5 +51,5 @@ class Beginnings:
         return [(subject, started)]
 
     def take(self, job_id: str) -> str | None:
-        """The life in which the job has begun without being sent, if it has."""
+        """The life in which the job, whose turn it is, has begun without being sent, if it has."""
         return self._lives.pop(job_id, None)

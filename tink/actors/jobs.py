@@ -55,9 +55,9 @@ class Jobs:
         return [*(self._waiting if self._full else ()), *self._expected]
 
     @property
-    def has_room(self) -> bool:
-        """Whether a job that is sent now has its turn now."""
-        return not self._waiting and not self._full
+    def room(self) -> int:
+        """How many jobs that are sent now have their turn now."""
+        return self.slots - len(self._running) + len(self._aside) - len(self._waiting)
 
     def waits(self, job_id: str) -> bool:
         """Whether it has its turn as soon as there is a slot."""

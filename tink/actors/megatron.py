@@ -112,6 +112,7 @@ class MegatronActor:
     async def _outcome(self, job: rows.Job) -> Callable[[], list[Entry]]:
         """Runs the job. The call that it returns gives the events that end it, the terminal one first;
         or raises UserError."""
+        begun_in = self._beginnings.take(job.job_id)
         sent = await self._ahead.take(job)
         life = sent.life if sent is not None else await self._link.life()
         context = self._context(life)
@@ -129,7 +130,7 @@ class MegatronActor:
             with self._folder.use(plan.directory), self._folder.use(plan.export):
                 reply = sent.reply if sent is not None else None
                 if reply is None:
-                    reply = await self._send(job, plan, sent)
+                    reply = await self._send(job, plan, sent, begun_in)
                 crash.point("worker.answered")
                 if reply.failure is not None:
                     failed = [self._failed(job, reply.failure.category, reply.failure.message)]
@@ -200,21 +201,23 @@ class MegatronActor:
 
     # -- talking to the server ----------------------------------------------------------------------
 
-    async def _send(self, job: rows.Job, plan: plans.Plan, ahead: Sent | None) -> tink_train.OpReply:
+    async def _send(
+        self, job: rows.Job, plan: plans.Plan, ahead: Sent | None, begun_in: str | None
+    ) -> tink_train.OpReply:
         """Sends the op until it is answered. A call whose fate is unknown is asked for again by its op_no;
         a server that came back without its state is brought up to date first, and one that knows another
         history is replaced. Raises BackendError when the job's attempts are used up, or the op is one that
-        the server will never take. `ahead`: how it was sent before its turn."""
+        the server will never take. `ahead`: how it was sent before its turn; `begun_in`: the life in which
+        it began without that."""
         model_id, op_no = str(job.model_id), job.op_no or self._model(job).op_no + 1
         begin = partial(self._begin_attempt, job, op_no, plan)
-        begun_in = self._beginnings.take(job.job_id) if ahead is None else ahead.life.incarnation
         attempts = Attempts(
             self._link,
             job,
             begin,
             most=self._max_attempts,
-            begun_in=begun_in,
-            innocent=begun_in is not None and (ahead is None or not ahead.in_turn),
+            begun_in=begun_in if ahead is None else ahead.life.incarnation,
+            innocent=begun_in is not None if ahead is None else not ahead.in_turn,
         )
         while True:
             try:

@@ -177,7 +177,7 @@ class _Replay:
                             self._clock.jump(LOOK_SECONDS)
                             await wait_all_tasks_blocked()
                 case _ if treatment(first.event) is Treatment.ASKED:
-                    self._worker.training.room = len(records) > 1
+                    self._worker.training.begins = len(records) > 1
                     overtaken = self._history.overtaken.get(str(first.subject.job_id))
                     if overtaken is not None:
                         self._ask(overtaken)

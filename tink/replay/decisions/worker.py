@@ -39,12 +39,12 @@ class RecordedJobs(Jobs):
 
     def __init__(self) -> None:
         super().__init__(slots=sys.maxsize)
-        self.room = False
+        self.begins = False
 
     @property
-    def has_room(self) -> bool:
-        """As the record has it: what is accepted now begins with it, or waits."""
-        return self.room
+    def room(self) -> int:
+        """As the record has it: what is accepted now begins with that, or waits."""
+        return self.slots if self.begins else 0
 
     def coming(self) -> list[str]:
         """Behind a job of its own model one may go ahead; before those of others one just begins."""
