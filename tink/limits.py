@@ -71,8 +71,8 @@ MAX_PROMPTS = 256
 MAX_OPEN_JOBS = 20_000
 # Ended jobs kept in memory for the poll that is about to come; older ones come from the database.
 RECENT_JOBS = 4096
-# Of a sampler: numbers in memory that its jobs have, and that are not all from the first on.
-SCATTERED_NUMBERS = 1024
+# Of a sampler: runs of numbers that its jobs have, in memory.
+NUMBER_RUNS = 1024
 # Of a training job: the lane waits for the number behind it, which a column of 64 bits has to hold.
 MAX_SEQ = 2**63 - 2
 # Between two looks for sessions, models and samplers in memory that nothing goes back to any more.

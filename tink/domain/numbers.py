@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from tink.limits import SCATTERED_NUMBERS
+from bisect import bisect_right
+
+from tink.limits import NUMBER_RUNS
 
 
 class Numbers:
     """Of a sampler, from its making on. All below one number may be taken; above, those that are not here
-    are free. Clients count up, with few of them out of order at a time."""
+    are free. They are kept as runs: clients count up, with few of them out of order at a time, and several
+    clients of one sampler count from places of their own."""
 
     def __init__(self) -> None:
         self._below = 0
-        self._above: set[int] = set()
+        # Of each run, in order: its first number, and the one behind its last. No two runs touch.
+        self._firsts: list[int] = []
+        self._behinds: list[int] = []
 
     def take(self, number: int) -> None:
-        if number < self._below:
+        if not self.is_free(number):
             return
-        self._above.add(number)
-        while self._below in self._above:
-            self._above.remove(self._below)
-            self._below += 1
-        if len(self._above) > SCATTERED_NUMBERS:
-            self._below = max(self._above) + 1
-            self._above.clear()
+        # The run is to be before that place, which is where the next one is.
+        place = bisect_right(self._firsts, number)
+        follows = place > 0 and self._behinds[place - 1] == number
+        precedes = place < len(self._firsts) and self._firsts[place] == number + 1
+        if follows and precedes:
+            self._behinds[place - 1] = self._behinds.pop(place)
+            del self._firsts[place]
+        elif follows:
+            self._behinds[place - 1] = number + 1
+        elif precedes:
+            self._firsts[place] = number
+        else:
+            self._firsts.insert(place, number)
+            self._behinds.insert(place, number + 1)
+        if len(self._firsts) > NUMBER_RUNS:
+            self._below = self._behinds[-1]
+            self._firsts, self._behinds = [], []
 
     def is_free(self, number: int) -> bool:
         """Whether no job has it, for certain."""
-        return number >= self._below and number not in self._above
+        if number < self._below:
+            return False
+        place = bisect_right(self._firsts, number)
+        return place == 0 or number >= self._behinds[place - 1]
