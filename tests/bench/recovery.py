@@ -1,9 +1,9 @@
 """How long `tink serve` takes to serve again, by the length of its journal.
 
-Makes a fresh home and one with a long history and many open jobs, and starts real workers on them in turn,
-each with its embedded trainer starting beside it, as after a crash of both. A worker is killed once it has
-answered, so that every start finds the same journal, but for the event of the start itself. The baseline is
-the fresh home: what every start costs.
+Makes a fresh home and some with ever longer histories and many open jobs, and starts real workers on them,
+in turn with the fresh one, each with its embedded trainer starting beside it, as after a crash of both. A
+worker is killed once it has answered, so that every start finds the same journal, but for the event of the
+start itself. The baseline is the fresh home: what every start costs.
 """
 
 from __future__ import annotations
@@ -43,33 +43,46 @@ class Start(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--events", type=int, default=300_000, help="events in the journal (300000)")
-    parser.add_argument("--open", type=int, default=10_000, help="open jobs in it (10000)")
+    parser.add_argument(
+        "--events",
+        type=int,
+        nargs="+",
+        default=[10_000, 100_000, 1_000_000],
+        help="events in the journals (10000 100000 1000000)",
+    )
+    parser.add_argument("--open", type=int, default=10_000, help="open jobs in each (10000)")
     parser.add_argument("--starts", type=int, default=7, help="starts of each home; the median counts (7)")
-    parser.add_argument("--home", type=Path, help="keep the home here; one that is there is used again")
+    parser.add_argument(
+        "--homes", type=Path, help="keep the homes in this folder; those there are used again"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="tink-bench-") as folder:
-        fresh, long = Home(Path(folder) / "fresh"), Home(arguments.home or Path(folder) / "long")
+        fresh = Home(Path(folder) / "fresh")
         history.write(fresh, wanted=0, open_jobs=0, until=time.time())
-        if not long.journal.exists():
-            began = time.monotonic()
-            written = history.write(
-                long, wanted=arguments.events, open_jobs=arguments.open, until=time.time()
-            )
-            yield Figure("events", written, "events")
-            yield Figure("events_written", written / (time.monotonic() - began), "events/s")
-        # In turn: the machine may get slower or faster meanwhile.
-        starts = [(start(fresh), start(long)) for _ in range(arguments.starts)]
-        bases, founds = zip(*starts, strict=True)
-        for name, unit in (("seconds", "s"), ("cpu", "s"), ("rss", "MB")):
-            found, base = (median(getattr(one, name) for one in some) for some in (founds, bases))
-            yield Figure(f"serve_{name}", found, unit, base)
-        yield Figure(
-            "serve_slowest", max(found.seconds for found in founds), "s", max(b.seconds for b in bases)
-        )
-        yield Figure("check_seconds", check(long), "s", check(fresh))
+        for events in arguments.events:
+            long = Home((arguments.homes or Path(folder)) / f"{events}")
+            if not long.journal.exists():
+                began = time.monotonic()
+                written = history.write(long, wanted=events, open_jobs=arguments.open, until=time.time())
+                seconds = time.monotonic() - began
+                yield Figure(f"{events}_events_written", written / seconds, "events/s")
+            for figure in compared(fresh, long, arguments.starts):
+                yield figure._replace(name=f"{events}_{figure.name}")
+
+
+def compared(fresh: Home, long: Home, times: int) -> Iterator[Figure]:
+    # In turn: the machine may get slower or faster meanwhile.
+    starts = [(start(fresh), start(long)) for _ in range(times)]
+    bases, founds = zip(*starts, strict=True)
+    for name, unit in (("seconds", "s"), ("cpu", "s"), ("rss", "MB")):
+        found, base = (median(getattr(one, name) for one in some) for some in (founds, bases))
+        yield Figure(f"serve_{name}", found, unit, base)
+    yield Figure(
+        "serve_slowest", max(found.seconds for found in founds), "s", max(b.seconds for b in bases)
+    )
+    yield Figure("check_seconds", check(long), "s", check(fresh))
 
 
 def start(home: Home) -> Start:
