@@ -207,7 +207,7 @@ LONGEST_PAUSE_SECONDS = 5.0
 # Between two starts of an actor that crashed, at most; one that ran for so long starts again at once.
 LONGEST_ACTOR_PAUSE_SECONDS = 10.0
 CALM_SECONDS = 60.0
-# Calls of the worker to its trainer beside operations and samples: looks, snapshots, and a body ahead.
+# Calls of the worker to its trainer beside operations and samples: looks and snapshots.
 TRAINER_OWN_SLOTS = 3
 # A trainer whose health is well and whose answers to one job are not, so often in a row, is replaced.
 WRONG_ANSWERS = 12
@@ -280,6 +280,9 @@ TEXT_GENERATION_CONTEXT = 2560
 # -- trainer ----------------------------------------------------------------------------------------
 
 TRAINER_QUEUE = 256
+# An operation that has overtaken the one before it is sent again after so many seconds, and after twice as
+# many each time.
+OVERTAKEN_SECONDS = 0.02
 # Ops of one model that the trainer may hold behind the running one.
 TRAINER_AHEAD = 4
 MAX_RANK = 512

@@ -301,8 +301,11 @@ class Watch:
         self._counts["operations redone"] += 1
         if isinstance(request.op, tink_train.Skip):
             if job.state == "failed" and not known.failed:
-                # Its attempts were used up, so that it counts for nothing; and what came after never was.
+                # Its attempts were used up: it counts for nothing, and so does what was ahead of it.
                 self._applied[model_id, op_no] = now
+                behind = self._applied.get((model_id, op_no + 1))
+                if behind is not None and not self.has_ended(behind.job_id):
+                    del self._applied[model_id, op_no + 1]
                 return
             require(known.failed or job.op not in MUTATING, f"X6: {job.job_id} is left out of a redo")
         else:

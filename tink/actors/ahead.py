@@ -19,10 +19,11 @@ from tink.actors.books import JobBooks
 from tink.actors.jobs import Jobs
 from tink.actors.link import Life, Link
 from tink.actors.snapshots import Snapshots
-from tink.backends.trainer import TrainerGone
+from tink.backends.trainer import TrainerRefused
 from tink.domain import plans, rows
 from tink.domain.requests import DATA_OPS
-from tink.errors import BackendError, UserError
+from tink.errors import BackendError, JournalUnavailable, StartupError, UserError
+from tink.limits import OVERTAKEN_SECONDS
 from tink.wire.tink_train import OpReply
 from tink.world import World
 
@@ -91,9 +92,11 @@ class Ahead:
         """Until the next turn nothing of that model is sent ahead."""
         self._turns.pop(str(job.model_id), None)
 
-    def is_behind(self, model_id: str) -> bool:
-        """Whether an operation of that model is at the server that has not had its turn."""
-        return any(sent.begun and sent.job.model_id == model_id for sent in self._sent.values())
+    def is_out(self, life: Life) -> bool:
+        """Whether an operation that is ahead in that life may be its death."""
+        return any(
+            sent.begun and sent.reply is None and _same(sent.life, life) for sent in self._sent.values()
+        )
 
     async def take(self, job: rows.Job) -> Sent | None:
         """What was done for the job whose turn has come, once it is known what became of it; None if it was
@@ -107,6 +110,9 @@ class Ahead:
         else:
             sent.scope.cancel()
         await sent.ended.wait()
+        if not _same(sent.life, self._link.present):
+            # In another life the one before it may have ended otherwise.
+            sent.reply = None
         return sent if sent.begun else None
 
     # -- the inside ---------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ class Ahead:
     def _next(self) -> Sent | None:
         """One to send now. Nothing overtakes a job that waits for a slot."""
         life = self._link.present
-        if life is None or len(self._sent) >= self._jobs.slots:
+        if life is None or sum(not sent.ended.is_set() for sent in self._sent.values()) >= self._jobs.slots:
             return None
         for job_id in self._jobs.coming():
             if job_id in self._sent:
@@ -138,12 +144,14 @@ class Ahead:
             return False
         if self._jobs.waits(job.job_id):  # for a slot alone, and so it is to wait there
             orderly = life.info.slots is not None and life.info.slots <= self._jobs.slots
-            return orderly and life.applied.get(model_id, 0) == model.op_no
+            # It would be in the way of a snapshot.
+            due = any(self._snapshots.is_due(job) for job, _ in self._turns.values())
+            return orderly and not due and life.applied.get(model_id, 0) == model.op_no
         if model_id not in self._turns:
             return False
         before, where = self._turns[model_id]
         return (
-            where is life
+            _same(where, life)
             and before.op in FOLLOWED
             and before.op_no == model.op_no
             and not self._snapshots.is_due(before)
@@ -157,11 +165,13 @@ class Ahead:
                 async with self._link.exposure(alone=False):
                     if self._link.present is life and self._may_go(job, life):
                         await self._call(sent, body)
-        except TrainerGone as error:
-            log.info("lost on its way ahead", job=job.job_id, reason=str(error))
-            self._link.lost(life)
         except (UserError, BackendError) as error:
+            # Its turn finds out what that means, and whether the server is lost.
             log.info("not done ahead", job=job.job_id, reason=str(error))
+        except (JournalUnavailable, StartupError):
+            raise
+        except Exception:
+            log.exception("not done ahead", job=job.job_id)
         finally:
             sent.ended.set()
 
@@ -173,8 +183,23 @@ class Ahead:
         sent.begun = True  # from here on its turn waits for it
         await self._journal.append(plans.started(job, op_no, sent.plan, self._world.now()))
         crash.point("worker.started")
-        self._jobs.wake()  # it may have its turn already, and be followed
+        self._jobs.ahead(job.job_id)  # and it may have its turn already, and be followed
         # The one before it may have no terminal event yet.
         request = life.request(job, op_no, sent.plan.op, acked=max(0, op_no - 2))
-        sent.reply = await life.client.op(request)
+        pause = OVERTAKEN_SECONDS
+        while sent.reply is None:
+            try:
+                sent.reply = await life.client.op(request)
+            except TrainerRefused as error:
+                before, _ = self._turns.get(model_id, (None, None))
+                if error.refusal.error != "gap" or before is None or before.job_id == job.job_id:
+                    raise
+                # The one before it is longer, and has not arrived.
+                await trio.sleep(pause)
+                pause *= 2
         life.applied[model_id] = max(op_no, life.applied.get(model_id, 0))
+
+
+def _same(one: Life, other: Life | None) -> bool:
+    """Of the server; the link to it may have been found anew."""
+    return other is not None and one.incarnation == other.incarnation

@@ -39,6 +39,11 @@ class Attempts:
         self._wrong_in: tuple[str, int | None] = ("", None)
         self._wrong = 0
 
+    def excuse(self) -> None:
+        """The last call may have been lost to another one that was out: that one attempt does not count.
+        Once: the next is out alone."""
+        self._innocent = not self._excused
+
     @asynccontextmanager
     async def call(self) -> AsyncIterator[Life]:
         """Around one call: the life of the server to make it to. Waits until there is one, and after a

@@ -32,6 +32,7 @@ class Jobs:
         self.slots = slots
         self._waiting: dict[str, None] = {}
         self._expected: dict[str, None] = {}
+        self._ahead: set[str] = set()
         self._running: set[str] = set()
         self._aside: set[str] = set()
         self._changed = trio.Event()
@@ -71,6 +72,11 @@ class Jobs:
         self._changed.set()
         self._changed = trio.Event()
 
+    def ahead(self, job_id: str) -> None:
+        """It is at its server before its turn, which comes before that of all that are not."""
+        self._ahead.add(job_id)
+        self.wake()
+
     def withdraw(self, job_id: str) -> bool:
         """Takes back a job that waits; False if it is run already, or is not here."""
         waits = job_id in self._waiting
@@ -87,6 +93,7 @@ class Jobs:
         """Forgets those that it does not run."""
         self._waiting.clear()
         self._expected.clear()
+        self._ahead.clear()
 
     async def run(self, run_one: Callable[[str], Awaitable[None]]) -> None:
         """Runs them for ever. What `run_one` raises ends all that run."""
@@ -94,8 +101,11 @@ class Jobs:
             while True:
                 while not self._waiting or self._full:
                     await self._changed.wait()
-                job_id = next(iter(self._waiting))
+                job_id = next(
+                    (one for one in self._waiting if one in self._ahead), next(iter(self._waiting))
+                )
                 del self._waiting[job_id]
+                self._ahead.discard(job_id)
                 self._running.add(job_id)
                 self.wake()
                 nursery.start_soon(self._run_one, run_one, job_id)

@@ -78,23 +78,25 @@ class MegatronActor:
             await self.jobs.run(self._run_one)
 
     async def _run_one(self, job_id: str) -> None:
-        job = await run_to_end(job_id, self._journal, self._run_to_its_end, self._crashed, self._settle)
+        run = partial(self._run_to_its_end, begun_in=self._beginnings.take(job_id))
+        job = await run_to_end(job_id, self._journal, run, self._crashed, self._settle)
         if job is None:
             return
         self._ahead.turn_over(job)
         if job.state == "done" and job.op in MUTATING:
-            between = not self._ahead.is_behind(str(job.model_id))
+            between = self._model(job).op_no == job.op_no
             await self._snapshots.consider(self._link.present, job, between=between)
         elif job.state == "done" and job.op == "unload_model":
             self._snapshots.forget(str(job.model_id))
         await self._release(job_id)
 
-    async def _run_to_its_end(self, job: rows.Job) -> None:
+    async def _run_to_its_end(self, job: rows.Job, begun_in: str | None) -> None:
+        """`begun_in`: the life in which it began with its acceptance, without being sent."""
         # Two who want one address or one sampler number: whoever commits first has it.
         names = job.op.startswith("save_weights")
         accepted = await self._journal.acceptance(job)
         async with self._journal.recalled(plans.named(job, accepted.request)):
-            end = await self._outcome(job)
+            end = await self._outcome(job, begun_in)
             async with self._journal.naming if names else nullcontext():
                 try:
                     entries = end()
@@ -109,10 +111,9 @@ class MegatronActor:
             entries.append((rows.about(job), Diverged(op_no=job.op_no, detail=detail)))
         return entries
 
-    async def _outcome(self, job: rows.Job) -> Callable[[], list[Entry]]:
+    async def _outcome(self, job: rows.Job, begun_in: str | None) -> Callable[[], list[Entry]]:
         """Runs the job. The call that it returns gives the events that end it, the terminal one first;
         or raises UserError."""
-        begun_in = self._beginnings.take(job.job_id)
         sent = await self._ahead.take(job)
         life = sent.life if sent is not None else await self._link.life()
         context = self._context(life)
@@ -208,7 +209,7 @@ class MegatronActor:
         a server that came back without its state is brought up to date first, and one that knows another
         history is replaced. Raises BackendError when the job's attempts are used up, or the op is one that
         the server will never take. `ahead`: how it was sent before its turn; `begun_in`: the life in which
-        it began without that."""
+        it began without being sent."""
         model_id, op_no = str(job.model_id), job.op_no or self._model(job).op_no + 1
         begin = partial(self._begin_attempt, job, op_no, plan)
         attempts = Attempts(
@@ -238,6 +239,8 @@ class MegatronActor:
                     return reply
             except TrainerGone as error:
                 log.warning("training call lost", job=job.job_id, reason=str(error))
+                if self._ahead.is_out(life):
+                    attempts.excuse()
                 self._link.lost(life)
             except TrainerRefused as error:
                 log.warning("training call refused", job=job.job_id, reason=str(error))

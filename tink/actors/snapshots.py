@@ -20,6 +20,7 @@ from tink.actors.link import Life
 from tink.backends.trainer import TrainerGone, TrainerRefused
 from tink.domain import ids, rows
 from tink.domain.events import SnapshotDropped, SnapshotTaken, Subject
+from tink.domain.requests import MUTATING
 from tink.errors import BackendError
 from tink.journal import queries
 from tink.limits import SNAPSHOTS_KEPT
@@ -40,6 +41,8 @@ class Snapshots:
         """Whether one is to be taken when `job`, which runs, is done: then nothing may run behind it. Also
         as long as that is not known."""
         model_id = str(job.model_id)
+        if job.op not in MUTATING:
+            return False
         return model_id not in self._redo_ms or self._redo_ms[model_id] >= self._limit(job)
 
     async def consider(self, life: Life | None, job: rows.Job, *, between: bool) -> None:

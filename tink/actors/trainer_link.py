@@ -41,6 +41,7 @@ class TrainerLink(Link):
         self._find, self._journal, self._world, self._slots = find, journal, world, slots
         self._hang_seconds = hang_seconds
         self._arrived_once = False
+        self._last: Life | None = None
         self._look = trio.Event()
         self._backoff = Backoff()
         self._unfit: str | None = None
@@ -149,11 +150,16 @@ class TrainerLink(Link):
                 self._condemn(incarnation, f"its health is well, and nothing else: {error}")
             raise TrainerGone(str(error)) from error
         self._check_base(info)
-        life = Life(
+        # Calls that are still out by the link before write down what they apply, too.
+        last = self._last
+        applied = last.applied if last is not None and last.incarnation == incarnation else {}
+        applied.clear()
+        applied.update((model, held.applied) for model, held in state.models.items())
+        life = self._last = Life(
             client=client,
             info=info,
             lease=self._journal.incarnation,
-            applied={model: held.applied for model, held in state.models.items()},
+            applied=applied,
         )
         started = TrainerStarted.of(info)
         again = started == self._served and self._arrived_once and self._told is None
