@@ -51,6 +51,16 @@ async def long_run(cluster: Cluster, model: str, steps: int) -> list[object]:
     return found
 
 
+async def crash_and_restart(cluster: Cluster, victim: str) -> None:
+    """The `worker`, the `trainer`, or `both` at once."""
+    if victim != "trainer":
+        cluster.crash_worker()
+    if victim != "worker":
+        cluster.trainer.kill()
+    await cluster.start_trainer()
+    await cluster.start_worker()
+
+
 def events(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
     """The data of all events of that kind."""
     with closing(sqlite3.connect(cluster.home.journal)) as journal:

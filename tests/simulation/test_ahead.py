@@ -16,7 +16,7 @@ from trio.testing import MockClock
 
 from tests.simulation.cluster import Cluster
 from tests.simulation.doubles import Network
-from tests.simulation.scenario import answers, batch, events, json, slow, step, train
+from tests.simulation.scenario import answers, batch, crash_and_restart, events, json, slow, step, train
 from tink.actors.jobs import Jobs
 from tink.wire import tink_train
 
@@ -169,13 +169,7 @@ async def test_a_crash_with_an_operation_ahead_changes_no_result(
             if crash:
                 await trio.sleep(1.5 * OP_SECONDS)
                 assert _begun(cluster) == 2
-                if victim != "trainer":
-                    cluster.crash_worker()
-                if victim != "worker":
-                    cluster.trainer.kill()
-                    await cluster.start_trainer()
-                if victim != "trainer":
-                    await cluster.start_worker()
+                await crash_and_restart(cluster, victim)
             found = await answers(cluster, sent)
             cluster.check_journal()
             return found

@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.simulation.cluster import Cluster
-from tests.simulation.scenario import answers, batch, json, slow, step, train
+from tests.simulation.scenario import answers, batch, crash_and_restart, json, slow, step, train
 
 OP_SECONDS = 5.0
 
@@ -98,13 +98,7 @@ async def test_a_crash_right_behind_such_a_beginning_changes_no_result(
             await trio.sleep(1)
             sent += [await batch(cluster, model, 3)]
             if crash:
-                if victim != "trainer":
-                    cluster.crash_worker()
-                if victim != "worker":
-                    cluster.trainer.kill()
-                    await cluster.start_trainer()
-                if victim != "trainer":
-                    await cluster.start_worker()
+                await crash_and_restart(cluster, victim)
             sent += [await step(cluster, model, 4)]
             found = await answers(cluster, sent)
             cluster.check_journal()
