@@ -123,10 +123,11 @@ class Ahead:
         if life is None or sum(not sent.ended.is_set() for sent in self._sent.values()) >= self._jobs.slots:
             return None
         for job_id in self._jobs.coming():
-            if job_id in self._sent:
+            sent = self._sent.get(job_id)
+            if sent is not None and sent.begun:
                 continue
             job = self._journal.ledger.jobs.get((job_id,))
-            if job is not None and self._may_go(job, life):
+            if sent is None and job is not None and self._may_go(job, life):
                 return Sent(job, life)
             if self._jobs.waits(job_id):
                 return None
@@ -165,6 +166,8 @@ class Ahead:
                 async with self._link.exposure(alone=False):
                     if self._link.present is life and self._may_go(job, life):
                         await self._call(sent, body)
+                    else:  # not now
+                        self._sent.pop(job.job_id, None)
         except (UserError, BackendError) as error:
             # Its turn finds out what that means, and whether the server is lost.
             log.info("not done ahead", job=job.job_id, reason=str(error))

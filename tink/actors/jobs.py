@@ -74,7 +74,8 @@ class Jobs:
 
     def ahead(self, job_id: str) -> None:
         """It is at its server before its turn, which comes before that of all that are not."""
-        self._ahead.add(job_id)
+        if job_id not in self._running:
+            self._ahead.add(job_id)
         self.wake()
 
     def withdraw(self, job_id: str) -> bool:
