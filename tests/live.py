@@ -106,6 +106,15 @@ class LiveServer:
         self.process.kill()
         self.process.wait()
 
+    def stop(self) -> None:
+        """Until `resume` it does nothing; its trainer goes on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
     def terminate(self) -> int:
         """SIGTERM; returns the exit status."""
         assert self.process is not None

@@ -59,6 +59,14 @@ class Pool:
         rows = self._query("SELECT adapter_id, replica, state FROM adapter_placements")
         return {(adapter, replica): state for adapter, replica, state in rows}
 
+    def placed(self, server: VllmReplica) -> set[str]:
+        """The adapter versions that the journal says the server has."""
+        return {
+            adapter
+            for (adapter, replica), state in self.placements().items()
+            if replica == server.url and state == "loaded"
+        }
+
     def newest(self, model_id: str) -> Path:
         """The directory of a model's newest version."""
         ((directory,),) = self._query(
@@ -343,16 +351,34 @@ def test_two_workers_on_the_same_servers_leave_each_others_adapters_alone(
     def others() -> list[set[str]]:
         return [{name for name in replica.adapters() if theirs not in name} for replica in pool.replicas]
 
-    before = others()
-    # When it starts it looks at what is loaded, and unloads what it needs no more.
-    neighbour.tink.kill()
-    neighbour.tink.start()
-    neighbour.wait_until_ready()
-    assert others() == before
+    def is_stopped_at_rest() -> bool:
+        """The first worker loads what is newer, and unloads, beside its samples."""
+        pool.tink.stop()
+        placed = [pool.placed(replica) for replica in pool.replicas]
+        if placed == [{_version(name) for name in names} for names in others()]:
+            return True
+        pool.tink.resume()
+        return False
+
+    wait_until(is_stopped_at_rest, lambda: f"{others()} is not what the first worker has placed")
+    try:
+        before = others()
+        # When it starts it looks at what is loaded, and unloads what it needs no more.
+        neighbour.tink.kill()
+        neighbour.tink.start()
+        neighbour.wait_until_ready()
+        assert others() == before
+    finally:
+        pool.tink.resume()
     for trainee, sampler, drawn in pairs:
         assert trainee.draw(sampler, 4) == drawn
         assert trainee.distance(sampler) < CLOSE
     assert pairs[0][2] != pairs[1][2]
+
+
+def _version(name: str) -> str:
+    """By the name that a server has it as."""
+    return name.rpartition("/")[2].rpartition("-")[0]
 
 
 class Outage:

@@ -170,11 +170,11 @@ class Ahead:
                         self._sent.pop(job.job_id, None)
         except (UserError, BackendError) as error:
             # Its turn finds out what that means, and whether the server is lost.
-            log.info("not done ahead", job=job.job_id, reason=str(error))
+            log.warning("training call ahead not done", job=job.job_id, reason=str(error))
         except (JournalUnavailable, StartupError):
             raise
         except Exception:
-            log.exception("not done ahead", job=job.job_id)
+            log.exception("training call ahead crashed", job=job.job_id)
         finally:
             sent.ended.set()
 
