@@ -23,13 +23,16 @@ once; `category` is what the SDK is told when the error is the durable result of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 
 # What msgspec raises for bytes that are not what they should be. Bad UTF-8 and deep nesting have errors of
 # their own.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+E = TypeVar("E", bound=BaseException)
 
 
 class TinkError(Exception):
@@ -147,3 +150,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
     close = get_close_matches(name, sorted(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def bare(error: E) -> E:
+    """The error without where it has passed, for those who keep it, and for one that comes from a thread: it
+    would be a cycle with the frames that know it, and what they hold (a request's body) would be there until
+    the collector comes."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -21,7 +21,7 @@ from tink.api.downloads import Downloads
 from tink.api.refusals import JSON, internal_error, refusal
 from tink.api.texts import Texts
 from tink.domain import messages, requests
-from tink.errors import MalformedRequest, NotFound, TinkError
+from tink.errors import MalformedRequest, NotFound, TinkError, bare
 from tink.world import World
 
 Ask = Callable[[messages.Question], Awaitable[Any]]
@@ -188,7 +188,7 @@ class Endpoint:
         except ClientDisconnect:
             raise
         except (TinkError, HTTPException) as error:
-            return refusal(error)
+            return refusal(bare(error))
         except Exception:
             request_id: str = request.scope["tink.request_id"]
             log.exception("internal error", request_id=request_id, route=route_of(request.scope))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import httpx
@@ -63,7 +64,7 @@ class HttpClient:
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         request = httpx.Request(
             method,
-            f"{self.url}{path}",
+            _url(f"{self.url}{path}"),
             headers=self._headers if content is None else {**self._headers, "Content-Type": media_type},
             content=content,
             extensions={"timeout": timeout.as_dict()},
@@ -74,6 +75,10 @@ class HttpClient:
         finally:
             assert isinstance(answer.stream, httpx.AsyncByteStream)
             await answer.stream.aclose()
+
+
+# There are few, and to take one apart costs as much as to send the request.
+_url = lru_cache(maxsize=64)(httpx.URL)
 
 
 async def exchange(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ from tink.home import Home, WorkerRecord
 from tink.journal import chain
 from tink.journal.database import database
 from tink.journal.journal import Journal
-from tink.limits import KEEP_ALIVE_SECONDS, STOPPING_SECONDS
+from tink.limits import COLLECT_OBJECTS, KEEP_ALIVE_SECONDS, STOPPING_SECONDS
 from tink.logs import configure_logs, write_line
 from tink.pretrained import BUILT_IN
 from tink.settings import Settings
@@ -93,9 +94,23 @@ async def _run(
             secret=home.load_secret(),
             world=world,
         )
-        await _listen(app, listener, router, settings, home, past)
+        with _rarely_collected():
+            await _listen(app, listener, router, settings, home, past)
     if embedded is not None:
         await embedded.stop()
+
+
+@contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """What there is now stays; and requests leave hardly anything behind that only the collector finds."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(COLLECT_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 async def _listen(

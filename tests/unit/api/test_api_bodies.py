@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tracemalloc
 
+import httpx
 import pytest
 import trio
 import zstandard
 from api_double import BODIES, RUN, SAMPLER, SESSION, protobuf
 
 from tink import limits
+from tink.api.app import create_app
 from tink.api.body import Body, beginning, expand
 from tink.domain import messages
-from tink.errors import MalformedRequest, TooLarge
+from tink.errors import MalformedRequest, TinkError, TooLarge
 from tink.limits import MAX_SEQ
+from tink.world import World
 
 JSON = {"Content-Type": "application/json"}
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
@@ -419,3 +423,40 @@ async def test_a_body_may_come_byte_by_byte(app, worker):
     stream.receive = receive
     status, _ = await stream.run()
     assert (status, worker.last.body) == (200, sent)
+
+
+LONG = 2 * limits.INLINE_BYTES  # read in a thread
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "headers"),
+    [
+        ("/forward_backward", b"\xff" * LONG, PROTOBUF),
+        ("/forward_backward", protobuf(RUN, 2) + b"\xff" * LONG, PROTOBUF),
+        ("/forward_backward", b"no frame" * LONG, PROTOBUF | ZSTD),
+        ("/forward_backward", zstd(bytes(limits.MAX_TRAINING_BODY + 1)), PROTOBUF | ZSTD),
+        ("/optim_step", b"x" * LONG, JSON),
+        ("/optim_step", OPTIM + b"x" * LONG, JSON),
+        ("/asample", b"[" * LONG, JSON),
+    ],
+)
+async def test_a_refused_body_is_gone_before_the_collector_comes(
+    worker, auth, tmp_path, path, content, headers
+):
+    """It comes seldom, and a body may have 64 MiB."""
+    app = create_app(worker.ask, auth=auth, artifacts=tmp_path, secret=b"", world=World())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tink") as client:
+        await client.post("/api/v1/heartbeat", content=b"", headers=JSON)  # what is made once
+        gc.collect()
+        gc.disable()
+        try:
+            answer = await client.post("/api/v1" + path, content=content, headers=headers)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [found for found in gc.garbage if isinstance(found, TinkError)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    assert answer.status_code >= 400 or worker.asked[0].invalid
+    assert left == []

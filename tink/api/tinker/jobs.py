@@ -18,7 +18,7 @@ from tink.api.call import MEDIA_JSON, MEDIA_PROTOBUF, Call, Handler, Table, iden
 from tink.api.tinker.peek import json_members, protobuf_ids
 from tink.domain import ids, keys, messages, requests
 from tink.domain.requests import OpName
-from tink.errors import MalformedRequest, NotFound, TooLarge
+from tink.errors import MalformedRequest, NotFound, TooLarge, bare
 from tink.wire.tinker_pb2 import ForwardBackwardRequest
 
 MAX_PROTO_SEQ = 2**31 - 1
@@ -63,7 +63,7 @@ def command(op: OpName, kind: type[requests.Request]) -> Handler:
             fields = msgspec.structs.asdict(requests.decode(text, kind))
         except (MalformedRequest, TooLarge) as error:
             fields = json_members(beginning(body))
-            invalid = error
+            invalid = bare(error)
         return await _submit(call, op, fields, Body(text), invalid)
 
     return submit
@@ -80,7 +80,7 @@ async def forward_backward(call: Call) -> dict[str, Any]:
             op = "forward"
     except (MalformedRequest, TooLarge) as error:
         fields = protobuf_ids(beginning(body))
-        invalid = error
+        invalid = bare(error)
     return await _submit(call, op, fields, body, invalid, MAX_PROTO_SEQ)
 
 
