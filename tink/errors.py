@@ -153,8 +153,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def bare(error: E) -> E:
-    """The error without where it has passed, for those who keep it, and for one that comes from a thread: it
-    would be a cycle with the frames that know it, and what they hold (a request's body) would be there until
-    the collector comes."""
+    """The error without where it has passed, for those who keep it, and for one that comes from a thread:
+    it would be a cycle with the frames that know it, and what they hold (a request's body) would be there
+    until the collector comes."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
