@@ -38,6 +38,8 @@ from tink.limits import CHECKED_EVENTS, FIRST_PROBLEM_CHARACTERS, READ_ROWS
 
 R = TypeVar("R", bound=rows.Row)
 
+# To make a statement costs as much as to run it.
+_INSERT = insert(schema.events)
 _ORDER = {table.name: place for place, table in enumerate(schema.metadata.sorted_tables)}
 
 
@@ -50,7 +52,7 @@ def write(connection: Connection, records: list[Record], before: bytes) -> bytes
         row = event_row(record)
         before = chain.link(before, row)
         stored.append({**row, "hash": before})
-    connection.execute(insert(schema.events), stored)
+    connection.execute(_INSERT, stored)
     _project(connection, records)
     return before
 
@@ -79,7 +81,7 @@ def raw_events(connection: Connection, *, model: str | None = None) -> Iterator[
 def put(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
     """Inserts rows of `raw_events` as they are, with their projections, in the connection's transaction.
     LookupError for one that is damaged."""
-    connection.execute(insert(schema.events), events)
+    connection.execute(_INSERT, events)
     _project(connection, map(decoded, events))
 
 
