@@ -36,7 +36,8 @@ class Taken(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=4000, help="small jobs of a round (4000)")
+    # None of them runs (they wait for the first number), and no more than MAX_OPEN_JOBS are open at once.
+    parser.add_argument("--jobs", type=int, default=2500, help="small jobs of a round (2500)")
     parser.add_argument("--large", type=int, default=100, help="large jobs of a round (100)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each; the median counts (3)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the last figure (10)")
