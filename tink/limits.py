@@ -37,7 +37,7 @@ STOPPING_SECONDS = 10.0
 # The collector of a worker that serves looks for garbage each time that so many objects more are there. At
 # Python's 700 it would look through what a thousand samples are waiting in again and again, and take a
 # third of the worker's time to find nothing.
-COLLECT_OBJECTS = 100_000
+COLLECT_OBJECTS = 200_000
 # A sender that is silent for so long in the middle of a body is gone.
 STALL_SECONDS = 30.0
 # A body longer than this, or compressed, is unpacked in a thread: in the loop it would be felt.
