@@ -53,6 +53,8 @@ def pytest_unconfigure() -> None:
     """No test runs any more: what the SDK forgot in the acceptance tests is collected now, and blamed on
     nobody. In every test an unclosed socket is still an error."""
     warnings.filterwarnings("ignore", "unclosed", ResourceWarning)
+    # And what was collected since the last test is told of after this.
+    warnings.filterwarnings("ignore", category=pytest.PytestUnraisableExceptionWarning)
 
 
 @pytest.fixture(autouse=True)
