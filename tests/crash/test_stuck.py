@@ -18,6 +18,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,7 @@ from tinker import types
 
 from tests.crash.faulty import Fault, calls_file, faults_file
 from tests.live import LiveServer
+from tink.limits import PAUSE_SECONDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -257,9 +259,9 @@ def test_a_worker_that_is_stopped_for_a_while_is_only_late(
     before = server.trainer_pid()
 
     def pause() -> None:
-        os.kill(server.pid, signal.SIGSTOP)
+        server.stop()
         time.sleep(SILENCE + 1.0)
-        os.kill(server.pid, signal.SIGCONT)
+        server.resume()
 
     assert train(service, pause) == expected
     assert server.trainer_pid() == before
@@ -304,8 +306,8 @@ def test_a_wrong_answer_is_asked_for_again_and_changes_nothing(
     assert log.count("training call") == times
     asked = server.calls("/v1/ops", what)
     assert len(asked) == times
-    # Not as fast as it answers: PAUSE_SECONDS, and longer while nothing becomes of it.
-    assert asked[-1] - asked[0] > (0.1 if times == 3 else 0.3)
+    # Not as fast as it answers: after each but the one ahead there is a pause.
+    assert sum(later - earlier > PAUSE_SECONDS for earlier, later in pairwise(asked)) == times - 2
 
 
 @pytest.mark.parametrize("what", ["garbage", "error_500", "other_sample", "flood"])
@@ -347,7 +349,10 @@ def test_a_trainer_that_answers_wrongly_for_ever_is_replaced(
     assert server.trainer_pid() != before
     # One was to an operation ahead, and the first one in its turn had applied the operation: from there on
     # they count.
-    assert len(server.calls("/v1/ops", "garbage")) <= LIMITS["WRONG_ANSWERS"] + 2
+    asked = server.calls("/v1/ops", "garbage")
+    assert len(asked) <= LIMITS["WRONG_ANSWERS"] + 2
+    # Each pause is longer than the one before.
+    assert asked[-1] - asked[-2] > 2 * PAUSE_SECONDS
     assert log.count("trainer is replaced") == 1
     assert attempts(server) == 2
 

@@ -168,13 +168,16 @@ class Ahead:
                         await self._call(sent, body)
                     else:  # not now
                         self._sent.pop(job.job_id, None)
-        except (UserError, BackendError) as error:
+        except UserError as error:
+            # Its turn tells whoever has sent it.
+            log.info("not sent ahead", job=job.job_id, reason=str(error))
+        except BackendError as error:
             # Its turn finds out what that means, and whether the server is lost.
-            log.warning("training call ahead not done", job=job.job_id, reason=str(error))
+            log.warning("training call ahead lost", job=job.job_id, reason=str(error))
         except (JournalUnavailable, StartupError):
             raise
         except Exception:
-            log.exception("training call ahead crashed", job=job.job_id)
+            log.exception("not sent ahead", job=job.job_id)
         finally:
             sent.ended.set()
 

@@ -77,8 +77,8 @@ class HttpClient:
             await answer.stream.aclose()
 
 
-# There are few, and to take one apart costs as much as to send the request.
-_url = lru_cache(maxsize=64)(httpx.URL)
+# Most are asked again and again, and to take one apart costs as much as to send the request.
+_url = lru_cache(httpx.URL)
 
 
 async def exchange(

@@ -64,15 +64,16 @@ def link(before: bytes, row: Mapping[str, Any]) -> bytes:
 def canonical(value: Any) -> Any:
     """The same for numbers that are the same: a database may give a 5 for a 5.0, and for a 1e30 all of its
     digits."""
-    if isinstance(value, str) or value is None:
-        return value
-    if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < EXACT else value
-    if isinstance(value, int):
-        return float(value) if abs(value) >= EXACT else value
-    if isinstance(value, dict):
-        return {name: canonical(part) for name, part in value.items()}
-    return [canonical(part) for part in value]
+    match value:
+        case dict():
+            return {name: canonical(part) for name, part in value.items()}
+        case list():
+            return [canonical(part) for part in value]
+        case float():
+            return int(value) if value.is_integer() and abs(value) < EXACT else value
+        case int() if abs(value) >= EXACT:
+            return float(value)
+    return value
 
 
 def head(connection: Connection) -> Head:

@@ -62,8 +62,8 @@ def command(op: OpName, kind: type[requests.Request]) -> Handler:
             text = await call.text(body)
             fields = msgspec.structs.asdict(requests.decode(text, kind))
         except (MalformedRequest, TooLarge) as error:
-            fields = json_members(beginning(body))
             invalid = bare(error)
+            fields = json_members(beginning(body))
         return await _submit(call, op, fields, Body(text), invalid)
 
     return submit
@@ -79,8 +79,8 @@ async def forward_backward(call: Call) -> dict[str, Any]:
         if envelope.forward_only:
             op = "forward"
     except (MalformedRequest, TooLarge) as error:
-        fields = protobuf_ids(beginning(body))
         invalid = bare(error)
+        fields = protobuf_ids(beginning(body))
     return await _submit(call, op, fields, body, invalid, MAX_PROTO_SEQ)
 
 
