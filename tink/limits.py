@@ -94,6 +94,9 @@ MAILBOX = 1024
 BATCH_ROWS = 1_000
 BATCH_BYTES = 4 * 1024 * 1024
 BODY_BATCH_BYTES = 64 * 1024 * 1024
+# A body up to here is committed with the event that names it: a commit of its own would take as long again,
+# and one that is longer would hold the events up. A prompt of 2k tokens, or the answer to it.
+SHORT_BODY = 16 * 1024
 # Bodies just put, for the backend or client that is about to read them.
 BODY_CACHE_BYTES = 64 * 1024 * 1024
 READ_CONNECTIONS = 4

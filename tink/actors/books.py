@@ -3,7 +3,7 @@ that one where nothing is to be changed, or everything has happened before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -56,7 +56,7 @@ class JobBooks(Books, Protocol):
 class KeptBodies(Protocol):
     def watched(self) -> AbstractContextManager[Container[str]]: ...
     async def oldest(self, before: float, after: Stored | None) -> list[Stored]: ...
-    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None: ...
+    async def drop(self, digests: Collection[str], watch: Container[str]) -> None: ...
 
 
 class KeptBooks(Books, Protocol):

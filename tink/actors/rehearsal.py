@@ -3,7 +3,7 @@ that only remember what it does to them. It needs no lock: a worker may run mean
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -104,7 +104,7 @@ class _Bodies:
         await trio.lowlevel.checkpoint()
         return self._recording.oldest(before, after)
 
-    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None:
+    async def drop(self, digests: Collection[str], watch: Container[str]) -> None:
         await trio.lowlevel.checkpoint()
 
 

@@ -66,7 +66,7 @@ def _one_moment(home: Home) -> Iterator[tuple[Connection, Connection]]:
         with open_journal(home) as journal, open_snapshot(database(home, "bodies")) as found:
             revisions.look(found, "bodies")  # its moment is that of the first read
             due = queries.bodies_due(journal)
-            if left and bodies.stored(found, due) != due.keys():
+            if left and bodies.stored(bodies.shelves(journal, found), due) != due.keys():
                 continue
             yield journal, found
             return

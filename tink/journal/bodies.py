@@ -1,18 +1,24 @@
-"""The body store: request bodies and large results, exactly as received, named by their sha256."""
+"""The body store: request bodies and large results, exactly as received, named by their sha256.
+
+Short ones are kept in the journal's database, in the commit of the event that names them; the others beside
+it, in a commit of their own before that.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import heapq
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple, TypeVar
 
 import trio
 import zstandard
-from sqlalchemy import Connection, bindparam, case, delete, select, tuple_
+from sqlalchemy import Connection, Engine, Table, bindparam, case, delete, select, tuple_
 
 from tink.errors import JournalUnavailable
 from tink.journal import schema
@@ -24,7 +30,7 @@ from tink.limits import (
     MAX_ZSTD_WINDOW,
     PRUNE_BYTES,
     PRUNE_ROWS,
-    READ_CONNECTIONS,
+    SHORT_BODY,
 )
 from tink.world import World
 
@@ -39,52 +45,101 @@ class Stored(NamedTuple):
     stored_at: float
 
 
-class _Put(NamedTuple):
+class Put(NamedTuple):
+    """A row of a shelf."""
+
     sha256: str
     size: int
     stored_at: float
     content: bytes
 
+    @classmethod
+    def of(cls, content: bytes, digest: str, stored_at: float) -> Put:
+        return cls(digest, len(content), stored_at, content)
 
-class _Drop(NamedTuple):
+
+class Drop(NamedTuple):
     sha256: str
 
 
-def read_body(connection: Connection, digest: str) -> bytes:
+class Shelf(NamedTuple):
+    """A table of bodies, and a connection to it."""
+
+    connection: Connection
+    table: Table
+
+
+def shelves(journal: Connection, bodies: Connection) -> Sequence[Shelf]:
+    """All that there are. A short body of an older journal is on the long one's."""
+    return Shelf(journal, schema.short_bodies), Shelf(bodies, schema.bodies)
+
+
+def read_body(shelves: Sequence[Shelf], digest: str) -> bytes:
     """The content of that name. LookupError if it is not stored any more, or is not what was put."""
-    query = select(schema.bodies.c.content).where(schema.bodies.c.sha256 == digest)
-    content: bytes | None = connection.execute(query).scalar()
-    if content is None:
-        raise LookupError(f"the body {digest} is not stored any more")
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise LookupError(f"the body {digest} is damaged on disk")
-    return content
+    wrong = "is not stored any more"
+    for connection, table in shelves:
+        query = select(table.c.content).where(table.c.sha256 == digest)
+        content: bytes | None = connection.execute(query).scalar()
+        if content is not None and hashlib.sha256(content).hexdigest() == digest:
+            return content
+        if content is not None:
+            wrong = "is damaged on disk"
+    raise LookupError(f"the body {digest} {wrong}")
 
 
-def stored(connection: Connection, digests: Collection[str]) -> set[str]:
+def stored(shelves: Sequence[Shelf], digests: Collection[str]) -> set[str]:
     """Those of these names that are stored. Whether what is there is whole, reading it tells."""
     found = set[str]()
-    for some in batched(sorted(digests)):
-        query = select(schema.bodies.c.sha256).where(schema.bodies.c.sha256.in_(some))
-        found.update(connection.execute(query).scalars())
+    for connection, table in shelves:
+        for some in batched(sorted(digests)):
+            query = select(table.c.sha256).where(table.c.sha256.in_(some))
+            found.update(connection.execute(query).scalars())
     return found
 
 
-def oldest(connection: Connection, before: float, after: Stored | None) -> list[Stored]:
+def oldest(shelves: Sequence[Shelf], before: float, after: Stored | None) -> list[Stored]:
     """A page of what was stored before `before`, the oldest first, behind `after`."""
-    table = schema.bodies
-    place = tuple_(table.c.stored_at, table.c.sha256)
-    query = select(table.c.sha256, table.c.size, table.c.stored_at).where(table.c.stored_at < before)
-    if after is not None:
-        query = query.where(place > (after.stored_at, after.sha256))
+    found = heapq.merge(*(_oldest(shelf, before, after) for shelf in shelves), key=_place)
     page: list[Stored] = []
     total = 0
-    for row in connection.execute(query.order_by(table.c.stored_at, table.c.sha256).limit(PRUNE_ROWS)):
-        total += row.size
+    for body in islice(found, PRUNE_ROWS):
+        total += body.size
         if page and total > PRUNE_BYTES:
             break
-        page.append(Stored(*row))
+        page.append(body)
     return page
+
+
+def _oldest(shelf: Shelf, before: float, after: Stored | None) -> Iterator[Stored]:
+    connection, table = shelf
+    place = table.c.stored_at, table.c.sha256
+    query = select(table.c.sha256, table.c.size, table.c.stored_at).where(table.c.stored_at < before)
+    if after is not None:
+        query = query.where(tuple_(*place) > _place(after))
+    return (Stored(*row) for row in connection.execute(query.order_by(*place).limit(PRUNE_ROWS)))
+
+
+def _place(body: Stored) -> tuple[float, str]:
+    return body.stored_at, body.sha256
+
+
+def change(connection: Connection, table: Table, items: Iterable[Put | Drop]) -> None:
+    """In the connection's transaction, in this order. What is there already may be damaged: what is put now
+    is not. And it may be old: another job needs it now."""
+    statements = _statements(connection.dialect.name, table)
+    for kind, run in groupby(items, key=type):
+        connection.execute(statements[kind], [item._asdict() for item in run])
+
+
+@functools.cache  # to make a statement costs more than to run it
+def _statements(dialect: str, table: Table) -> dict[type, Any]:
+    put = upsert(dialect, table)
+    new, old = put.excluded.stored_at, table.c.stored_at
+    put = put.on_conflict_do_update(
+        index_elements=["sha256"],
+        set_={"content": put.excluded.content, "stored_at": case((new > old, new), else_=old)},
+    )
+    return {Put: put, Drop: delete(table).where(table.c.sha256 == bindparam("sha256"))}
 
 
 def decompressed(body: bytes, codec: str) -> bytes:
@@ -95,20 +150,31 @@ def decompressed(body: bytes, codec: str) -> bytes:
 
 
 class BodyStore:
-    """Put is durable when it returns; get reads what was put. Run `run()` in a nursery."""
+    """What is put is durable before an event that names it is; get reads what was put. Run `run()` in a
+    nursery."""
 
-    def __init__(self, database: Database, world: World) -> None:
+    def __init__(
+        self,
+        database: Database,
+        world: World,
+        journal: Engine,
+        readers: trio.CapacityLimiter,
+        drop: Callable[[list[Drop]], Awaitable[None]],
+    ) -> None:
+        """`journal`: connections that read there, as many as `readers` has tokens. `drop` commits what goes
+        there; what is put there it takes from `short`, with the events."""
         self._world, self._database = world, database
         self._writer = database.writer()
-        self._statements = _statements(self._writer.connection.dialect.name)
         self._reader = database.reader()
-        self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
+        self._journal, self._readers, self._drop = journal, readers, drop
+        # By name, until an event that names it is committed.
+        self._short: dict[str, bytes] = {}
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._recent_bytes = 0
         # What was put and is in no event yet, with how many times; and what was put since each watch began.
         self._unnamed: Counter[str] = Counter()
         self._watches: list[set[str]] = []
-        self._commits: GroupCommit[_Put | _Drop] = GroupCommit(
+        self._commits: GroupCommit[Put | Drop] = GroupCommit(
             self._commit, world, name="bodies", max_bytes=BODY_BATCH_BYTES
         )
 
@@ -119,16 +185,24 @@ class BodyStore:
         self._unnamed[digest] += 1
         for watch in self._watches:
             watch.add(digest)
-        put = _Put(digest, len(content), self._world.now(), content)
-        await self._commits.submit([put], len(content))
+        if len(content) <= SHORT_BODY:
+            self._short[digest] = content
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._commits.submit([Put.of(content, digest, self._world.now())], len(content))
         self._remember(digest, content)
         return digest
+
+    def short(self, digest: str) -> bytes | None:
+        """A body that is to be committed with the event that names it."""
+        return self._short.get(digest)
 
     def named(self, digest: str) -> None:
         """An event that names this body is committed."""
         self._unnamed[digest] -= 1
         if self._unnamed[digest] <= 0:
             del self._unnamed[digest]
+            self._short.pop(digest, None)
 
     async def get(self, digest: str) -> bytes:
         """The content of that name. LookupError if it is not stored any more, or if what is
@@ -163,20 +237,26 @@ class BodyStore:
         """A page of what was stored before `before`, the oldest first, behind `after`."""
         return await self._read(partial(oldest, before=before, after=after))
 
-    async def drop(self, digests: Iterable[str], watch: Container[str]) -> None:
+    async def drop(self, digests: Collection[str], watch: Container[str]) -> None:
         """Deletes these bodies, for good when it returns, but for those that are in `watch` now: what is
         put from now on is stored after them."""
-        doomed: list[_Put | _Drop] = [_Drop(digest) for digest in digests if digest not in watch]
-        await self._commits.submit(doomed, 0)
+        await self._drop([Drop(digest) for digest in digests if digest not in watch])
+        # Meanwhile some may have been put, and stored, again.
+        doomed = [Drop(digest) for digest in digests if digest not in watch]
+        await self._commits.submit(list(doomed), 0)
         for drop in doomed:
             self._recent_bytes -= len(self._recent.pop(drop.sha256, b""))
 
     # -- the inside ---------------------------------------------------------------------------------
 
-    async def _read(self, read: Callable[[Connection], T]) -> T:
+    async def _read(self, read: Callable[[Sequence[Shelf]], T]) -> T:
         def connected() -> T:
-            with database_errors("reading a body"), self._reader.connect() as connection:
-                return read(connection)
+            with (
+                database_errors("reading a body"),
+                self._journal.connect() as journal,
+                self._reader.connect() as bodies,
+            ):
+                return read(shelves(journal, bodies))
 
         return await self._world.run_sync(connected, limiter=self._readers)
 
@@ -198,21 +278,8 @@ class BodyStore:
         self._writer.close()
         self._reader.dispose()
 
-    def _commit(self, items: list[_Put | _Drop]) -> None:
+    def _commit(self, items: list[Put | Drop]) -> None:
         connection = self._writer.connection
         with database_errors("the body store could not commit"), connection.begin():
-            for kind, run in groupby(items, key=type):
-                connection.execute(self._statements[kind], [item._asdict() for item in run])
+            change(connection, schema.bodies, items)
         self._writer.check()
-
-
-def _statements(dialect: str) -> dict[type, Any]:
-    put, table = upsert(dialect, schema.bodies), schema.bodies
-    # A copy that is there already may be damaged: this one is not. And it may be old: another job needs
-    # it now.
-    new, old = put.excluded.stored_at, table.c.stored_at
-    put = put.on_conflict_do_update(
-        index_elements=["sha256"],
-        set_={"content": put.excluded.content, "stored_at": case((new > old, new), else_=old)},
-    )
-    return {_Put: put, _Drop: delete(table).where(table.c.sha256 == bindparam("sha256"))}

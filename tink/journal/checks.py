@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import chain, migrations, queries, revisions, schema, store
+from tink.journal.bodies import Shelf
 from tink.journal.database import Database, database
 from tink.journal.reader import open_snapshot
 from tink.journal.revisions import Schema
@@ -30,7 +31,7 @@ class Check(msgspec.Struct, kw_only=True):
 
 def check(home: Home, *, quick: bool) -> Iterator[Check]:
     """Every check, as it ends. What cannot be told because the file or its schema is wrong is left out.
-    The bodies are read after the journal: a body is stored before the event that names it."""
+    The longer bodies are read after the journal: such a body is stored before the event that names it."""
     due: dict[str, str] = {}
     journal, bodies = database(home, "journal"), database(home, "bodies")
     try:
@@ -41,6 +42,7 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
                 yield _events(connection)
                 yield _tables(connection)
                 due = queries.bodies_due(connection)
+                yield _bodies(Shelf(connection, schema.short_bodies), "journal", due, quick)
     except StartupError as error:
         yield _found("journal", "file", journal.place, [str(error)])
     if not bodies.exists():
@@ -51,7 +53,8 @@ def check(home: Home, *, quick: bool) -> Iterator[Check]:
             basis = [_file(connection, bodies, quick), _schema(connection, bodies)]
             yield from basis
             if all(part.ok for part in basis):
-                yield _bodies(connection, due, quick, journal)
+                found = _bodies(Shelf(connection, schema.bodies), "bodies", due, quick)
+                yield _complete(found, due, journal)
     except StartupError as error:
         yield _found("bodies", "file", bodies.place, [str(error)])
 
@@ -87,23 +90,27 @@ def _tables(connection: Connection) -> Check:
     return _found("journal", "tables", "fold(events) == tables", store.check(connection))
 
 
-def _bodies(connection: Connection, due: dict[str, str], quick: bool, named: Database) -> Check:
-    """Each has the hash that is its name, and each that must be there is. `due`: hash -> job; `named`:
-    the journal, as it is by then."""
-    table = schema.bodies
+def _bodies(shelf: Shelf, database: Schema, due: dict[str, str], quick: bool) -> Check:
+    """Each has the hash that is its name. Those that are there are taken out of `due`: hash -> job."""
+    connection, table = shelf
     problems: list[str] = []
     total = 0
-    missing = dict(due)
     columns = [table.c.sha256, table.c.size] if quick else [table.c.sha256, table.c.size, table.c.content]
     bodies = connection.execute(select(*columns), execution_options={"yield_per": CHECKED_BODIES})
     for count, (digest, size, *content) in enumerate(bodies, 1):
         total = count
-        missing.pop(digest, None)
+        due.pop(digest, None)
         if content and (hashlib.sha256(content[0]).hexdigest() != digest or len(content[0]) != size):
             problems.append(f"the body {digest} is damaged: it is not what was stored")
-    if missing:  # some may have been pruned since
-        with open_snapshot(named) as journal:
-            missing = {d: job_id for d, job_id in queries.bodies_due(journal).items() if d in missing}
-    problems += [f"the body {digest} of the job {job_id} is missing" for digest, job_id in missing.items()]
     how = "not hashed again (--quick)" if quick else "each hashed again"
-    return _found("bodies", "bodies", f"{total:,} bodies, {how}", problems)
+    return _found(database, "bodies", f"{total:,} bodies, {how}", problems)
+
+
+def _complete(found: Check, due: dict[str, str], journal: Database) -> Check:
+    """And what is left in `due` is missing, unless it has been pruned since."""
+    if not due:
+        return found
+    with open_snapshot(journal) as connection:
+        still = queries.bodies_due(connection)
+    missing = [f"the body {d} of the job {still[d]} is missing" for d in due if d in still]
+    return _found("bodies", "bodies", found.detail, [*found.problems, *missing])

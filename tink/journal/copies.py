@@ -21,7 +21,7 @@ from tink.domain.projection import project
 from tink.errors import UNREADABLE, JournalUnavailable, StartupError
 from tink.home import Home
 from tink.journal import chain, schema, store
-from tink.journal.bodies import Stored, oldest
+from tink.journal.bodies import Shelf, Stored, oldest
 from tink.journal.database import Database, database_errors, upsert
 from tink.journal.sqlite import writer_engine
 from tink.limits import COPY_EVENTS, FIRST_PROBLEM_CHARACTERS
@@ -39,10 +39,9 @@ class Bodies(NamedTuple):
     mark: int
 
 
-def sizes(journal: Connection, bodies: Connection) -> tuple[int, int]:
-    """How many events and bodies there are to copy."""
-    count = select(func.count()).select_from(schema.bodies)
-    return store.last_seq(journal), int(bodies.execute(count).scalar_one())
+def size(shelf: Shelf) -> int:
+    """How many bodies there are to copy."""
+    return int(shelf.connection.execute(select(func.count()).select_from(shelf.table)).scalar_one())
 
 
 # -- events -----------------------------------------------------------------------------------------
@@ -126,10 +125,10 @@ def _nul(batch: list[dict[str, Any]]) -> str:
 # -- bodies -----------------------------------------------------------------------------------------
 
 
-def copy_bodies(source: Connection, target: Connection, into: Database, advance: Advance) -> Bodies:
-    """StartupError for a damaged body, JournalUnavailable if `into` cannot be written. One that is there
-    already, from a copy that did not come to its end, is replaced."""
-    statement = upsert(target.dialect.name, schema.bodies)
+def copy_bodies(source: Shelf, target: Connection, into: Database, advance: Advance) -> Bodies:
+    """To the table of the same name. StartupError for a damaged body, JournalUnavailable if `into` cannot
+    be written. One that is there already, from a copy that did not come to its end, is replaced."""
+    statement = upsert(target.dialect.name, source.table)
     others = {name: statement.excluded[name] for name in ("size", "stored_at", "content")}
     statement = statement.on_conflict_do_update(index_elements=["sha256"], set_=others)
     found = Bodies(0, 0, 0)
@@ -142,7 +141,7 @@ def copy_bodies(source: Connection, target: Connection, into: Database, advance:
     return found
 
 
-def verify_bodies(target: Connection, into: Database, expected: Bodies, advance: Advance) -> None:
+def verify_bodies(target: Shelf, into: Database, expected: Bodies, advance: Advance) -> None:
     """StartupError unless these are the bodies, and each has the hash that is its name."""
     found = Bodies(0, 0, 0)
     for page in _pages(target, into.place):
@@ -159,14 +158,15 @@ def verify_bodies(target: Connection, into: Database, expected: Bodies, advance:
 _Page = list[tuple[Stored, bytes]]
 
 
-def _pages(connection: Connection, whose: str) -> Iterator[_Page]:
+def _pages(shelf: Shelf, whose: str) -> Iterator[_Page]:
     """All bodies, the oldest first, as many at a time as memory has room for. StartupError for one that is
     not what its name says."""
+    connection, table = shelf
     last: Stored | None = None
-    while page := oldest(connection, math.inf, last):
+    while page := oldest([shelf], math.inf, last):
         last = page[-1]
-        columns = schema.bodies.c.sha256, schema.bodies.c.content
-        query = select(*columns).where(schema.bodies.c.sha256.in_([one.sha256 for one in page]))
+        query = select(table.c.sha256, table.c.content)
+        query = query.where(table.c.sha256.in_([one.sha256 for one in page]))
         contents = {row.sha256: row.content for row in connection.execute(query)}
         for digest, size, _ in page:
             content = contents[digest]

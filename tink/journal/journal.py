@@ -39,8 +39,8 @@ from tink.domain.ledger import Ledger
 from tink.domain.memory import RowId
 from tink.errors import UNREADABLE, BackendError, JournalUnavailable, StartupError, UserError
 from tink.home import Home
-from tink.journal import chain, queries, revisions, store
-from tink.journal.bodies import BodyStore, decompressed
+from tink.journal import chain, queries, revisions, schema, store
+from tink.journal.bodies import BodyStore, Drop, Put, change, decompressed
 from tink.journal.commits import GroupCommit
 from tink.journal.database import database, database_errors
 from tink.journal.present import Present
@@ -63,14 +63,15 @@ class Journal:
         self._readers = trio.CapacityLimiter(READ_CONNECTIONS)
         self._seq, self._hash = 0, chain.START
         self._committed: list[Record] = []
-        self._commits: GroupCommit[Entry] = GroupCommit(
+        self._commits: GroupCommit[Entry | Drop] = GroupCommit(
             self._commit, world, name="journal", max_bytes=BATCH_BYTES, then=self._apply
         )
         # Held by whoever decides from the ledger that a name is free, until he has committed it: sampler
         # numbers come from several places.
         self.naming = trio.Lock()
         try:
-            self.bodies = BodyStore(database(home, "bodies"), world)
+            bodies = database(home, "bodies")
+            self.bodies = BodyStore(bodies, world, self._reader, self._readers, self._drop)
         except BaseException:
             self._writer.close()
             self._reader.dispose()
@@ -134,7 +135,8 @@ class Journal:
         the entries are committed all the same.
         """
         storable, sizes = zip(*map(_storable, entries), strict=True) if entries else ((), ())
-        await self._commits.submit(list(storable), sum(sizes))
+        bodies = sum(body.size for _, event in entries for body in self._short(event))
+        await self._commits.submit(list(storable), sum(sizes) + bodies)
 
     @property
     def ledger(self) -> Ledger:
@@ -208,6 +210,17 @@ class Journal:
             raise BackendError(f"the request of {job.job_id} is lost: {error}") from error
         return decompressed(body, accepted.codec)
 
+    async def _drop(self, drops: list[Drop]) -> None:
+        """Deletes these short bodies: durable when it returns."""
+        await self._commits.submit(list(drops), 0)
+
+    def _short(self, event: AnyEvent, now: float = 0.0) -> Iterator[Put]:
+        """The bodies that are to be committed with the event."""
+        for digest in _bodies_named(event):
+            content = self.bodies.short(digest)
+            if content is not None:
+                yield Put.of(content, digest, now)
+
     async def read(self, query: Callable[[Connection], T]) -> T:
         """What `query`, which runs in a thread, finds: everything that is committed now."""
 
@@ -219,15 +232,22 @@ class Journal:
 
     # -- on the writer's thread ---------------------------------------------------------------------
 
-    def _commit(self, entries: list[Entry]) -> None:
+    def _commit(self, items: list[Entry | Drop]) -> None:
         now = self._world.now()
+        # What goes first: nothing of this batch is among it.
+        drops = [item for item in items if isinstance(item, Drop)]
+        entries = [item for item in items if not isinstance(item, Drop)]
         records = [
             Record(seq=seq, at=now, incarnation=self.incarnation, subject=subject, event=event)
             for seq, (subject, event) in enumerate(entries, self._seq + 1)
         ]
+        short = [body for record in records for body in self._short(record.event, now)]
+        last = self._hash
         try:
             with database_errors("the journal could not commit"), self._connection.begin():
-                last = store.write(self._connection, records, self._hash)
+                change(self._connection, schema.short_bodies, [*drops, *short])
+                if records:
+                    last = store.write(self._connection, records, last)
             self._writer.check()
         except JournalUnavailable as error:
             if isinstance(error.__cause__, IntegrityError):
@@ -277,12 +297,12 @@ class Journal:
 
 def prepare(home: Home) -> None:
     """Migrates both databases, under the home's lock."""
-    for schema in SCHEMAS:
-        found = database(home, schema)
+    for name in SCHEMAS:
+        found = database(home, name)
         try:
             with database_errors(f"{found.place} cannot be opened"):
                 with closing(found.writer()) as writer:
-                    if revisions.look(writer.connection, schema).kind == "head":
+                    if revisions.look(writer.connection, name).kind == "head":
                         continue
                 # Alembic takes longer to be imported than all the rest of a start.
                 from tink.journal import migrations

@@ -16,7 +16,8 @@ from sqlalchemy import Connection, text
 from tink import files
 from tink.errors import StartupError
 from tink.home import Home
-from tink.journal import chain, copies, migrations, revisions, sqlite
+from tink.journal import chain, copies, migrations, revisions, sqlite, store
+from tink.journal.bodies import Shelf, shelves
 from tink.journal.copies import Advance
 from tink.journal.database import Database, Writer, database, database_errors
 from tink.journal.reader import open_snapshot
@@ -67,7 +68,7 @@ def move(source: Home, target: Home, world: World, stages: Stages) -> Moved:
             work = _Work(origin, goal, world, stages)
             if not there:
                 work.copy(journal, bodies, head)
-            _, count = copies.sizes(journal, bodies)
+            count = sum(map(copies.size, shelves(journal, bodies)))
         origin.beat()
         if not there:
             goal.complete(stamp)
@@ -83,7 +84,7 @@ def move(source: Home, target: Home, world: World, stages: Stages) -> Moved:
         bodies=count,
         bytes=work.bytes,
         events_seconds=work.seconds.get("events", 0.0),
-        bodies_seconds=work.seconds.get("bodies", 0.0),
+        bodies_seconds=work.seconds.get("bodies", 0.0) + work.seconds.get("short bodies", 0.0),
         seconds=world.monotonic() - began,
         kept=kept,
     )
@@ -100,23 +101,29 @@ class _Work:
         self.bytes = 0
 
     def copy(self, journal: Connection, bodies: Connection, head: chain.Head) -> None:
-        events, count = copies.sizes(journal, bodies)
+        short, long = shelves(journal, bodies)
+        events = store.last_seq(journal)
         self._goal.begin()
         into = self._goal.database("bodies")
         with self._goal.filled("bodies") as target:
-            with self._stage("bodies", count) as advance:
-                found = copies.copy_bodies(bodies, target, into, advance)
-            with self._stage("bodies again, to verify them", count) as advance, _reading(into):
-                copies.verify_bodies(target, into, found, advance)
-        self.bytes = found.size
+            self._copy_bodies(long, target, into, "bodies")
         into = self._goal.database("journal")
         with self._goal.filled("journal") as target:
+            self._copy_bodies(short, target, into, "short bodies")
             with self._stage("events", events) as advance:
                 copies.copy_events(journal, target, into, advance)
             with self._stage("events again, to verify them", events) as advance, _reading(into):
                 copies.verify_events(target, into, head, advance)
             # Whoever has lost the source must not have two of them.
             self._origin.beat()
+
+    def _copy_bodies(self, shelf: Shelf, target: Connection, into: Database, name: str) -> None:
+        count = copies.size(shelf)
+        with self._stage(name, count) as advance:
+            found = copies.copy_bodies(shelf, target, into, advance)
+        with self._stage(f"{name} again, to verify them", count) as advance, _reading(into):
+            copies.verify_bodies(Shelf(target, shelf.table), into, found, advance)
+        self.bytes += found.size
 
     @contextlib.contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Advance]:

@@ -12,7 +12,7 @@ from tink.domain import rows
 from tink.domain.events import Record
 from tink.home import Home
 from tink.journal import store
-from tink.journal.bodies import Stored, decompressed, oldest, read_body, stored
+from tink.journal.bodies import Stored, decompressed, oldest, read_body, shelves, stored
 from tink.journal.database import database
 from tink.journal.reader import open_journal, open_snapshot
 
@@ -22,7 +22,8 @@ class Recording:
 
     def __init__(self, journal: Connection, bodies: Connection, *, whole: bool) -> None:
         """`whole`: false for a part of a journal, from a bundle."""
-        self.journal, self._bodies, self._whole = journal, bodies, whole
+        self.journal, self._whole = journal, whole
+        self._shelves = shelves(journal, bodies)
 
     def records(self, after: int = 0, until: int | None = None) -> Iterator[Record]:
         """Every event behind `after`, in order, up to and with `until`. LookupError for one that is damaged
@@ -47,15 +48,15 @@ class Recording:
 
     def body(self, digest: str) -> bytes:
         """A request as it was received, or a result as it was sent. LookupError if it was pruned."""
-        return read_body(self._bodies, digest)
+        return read_body(self._shelves, digest)
 
     def stored(self, digests: Collection[str]) -> set[str]:
         """Those of these bodies that were not pruned."""
-        return stored(self._bodies, digests)
+        return stored(self._shelves, digests)
 
     def oldest(self, before: float, after: Stored | None) -> list[Stored]:
         """A page of what was stored before `before`, the oldest first, behind `after`."""
-        return oldest(self._bodies, before, after)
+        return oldest(self._shelves, before, after)
 
 
 @contextmanager

@@ -333,8 +333,19 @@ usage = Table(
     Column("sampling_ms", Double, nullable=False),
 )
 
-# Bodies live beside the journal, with a writer lane of their own: eight of them would hold the events'
-# lane for 50 ms. On SQLite that is another file.
+# A short body is committed with the event that names it.
+short_bodies = Table(
+    "short_bodies",
+    metadata,
+    Column("sha256", Text, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("stored_at", Double, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    Index("ix_short_bodies_stored_at", "stored_at", "sha256"),
+)
+
+# Longer bodies live beside the journal, with a writer lane of their own: eight of them would hold the
+# events' lane for 50 ms. On SQLite that is another file.
 bodies_metadata = MetaData()
 
 bodies = Table(

@@ -27,7 +27,7 @@ ONLY_READING = "only reading is allowed here, one statement at a time: SELECT, V
 # What may be asked; of the rest of the server, nothing. Not the bodies, though they are in this database.
 _RELATIONS = [
     "pg_temp.tink_question",  # older servers note it in itself
-    *schema.metadata.tables,
+    *(name for name in schema.metadata.tables if name != schema.short_bodies.name),
     revisions.version_table("journal"),
     *VIEWS,
     *(f"information_schema.{name}" for name in ("tables", "views", "columns")),

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from sqlalchemy import Connection
 
 from tink.errors import UserError
+from tink.journal import schema
 from tink.journal.sql import Answer, read
 from tink.limits import SQL_STEPS, SQL_VALUE_BYTES
 
 # Of SQLite's authorizer. Not among them: writes, DDL, ATTACH, PRAGMA (as a function too) and transactions.
-_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE})
+_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE})
 _FORBIDDEN_FUNCTIONS = frozenset({"load_extension", "fts3_tokenizer"})
 
 # In the words of SQLite and its driver. VACUUM asks no authorizer: it refuses to run in a transaction.
@@ -59,6 +60,8 @@ def _bounds(database: sqlite3.Connection, late: Callable[[], bool]) -> Iterator[
 def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
     if action == sqlite3.SQLITE_FUNCTION:
         allowed = str(second).lower() not in _FORBIDDEN_FUNCTIONS
+    elif action == sqlite3.SQLITE_READ:
+        allowed = first != schema.short_bodies.name  # what users have sent and got
     elif action == sqlite3.SQLITE_UPDATE:
         # So SQLite makes a table-valued function (json_each) known to itself. A file that is opened to be
         # read has no schema that could be written.
@@ -71,6 +74,8 @@ def _authorize(action: int, first: str | None, second: str | None, *_: str | Non
 def _told(error: Exception, interrupted: bool, seconds: float) -> str:
     if interrupted:
         return f"it was not answered within {seconds:g} s: ask for less, or give it longer"
+    if schema.short_bodies.name in str(error):
+        return f"requests and results are not for questions ({error})"
     if any(words in str(error) for words in _REFUSALS):
         return f"{ONLY_READING} ({error})"
     return f"SQLite says: {error}"

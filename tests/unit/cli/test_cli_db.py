@@ -10,15 +10,18 @@ from contextlib import closing
 
 import pytest
 import trio
-from cli_home import BEGAN, MADE, RESULT, TRAINED, StillWorld, files
+from cli_home import BEGAN, MADE, MODEL, RESULT, SESSION, TRAINED, WAITING, StillWorld, files
 
-from tink.domain.events import BodiesPruned, Subject
+from tink.domain.events import BodiesPruned, JobDone, Subject
 from tink.home import Home
 from tink.journal import backups, checks
 from tink.journal.journal import Journal
 from tink.journal.postgres import PostgreSQL, shown
+from tink.limits import SHORT_BODY
 
 pytestmark = pytest.mark.on_files
+
+LONG = b"a long result" * SHORT_BODY
 
 
 def alter(path, *statements):
@@ -48,6 +51,7 @@ def test_a_whole_journal_passes_every_check(home, tink, tink_json):
         ("journal", "schema"),
         ("journal", "events"),
         ("journal", "tables"),
+        ("journal", "bodies"),
         ("bodies", "file"),
         ("bodies", "schema"),
         ("bodies", "bodies"),
@@ -115,16 +119,16 @@ def test_a_revision_of_another_tink_is_found_and_nothing_is_built_on_it(home, ti
 
 
 def test_a_damaged_body_is_found_unless_quick(home, tink_json):
-    alter(home.bodies, "UPDATE bodies SET content = x'00' WHERE rowid = 1")
+    alter(home.journal, "UPDATE short_bodies SET content = x'00' WHERE rowid = 1")
     code, document = tink_json("db", "check", "--home", home.root)
-    assert (code, list(wrong(document))) == (1, [("bodies", "bodies")])
-    assert "damaged" in wrong(document)["bodies", "bodies"][0]
+    assert (code, list(wrong(document))) == (1, [("journal", "bodies")])
+    assert "damaged" in wrong(document)["journal", "bodies"][0]
     assert tink_json("db", "check", "--home", home.root, "--quick")[0] == 0
 
 
 def test_a_missing_body_is_found_even_when_quick(home, tink_json):
     digest = hashlib.sha256(b"a request").hexdigest()
-    alter(home.bodies, f"DELETE FROM bodies WHERE sha256 = '{digest}'")
+    alter(home.journal, f"DELETE FROM short_bodies WHERE sha256 = '{digest}'")
     code, document = tink_json("db", "check", "--home", home.root, "--quick")
     assert code == 1
     assert wrong(document)["bodies", "bodies"] == [f"the body {digest} of the job {TRAINED} is missing"]
@@ -139,7 +143,7 @@ def test_a_body_that_was_pruned_is_not_missing_and_an_older_one_is(home, tink_js
 
     trio.run(prune)
     digest = hashlib.sha256(RESULT).hexdigest()
-    alter(home.bodies, f"DELETE FROM bodies WHERE sha256 = '{digest}'")
+    alter(home.journal, f"DELETE FROM short_bodies WHERE sha256 = '{digest}'")
     problems = wrong(tink_json("db", "check", "--home", home.root)[1])
     job_ended = BEGAN + 15
     assert (problems == {}) == (before > job_ended)
@@ -334,7 +338,7 @@ def test_a_server_is_checked_like_the_files(home, postgres, postgres_url, tink, 
         ("UPDATE jobs SET loss_sum = 1.5 WHERE loss_sum IS NOT NULL", ("journal", "tables"), TRAINED),
         ("UPDATE events SET at = at + 1 WHERE seq = 5", ("journal", "events"), "event 5"),
         ("ALTER TABLE jobs ADD COLUMN mood text", ("journal", "schema"), "mood"),
-        ("UPDATE bodies SET content = '' WHERE size > 0", ("bodies", "bodies"), "damaged"),
+        ("UPDATE short_bodies SET content = '' WHERE size > 0", ("journal", "bodies"), "damaged"),
         ("DROP INDEX ix_bodies_stored_at", ("bodies", "schema"), "ix_bodies_stored_at"),
     ):
         postgres.execute(statement, name)
@@ -382,7 +386,7 @@ def test_a_backup_that_fails_leaves_nothing(home, tmp_path, tink, monkeypatch):
 
 
 def test_a_backup_of_what_is_damaged_says_so(home, tmp_path, tink):
-    alter(home.bodies, "UPDATE bodies SET content = x'00' WHERE rowid = 1")
+    alter(home.journal, "UPDATE short_bodies SET content = x'00' WHERE rowid = 1")
     code, out, _ = tink("db", "backup", tmp_path / "backup", "--home", home.root)
     assert code == 1
     assert "is damaged: it is not what was stored" in out
@@ -424,11 +428,20 @@ def test_a_body_that_is_deleted_between_two_looks_is_looked_at_again(
     """As retention does it: in the journal first."""
     looks, open_bodies = [], backups.open_snapshot
 
+    async def end():
+        async with Journal.open(home, StillWorld(), version="0", settings_digest="0") as journal:
+            waiting = Subject(tenant="default", session_id=SESSION, model_id=MODEL, job_id=WAITING)
+            digest = await journal.bodies.put(LONG)
+            await journal.append((waiting, JobDone(result_sha256=digest, result_bytes=len(LONG))))
+
+    trio.run(end)
+
     async def prune():
         async with Journal.open(home, StillWorld(), version="0", settings_digest="0") as journal:
-            pruned = BodiesPruned(count=1, bytes=9, submitted_before=BEGAN, finished_before=BEGAN + 100)
+            now = StillWorld.time + 1
+            pruned = BodiesPruned(count=1, bytes=9, submitted_before=BEGAN, finished_before=now)
             await journal.append((Subject(), pruned))
-            await journal.bodies.drop([hashlib.sha256(RESULT).hexdigest()], ())
+            await journal.bodies.drop([hashlib.sha256(LONG).hexdigest()], ())
 
     def late(database):
         if not looks:

@@ -18,6 +18,12 @@ from tink.journal.bodies import BodyStore, Stored
 from tink.journal.journal import Journal
 
 
+@pytest.fixture(autouse=True)
+def _every_body_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are not: test_short_bodies.py."""
+    monkeypatch.setattr("tink.journal.bodies.SHORT_BODY", -1)
+
+
 async def test_what_was_put_is_read_back_after_a_restart(autojump_clock: MockClock, tmp_path: Path) -> None:
     home = new_home(tmp_path)
     contents = [b"", b"\0\xff" * 1000, "größe".encode()]

@@ -14,6 +14,7 @@ from tests.unit.journal.journal_kit import new_home, opened, session, stops_with
 from tink.errors import StartupError
 from tink.home import Home
 from tink.journal import sqlite
+from tink.limits import SHORT_BODY
 
 pytestmark = pytest.mark.on_files
 
@@ -45,10 +46,10 @@ async def test_nothing_is_acknowledged_once_a_file_is_gone_or_another(
     with stops_with(f"{name} or its -wal file was deleted or replaced"):
         async with opened(home) as journal:
             await journal.append(session(1))
-            await journal.bodies.put(b"one")
+            await journal.bodies.put(b"one" * SHORT_BODY)
             change(home.root / f"{name}{wal}")
             if name == "bodies.sqlite":
-                await journal.bodies.put(b"two")
+                await journal.bodies.put(b"two" * SHORT_BODY)
             else:
                 await journal.append(session(2))
             told = True

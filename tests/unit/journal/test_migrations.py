@@ -242,7 +242,9 @@ def _parts(sql: str) -> tuple[str, frozenset[str]]:
 
 # What takes a journal of this Tink back to that revision.
 BACK = {
+    "0002": ["DROP TABLE short_bodies"],
     "0001": [
+        "DROP TABLE short_bodies",
         *(f"DROP VIEW {name}" for name in views.VIEWS),
         "DROP TABLE steps",
         "DROP TABLE usage",

@@ -30,6 +30,7 @@ from tink.journal.moves import Moved, move
 from tink.journal.postgres import PostgreSQL, shown
 from tink.journal.reader import open_journal, open_snapshot
 from tink.journal.revisions import SCHEMAS
+from tink.limits import SHORT_BODY
 from tink.world import World
 
 pytestmark = pytest.mark.on_files
@@ -52,9 +53,10 @@ def content(home: Home) -> tuple[Any, ...]:
     with open_snapshot(database(home, "journal")) as connection:
         events = list(store.raw_events(connection))
         tables = store.read_tables(connection).tables
+        short = connection.execute(select(schema.short_bodies).order_by(schema.short_bodies.c.sha256)).all()
     with open_snapshot(database(home, "bodies")) as connection:
-        query = select(schema.bodies).order_by(schema.bodies.c.sha256)
-        return events, tables, connection.execute(query).all()
+        long = connection.execute(select(schema.bodies).order_by(schema.bodies.c.sha256)).all()
+    return events, tables, [*short, *long]
 
 
 def is_well(home: Home) -> bool:
@@ -78,7 +80,7 @@ async def history(home: Home, name: str = "") -> None:
     }
     async with opened(home) as journal:
         await journal.append(session(1, tags=["a", "b"], user_metadata=odd))
-        body = await journal.bodies.put(b"\0request" * 1000)
+        body = await journal.bodies.put(b"\0request" * SHORT_BODY)
         result = await journal.bodies.put(b"")
         who = Subject(tenant="t", session_id="s1", model_id="m", job_id="m:0")
         await journal.append((who, JobAccepted(op="create_model", seq_id=0, model_seq_id=0, request="{}")))
@@ -434,6 +436,7 @@ import contextlib, os, signal, sys
 from pathlib import Path
 from tink.home import Home
 from tink.journal import copies, moves
+from tink.limits import SHORT_BODY
 from tink.world import World
 root, source, target, owner, name, when = sys.argv[1:]
 owner = {"copies": copies, "Home": Home}.get(owner) or getattr(moves, owner)

@@ -21,7 +21,7 @@ from tink.journal.chain import Head
 from tink.journal.database import Writer, database
 from tink.journal.journal import Journal, prepare
 from tink.journal.postgres import PostgreSQL, parse, shown
-from tink.limits import DATABASE_BEAT_SECONDS
+from tink.limits import DATABASE_BEAT_SECONDS, SHORT_BODY
 from tink.settings import Settings
 
 pytestmark = pytest.mark.on_files  # the fixture below says where
@@ -74,7 +74,7 @@ async def test_who_was_put_out_cannot_commit_any_more(autojump_clock: MockClock,
             assert _journal(home).put_out(holder)
             async with opened(home) as next_one:  # it takes the bodies, too
                 await next_one.append(session(2))
-                await next_one.bodies.put(b"a body")
+                await next_one.bodies.put(b"a body" * SHORT_BODY)
                 with trio.CancelScope(shield=True):
                     await journal.append(session(3))
     assert stored_sessions(home) == {"s1", "s2"}
@@ -83,19 +83,19 @@ async def test_who_was_put_out_cannot_commit_any_more(autojump_clock: MockClock,
 async def test_who_was_put_out_changes_no_body(autojump_clock: MockClock, tmp_path: Path) -> None:
     """What its retention meant to delete, the next worker may have been given again."""
     home = new_home(tmp_path)
-    with stops_with("the body store could not commit"):
+    with stops_with("the journal could not commit"):
         async with opened(home) as journal:
-            digest = await journal.bodies.put(b"a body")
+            digest = await journal.bodies.put(b"a body" * SHORT_BODY)
             journal.bodies.named(digest)
             holder = _journal(home).holder()
             assert holder is not None
             _journal(home).put_out(holder)
             async with opened(home) as next_one:
-                await next_one.bodies.put(b"a body")
+                await next_one.bodies.put(b"a body" * SHORT_BODY)
                 with trio.CancelScope(shield=True), journal.bodies.watched() as watch:
                     await journal.bodies.drop([digest], watch)
     async with opened(home) as journal:
-        assert await journal.bodies.get(digest) == b"a body"
+        assert await journal.bodies.get(digest) == b"a body" * SHORT_BODY
 
 
 async def test_a_worker_that_is_idle_gives_a_sign_of_life_and_notices_that_it_was_put_out(

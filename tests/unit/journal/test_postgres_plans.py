@@ -24,7 +24,10 @@ pytestmark = pytest.mark.on_postgres
 
 EVENTS, NEWEST = 8_000, 1_700_000_000.0
 # Tables with so few rows that PostgreSQL would rather read all of one are not asked that way here.
-LONG, GROWING = {"events", "jobs"}, {"adapters", "samplers", "checkpoints", "snapshots", "bodies"}
+LONG, GROWING = (
+    {"events", "jobs"},
+    {"adapters", "samplers", "checkpoints", "snapshots", "short_bodies", "bodies"},
+)
 # Indexes of few rows, or with little of each.
 FEW = {
     *("ix_jobs_open", "ix_jobs_retried", "ix_jobs_loads", "ix_jobs_model_id_step"),
@@ -169,8 +172,8 @@ READERS: dict[str, tuple[Callable[[Connection], object], list[str]]] = {
         ["ix_jobs_body_sha256"],
     ),
     "oldest bodies": (
-        partial(bodies.oldest, before=NEWEST, after=Stored("a", 1, 0.5)),
-        ["ix_bodies_stored_at"],
+        lambda asked: bodies.oldest(bodies.shelves(asked, asked), NEWEST, Stored("a", 1, 0.5)),
+        ["ix_short_bodies_stored_at", "ix_bodies_stored_at"],
     ),
 }
 
