@@ -53,8 +53,15 @@ class Recorded:
 
     def result(self, job: str) -> bytes:
         [(digest,)] = self.query("SELECT result_sha256 FROM jobs WHERE job_id = ?", job)
-        [(content,)] = self.query("SELECT content FROM bodies WHERE sha256 = ?", digest, database="bodies")
+        found = self.query("SELECT content FROM short_bodies WHERE sha256 = ?", digest)
+        [(content,)] = found or self.query(
+            "SELECT content FROM bodies WHERE sha256 = ?", digest, database="bodies"
+        )
         return bytes(content)
+
+    def prune(self, digest: str) -> None:
+        self.query("DELETE FROM short_bodies WHERE sha256 = ?", digest)
+        self.query("DELETE FROM bodies WHERE sha256 = ?", digest, database="bodies")
 
     def put_result(self, job: str, content: bytes) -> None:
         """As if the job had given it."""
@@ -230,7 +237,7 @@ def test_what_if_says_both_losses_and_compares_nothing(recorded: Recorded) -> No
 
 def test_where_bodies_were_pruned_it_begins_with_a_snapshot(copied: Recorded) -> None:
     [(first, digest)] = copied.query("SELECT job_id, body_sha256 FROM jobs WHERE op_no = 2")
-    copied.query("DELETE FROM bodies WHERE sha256 = ?", digest, database="bodies")
+    copied.prune(digest)
     refused = replay(copied, "--from-start")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
@@ -271,7 +278,7 @@ def test_after_a_tink_gc_a_replay_begins_where_that_said_and_so_does_one_of_an_e
 def test_a_result_that_was_pruned_is_compared_by_its_hash_and_that_is_said_first(copied: Recorded) -> None:
     job = copied.job("forward_backward", 1)
     [(digest,)] = copied.query("SELECT result_sha256 FROM jobs WHERE job_id = ?", job)
-    copied.query("DELETE FROM bodies WHERE sha256 = ?", digest, database="bodies")
+    copied.prune(digest)
     run = replay(copied, "--format", "json")
     assert "tink replay train: 1 of the results were pruned: their hashes tell" in run.stderr
     assert report(run)["different"] == 0

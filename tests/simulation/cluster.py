@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -349,6 +350,15 @@ class Cluster:
         with engine.connect() as connection:
             assert store.check(connection) == []
         engine.dispose()
+
+
+def stored_bodies(home: Home) -> dict[str, int]:
+    """Their names, with their sizes."""
+    found: dict[str, int] = {}
+    for path, table in ((home.journal, "short_bodies"), (home.bodies, "bodies")):
+        with closing(sqlite3.connect(path)) as connection:
+            found |= dict(connection.execute(f"SELECT sha256, size FROM {table}"))
+    return found
 
 
 @functools.cache

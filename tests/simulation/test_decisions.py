@@ -287,8 +287,10 @@ def test_samples_whose_requests_were_pruned_are_left_out_and_counted(
     home = Home(tmp_path / "home")
     with closing(sqlite3.connect(home.journal)) as journal, closing(sqlite3.connect(home.bodies)) as bodies:
         samples = journal.execute("SELECT job_id, body_sha256 FROM jobs WHERE op = 'sample'").fetchall()
-        bodies.executemany("DELETE FROM bodies WHERE sha256 = ?", [digest for _, *digest in samples])
-        bodies.commit()
+        for connection, table in ((journal, "short_bodies"), (bodies, "bodies")):
+            statement = f"DELETE FROM {table} WHERE sha256 = ?"
+            connection.executemany(statement, [digest for _, *digest in samples])
+            connection.commit()
     report = _replay(home)
     assert (report.differences, report.lost_jobs) == ([], len(samples))
     assert report.skipped >= 3 * len(samples) - 2  # accepted, started and done; two were refused

@@ -17,7 +17,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.simulation.chaos import SCRATCH, quiet
-from tests.simulation.cluster import Cluster
+from tests.simulation.cluster import Cluster, stored_bodies
 from tests.simulation.scenario import answers, batch, events, long_run, train
 from tests.simulation.test_retention import Clock, load, sample, save
 from tink.cli.main import main
@@ -119,8 +119,7 @@ def _files(home: Home) -> dict[str, bytes]:
 
 def _disk(home: Home) -> dict[str, int]:
     """What there is, by name, with its size."""
-    with closing(sqlite3.connect(home.bodies)) as connection:
-        found: dict[str, int] = dict(connection.execute("SELECT sha256, size FROM bodies"))
+    found = stored_bodies(home)
     files = [path for path in home.artifacts.rglob("*") if path.is_file()]
     return found | {str(path.relative_to(home.root)): path.stat().st_size for path in files}
 

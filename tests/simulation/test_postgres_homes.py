@@ -54,6 +54,8 @@ def home(files: Home, postgres: PostgresServer, tmp_path_factory: pytest.TempPat
     ):
         writer.connection.execute(text(FOREIGN_KEYS_OFF["postgresql"]))
         store.put(writer.connection, list(store.raw_events(recording.journal)))
+        for row in recording.journal.execute(select(schema.short_bodies)).mappings():
+            writer.connection.execute(insert(schema.short_bodies), [dict(row)])
     with (
         open_snapshot(database(files, "bodies")) as bodies,
         closing(database(made, "bodies").writer()) as writer,

@@ -15,7 +15,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.simulation import chaos
-from tests.simulation.cluster import TENANT, Cluster
+from tests.simulation.cluster import TENANT, Cluster, stored_bodies
 from tests.simulation.doubles import SimulatedWorld
 from tests.simulation.program import program
 from tests.simulation.scenario import answers, batch, events, json, long_run, slow, step, train
@@ -68,8 +68,7 @@ async def a_minute() -> None:
 
 
 def bodies(cluster: Cluster) -> set[str]:
-    with closing(sqlite3.connect(cluster.home.bodies)) as connection:
-        return {digest for (digest,) in connection.execute("SELECT sha256 FROM bodies")}
+    return set(stored_bodies(cluster.home))
 
 
 def jobs(cluster: Cluster, column: str, where: str = "TRUE") -> set[str]:
@@ -229,6 +228,7 @@ async def test_a_body_whose_job_is_not_yet_journaled_stays_whatever_the_clock_do
     autojump_clock: MockClock, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     month = 30 * 24 * HOUR
+    monkeypatch.setattr("tink.journal.bodies.SHORT_BODY", -1)  # it is stored before its event
     slow(monkeypatch, 100.0, lambda arguments: f"{JobAccepted.__name__}(op='forward_backward'" in arguments)
     monkeypatch.setattr("tink.actors.retention.RETENTION_SECONDS", 1.0)
     # Also as if the worker itself could be fooled about the time.

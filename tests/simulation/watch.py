@@ -214,13 +214,18 @@ class Watch:
                 self._body(job.body_sha256, job.job_id)
 
     def _body(self, digest: str, who: str) -> bytes:
-        query = "SELECT content FROM bodies WHERE sha256 = ?"
-        found = self.bodies.reader.execute(query, (digest,)).fetchone()
-        require(found is not None, f"J1: {who} needs a body that is not there")
-        content: bytes = found[0]
-        require(hashlib.sha256(content).hexdigest() == digest, f"J1: {who} needs a body that is damaged")
-        require(self.bodies.synced, f"J1: {who} needs a body that is not on the disk")
-        return content
+        for storage, table in ((self.journal, "short_bodies"), (self.bodies, "bodies")):
+            query = f"SELECT content FROM {table} WHERE sha256 = ?"
+            found = storage.reader.execute(query, (digest,)).fetchone()
+            if found is None:
+                continue
+            content: bytes = found[0]
+            require(
+                hashlib.sha256(content).hexdigest() == digest, f"J1: {who} needs a body that is damaged"
+            )
+            require(storage.synced, f"J1: {who} needs a body that is not on the disk")
+            return content
+        raise Violation(f"J1: {who} needs a body that is not there")
 
     # -- what is published --------------------------------------------------------------------------
 
