@@ -106,9 +106,12 @@ class SoakWorker:
         over = threading.Event()
 
         def watch() -> None:
-            with closing(sqlite3.connect(f"file:{self.home.bodies}?mode=ro", uri=True)) as bodies:
+            with (
+                closing(_reader(self.home.bodies)) as bodies,
+                closing(_reader(self.home.journal)) as journal,
+            ):
                 while not over.wait(LOOK_SECONDS if looks else 0.0):
-                    looks.append(self._look(bodies))
+                    looks.append(self._look(bodies, journal))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -118,17 +121,14 @@ class SoakWorker:
             over.set()
             watcher.join()
 
-    def _look(self, bodies: sqlite3.Connection) -> Look:
+    def _look(self, bodies: sqlite3.Connection, journal: sqlite3.Connection) -> Look:
         proc = Path(f"/proc/{self._process.pid}")
         pages = int((proc / "statm").read_text().split()[1])
-        size, used, free = (
-            int(bodies.execute(f"PRAGMA {name}").fetchone()[0])
-            for name in ("page_size", "page_count", "freelist_count")
-        )
+        ((short,),) = journal.execute("SELECT coalesce(sum(size), 0) FROM short_bodies")
         return Look(
             rss=pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
             handles=len(os.listdir(proc / "fd")),
-            bodies=size * (used - free) / 1e6,
+            bodies=(_used(bodies) + short) / 1e6,
             directories=sum(len(inside) for _, inside, _ in os.walk(self.home.artifacts)),
         )
 
@@ -136,12 +136,23 @@ class SoakWorker:
         return cpu_seconds(self._process.pid)
 
     def _journal(self) -> int:
-        """With what is not in the file yet, but in the log beside it."""
-        with closing(sqlite3.connect(f"file:{self.home.journal}?mode=ro", uri=True)) as journal:
-            size, pages = (
-                int(journal.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_size", "page_count")
-            )
-        return size * pages
+        """With what is not in the file yet, but in the log beside it, and with the short bodies that are
+        kept."""
+        with closing(_reader(self.home.journal)) as journal:
+            return _used(journal)
+
+
+def _reader(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+
+
+def _used(connection: sqlite3.Connection) -> int:
+    """Bytes of the file that are not free."""
+    size, pages, free = (
+        int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+        for name in ("page_size", "page_count", "freelist_count")
+    )
+    return size * (pages - free)
 
 
 @contextmanager
