@@ -121,6 +121,9 @@ def test_what_does_more_than_read_is_refused_in_one_line(tink, home, query, tmp_
         ("SELECT '\udcff'", "SQLite says: "),
         ("SELECT '\0'", "SQLite says: "),
         ("SELECT randomblob(1000000000)", "SQLite says: string or blob too big"),
+        ("SELECT * FROM short_bodies", "requests and results are not for questions"),
+        ("SELECT (SELECT max(content) FROM short_bodies)", "requests and results are not for questions"),
+        ("WITH b AS (SELECT rowid FROM short_bodies) SELECT count(*) FROM b", "not for questions"),
     ],
 )
 def test_what_is_wrong_with_a_question_is_one_line(tink, home, query, says):

@@ -233,6 +233,7 @@ ATTACKS = {
     "settings": "SELECT * FROM pg_settings",
     "files of the server": "SELECT * FROM pg_file_settings",
     "bodies": "SELECT * FROM bodies",
+    "short bodies": "SELECT * FROM short_bodies",
     "bodies in a subquery": "SELECT (SELECT max(sha256) FROM public.bodies)",
 }
 
