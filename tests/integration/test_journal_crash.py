@@ -17,15 +17,18 @@ from tests.unit.journal.journal_kit import new_home, opened
 from tink.home import Home
 from tink.journal import chain, store
 from tink.journal.reader import open_journal
+from tink.limits import SHORT_BODY
 from tink.world import World
 
 KILLS = 15
 
-# Ten clients append pairs and bodies as fast as they can, and say on standard output what they were told.
+# Ten clients append pairs, and jobs with short and long bodies, as fast as they can, and say on standard
+# output what they were told.
 WRITER = """
 import os, sys, trio
 from pathlib import Path
-from tink.domain.events import SessionCreated, Subject
+from tests.integration.test_journal_crash import body
+from tink.domain.events import JobAccepted, SessionCreated, Subject
 from tink.home import Home
 from tink.journal.journal import Journal
 from tink.world import World
@@ -35,9 +38,10 @@ async def client(journal, who):
     while True:
         number += 1
         name = f"{journal.incarnation}-{who}-{number}"
-        digest = await journal.bodies.put(name.encode() * 50)
+        digest = await journal.bodies.put(body(name))
         pair = [(Subject(tenant="t", session_id=f"{name}-{half}"), SessionCreated()) for half in "ab"]
-        await journal.append(*pair)
+        job = Subject(tenant="t", session_id=f"{name}-a", job_id=name)
+        await journal.append(*pair, (job, JobAccepted(op="sample", seq_id=number, body_sha256=digest)))
         os.write(1, f"{name} {digest}\\n".encode())
 
 async def main():
@@ -50,6 +54,11 @@ async def main():
                     nursery.start_soon(client, journal, who)
 trio.run(main)
 """
+
+
+def body(name: str) -> bytes:
+    """Every other one is long."""
+    return name.encode() * (50 if name[-1] in "02468" else SHORT_BODY // 4)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"], autouse=True)
@@ -112,7 +121,9 @@ def test_no_kill_loses_what_was_acknowledged_or_tears_a_batch(tmp_path: Path) ->
         async with opened(home, World()) as journal:
             assert journal.incarnation == KILLS + 1
             for name, digest in told:
-                assert await journal.bodies.get(digest) == name.encode() * 50
+                assert await journal.bodies.get(digest) == body(name)
+
+    assert {len(body(name)) > SHORT_BODY for name, _ in told} == {True, False}
 
     trio.run(read_all)
 
