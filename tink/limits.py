@@ -384,6 +384,8 @@ EXPIRY_SECONDS = 60.0
 LEAST_KEPT_SECONDS = 3600.0
 # Bodies that are deleted in one transaction: their writer is held for milliseconds.
 PRUNE_ROWS = 256
+# Of the short ones, in one commit: the events behind it wait for a few milliseconds.
+PRUNE_SHORT_ROWS = 32
 PRUNE_BYTES = 16 * 1024 * 1024
 # Of each model. Two, for a snapshot that was damaged on disk is found out when it is needed.
 SNAPSHOTS_KEPT = 2

@@ -36,11 +36,15 @@ from tests.simulation.program import TENANTS, Client, Gained, Program, program
 from tests.vllm.double import VllmDouble
 from tink.actors import pool
 from tink.actors.vllm import VLLMActor
+from tink.journal import bodies
+from tink.limits import SHORT_BODY
 
 # After the last fault everything must end within this: virtual seconds.
 LIVENESS_SECONDS = 3600.0
 # Until the worker has looked at all servers, and mended what it has found.
 QUIET_SECONDS = 150.0
+# A program's bodies are a few hundred bytes: for one seed all are short, for another none is, or some.
+SHORT_BODIES = (SHORT_BODY, -1, 100)
 # In memory, if the machine has such a folder: what survives a power cut is simulated, not tried.
 SCRATCH = next((folder for folder in ("/dev/shm",) if Path(folder).is_dir()), None)
 
@@ -162,7 +166,12 @@ def judge(seed: int, what: Program, mutant: str | None = None) -> Verdict:
     quiet()
     registered = partial(VLLMActor, registered=what.registered)
     # A mutant that cannot be applied is an error here: it would pass for one that was noticed.
-    with patch.object(pool, "VLLMActor", registered), mutants.applied(mutant):
+    short = SHORT_BODIES[seed % len(SHORT_BODIES)]
+    with (
+        patch.object(pool, "VLLMActor", registered),
+        patch.object(bodies, "SHORT_BODY", short),
+        mutants.applied(mutant),
+    ):
         try:
             with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
                 calm = simulate(Path(folder) / "calm", seed, what, disturbed=False)

@@ -12,6 +12,7 @@ import pytest
 import trio
 from sqlalchemy import Connection
 
+from tink import manifest
 from tink.actors import lanes as lanes_of_models
 from tink.actors import router
 from tink.actors.megatron import MegatronActor
@@ -116,7 +117,7 @@ def body_after_event(patch: Patch) -> None:
     """The event names a body that is stored after it."""
     put = router.Router._accept
 
-    async def accept(self: Router, subject: Subject, accepted: Any, body: bytes) -> None:
+    async def accept(self: Router, subject: Subject, accepted: Any, body: bytes, *rest: Any) -> None:
         kept: list[bytes] = []
 
         async def later(content: bytes) -> str:
@@ -127,7 +128,7 @@ def body_after_event(patch: Patch) -> None:
         store = bodies.put
         with Patch.context() as inner:
             inner.setattr(bodies, "put", later)
-            await put(self, subject, accepted, body)
+            await put(self, subject, accepted, body, *rest)
         for content in kept:
             await store(content)
 
@@ -191,9 +192,9 @@ def new_number_after_restart(patch: Patch) -> None:
     """The next worker sends a running job under a number of its own."""
     outcome = MegatronActor._outcome
 
-    async def renumbered(self: MegatronActor, job: rows.Job) -> Any:
+    async def renumbered(self: MegatronActor, job: rows.Job, begun_in: str | None) -> Any:
         job.op_no = None
-        return await outcome(self, job)
+        return await outcome(self, job, begun_in)
 
     patch.setattr(MegatronActor, "_outcome", renumbered)
 
@@ -206,8 +207,8 @@ def redo_without_failed_jobs(patch: Patch) -> None:
     """A redo leaves out the numbers of operations that failed."""
     ops = queries.ops
 
-    def done_ones(connection: Connection, **range_: Any) -> list[rows.Job]:
-        return [job for job in ops(connection, **range_) if job.state != "failed"]
+    def done_ones(connection: Connection, *rest: Any, **range_: Any) -> list[rows.Job]:
+        return [job for job in ops(connection, *rest, **range_) if job.state != "failed"]
 
     patch.setattr(queries, "ops", done_ones)
 
@@ -230,8 +231,8 @@ def lost_gradients(patch: Patch) -> None:
     """A redo forgets what was accumulated since the last step."""
     ops = queries.ops
 
-    def steps(connection: Connection, **range_: Any) -> list[rows.Job]:
-        jobs = ops(connection, **range_)
+    def steps(connection: Connection, *rest: Any, **range_: Any) -> list[rows.Job]:
+        jobs = ops(connection, *rest, **range_)
         last = max((job.op_no or 0 for job in jobs if job.op == "optim_step"), default=0)
         for job in jobs:
             if job.op == "forward_backward" and (job.op_no or 0) > last:
@@ -279,7 +280,7 @@ def damage_unnoticed(patch: Patch) -> None:
 
     def trusting(self: artifacts.Artifacts, path: str) -> Any:
         target = self.locate(path)
-        return target, self._manifest(target)
+        return target, manifest.read(target)
 
     patch.setattr(artifacts.Artifacts, "open", trusting)
 

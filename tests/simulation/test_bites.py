@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import cast
+
 import pytest
 
 from tests.simulation import chaos, mutants
@@ -17,6 +21,38 @@ NOTICED = {
     "eviction-of-what-is-in-use": 25,
     "restore-goes-back": 30,
 }
+
+
+class Places:
+    """Takes a mutant's patches, and makes none."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[object, str, object]] = []
+
+    def setattr(self, target: object, name: str, value: object) -> None:
+        self.taken.append((target, name, value))
+
+    def setitem(self, mapping: dict[str, object], name: str, value: object) -> None:
+        assert name in mapping
+
+
+@pytest.mark.parametrize("name", mutants.ALL)
+def test_a_mutant_is_called_as_what_it_replaces(name: str) -> None:
+    """Else its TypeError would be what the simulation notices."""
+    places = Places()
+    mutants.ALL[name](cast(pytest.MonkeyPatch, places))
+    for target, attribute, value in places.taken:
+        replaced = getattr(target, attribute)
+        if callable(replaced):
+            given = [
+                parameter
+                for parameter in inspect.signature(replaced).parameters.values()
+                if parameter.kind is not parameter.VAR_KEYWORD
+            ]
+            named = {p.name: p for p in given if p.kind is p.KEYWORD_ONLY}
+            inspect.signature(cast(Callable[..., object], value)).bind(
+                *given[: len(given) - len(named)], **named
+            )
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from tink.limits import (
     MAX_ZSTD_WINDOW,
     PRUNE_BYTES,
     PRUNE_ROWS,
+    PRUNE_SHORT_ROWS,
     SHORT_BODY,
 )
 from tink.world import World
@@ -240,8 +241,9 @@ class BodyStore:
     async def drop(self, digests: Collection[str], watch: Container[str]) -> None:
         """Deletes these bodies, for good when it returns, but for those that are in `watch` now: what is
         put from now on is stored after them."""
-        await self._drop([Drop(digest) for digest in digests if digest not in watch])
-        # Meanwhile some may have been put, and stored, again.
+        # At each step anew: meanwhile some may have been put, and stored, again.
+        for some in batched(list(digests), PRUNE_SHORT_ROWS):
+            await self._drop([Drop(digest) for digest in some if digest not in watch])
         doomed = [Drop(digest) for digest in digests if digest not in watch]
         await self._commits.submit(list(doomed), 0)
         for drop in doomed:

@@ -147,10 +147,10 @@ def _may_pass(cause: BaseException | None) -> bool:
     return getattr(cause, "may_pass", False)
 
 
-def batched(keys: Sequence[K]) -> Iterator[Sequence[K]]:
-    """As many of them at a time as one question may have."""
-    for start in range(0, len(keys), SQL_KEYS):
-        yield keys[start : start + SQL_KEYS]
+def batched(keys: Sequence[K], size: int = SQL_KEYS) -> Iterator[Sequence[K]]:
+    """As many of them at a time as one question may have, or `size`."""
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
 
 
 def one_line(error: object) -> str:

@@ -15,11 +15,16 @@ from tink.limits import SQL_STEPS, SQL_VALUE_BYTES
 
 # Of SQLite's authorizer. Not among them: writes, DDL, ATTACH, PRAGMA (as a function too) and transactions.
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE})
+# Of the tables, what users have sent and got, and what would read any page of the file.
+_FORBIDDEN_TABLES = frozenset({schema.short_bodies.name, "sqlite_dbpage"})
 _FORBIDDEN_FUNCTIONS = frozenset({"load_extension", "fts3_tokenizer"})
 
 # In the words of SQLite and its driver. VACUUM asks no authorizer: it refuses to run in a transaction.
 _REFUSALS = ("not authorized", "prohibited", "one statement", "VACUUM")
-ONLY_READING = "only reading is allowed here, one statement at a time: SELECT, VALUES, WITH or EXPLAIN"
+ONLY_READING = (
+    "only reading is allowed here, one statement at a time: SELECT, VALUES, WITH or EXPLAIN, and not of "
+    f"{schema.short_bodies.name}"
+)
 
 
 def ask(
@@ -61,7 +66,8 @@ def _authorize(action: int, first: str | None, second: str | None, *_: str | Non
     if action == sqlite3.SQLITE_FUNCTION:
         allowed = str(second).lower() not in _FORBIDDEN_FUNCTIONS
     elif action == sqlite3.SQLITE_READ:
-        allowed = first != schema.short_bodies.name  # what users have sent and got
+        # As the question writes it, where it takes no column.
+        allowed = str(first).lower() not in _FORBIDDEN_TABLES
     elif action == sqlite3.SQLITE_UPDATE:
         # So SQLite makes a table-valued function (json_each) known to itself. A file that is opened to be
         # read has no schema that could be written.

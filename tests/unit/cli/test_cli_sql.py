@@ -123,6 +123,10 @@ def test_what_does_more_than_read_is_refused_in_one_line(tink, home, query, tmp_
         ("SELECT randomblob(1000000000)", "SQLite says: string or blob too big"),
         ("SELECT * FROM short_bodies", "requests and results are not for questions"),
         ("SELECT (SELECT max(content) FROM short_bodies)", "requests and results are not for questions"),
+        ("SELECT content FROM Short_Bodies", "requests and results are not for questions"),
+        ("SELECT count(*) FROM short_bodies", "and not of short_bodies"),
+        ("SELECT count(*) FROM SHORT_BODIES", "and not of short_bodies"),
+        ('SELECT EXISTS (SELECT 1 FROM main."Short_bodies")', "and not of short_bodies"),
         ("WITH b AS (SELECT rowid FROM short_bodies) SELECT count(*) FROM b", "not for questions"),
     ],
 )

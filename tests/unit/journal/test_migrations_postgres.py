@@ -246,3 +246,38 @@ async def test_a_journal_of_an_older_revision_becomes_what_its_events_say(
         await journal.append(session(2))
     with connected(home.database_url) as connection:
         assert list(chain.breaks(connection)) == []
+
+
+# Whether they may read what users have sent.
+ROLES = {"auditor": True, '"An analyst"': False}
+
+
+async def test_who_may_not_read_bodies_may_not_read_those_that_an_upgrade_moves_to_another_table(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    home = new_home(tmp_path)
+    with connected(home.database_url) as connection:
+        for statement in (
+            "DROP TABLE short_bodies",
+            "UPDATE journal_schema_version SET version_num = '0002'",
+            *(f"DROP ROLE IF EXISTS {role}" for role in ROLES),
+            *(f"CREATE ROLE {role}" for role in ROLES),
+            *(f"ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {role}" for role in ("PUBLIC", *ROLES)),
+            "GRANT SELECT ON bodies TO auditor",
+        ):
+            connection.exec_driver_sql(statement)
+        connection.commit()
+    try:
+        prepare(home)
+        with connected(home.database_url) as connection:
+            for role, may in ROLES.items():
+                for table in ("bodies", "short_bodies"):
+                    name = role.strip('"')
+                    query = f"SELECT has_table_privilege('{name}', '{table}', 'SELECT')"
+                    assert connection.exec_driver_sql(query).scalar_one() is may, (role, table)
+    finally:
+        with connected(home.database_url) as connection:
+            for role in ROLES:
+                connection.exec_driver_sql(f"DROP OWNED BY {role}")
+                connection.exec_driver_sql(f"DROP ROLE {role}")
+            connection.commit()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from sqlalchemy import Table, update
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.unit.journal.journal_kit import InlineWorld, new_home, opened, session, written
 from tink.domain.events import Entry, JobAccepted, JobDone, Subject
@@ -129,6 +132,60 @@ async def test_one_that_is_put_again_while_it_is_dropped_stays(
             await journal.bodies.drop([digest], watch)
         journal.bodies._recent.clear()
         assert await journal.bodies.get(digest) == b"x"
+
+
+async def test_one_that_is_put_again_into_the_commit_that_drops_it_stays(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drop is on its way, and then there is another job with the same body."""
+    home, world = new_home(tmp_path), InlineWorld()
+    committed: list[list[str]] = []
+    commit = Journal._commit
+
+    def told(self: Journal, items: list[Any]) -> None:
+        committed.append([type(item).__name__ for item in items])
+        commit(self, items)
+
+    async with opened(home, world) as journal:
+        await begin(journal)
+        digest = await journal.bodies.put(b"x")
+        await journal.append(accepted(digest))
+        # Behind a commit that takes its time.
+        world.block = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(journal.append, session(2))
+            await wait_all_tasks_blocked()
+            monkeypatch.setattr(journal._commits, "_commit", partial(told, journal))
+            with journal.bodies.watched() as watch:
+                nursery.start_soon(journal.bodies.drop, [digest], watch)
+                await wait_all_tasks_blocked()
+                await journal.bodies.put(b"x")
+                nursery.start_soon(journal.append, accepted(digest, 2))
+                await wait_all_tasks_blocked()
+                world.block.set()
+                await wait_all_tasks_blocked()
+        assert committed[-1] == ["Drop", "tuple"]
+        journal.bodies._recent.clear()
+        assert await journal.bodies.get(digest) == b"x"
+    assert is_well(home)
+
+
+async def test_short_bodies_count_for_the_size_of_a_commit(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    async with opened(new_home(tmp_path)) as journal:
+        await begin(journal)
+        submit = journal._commits.submit
+
+        async def noted(items: list[Any], size: int) -> None:
+            sizes.append(size)
+            await submit(items, size)
+
+        monkeypatch.setattr(journal._commits, "submit", noted)
+        for number, length in enumerate([1, SHORT_BODY], 1):
+            await journal.append(accepted(await journal.bodies.put(b"x" * length), number))
+    assert sizes[1] - sizes[0] == SHORT_BODY - 1
 
 
 async def test_the_oldest_of_all_bodies_come_first(
