@@ -69,6 +69,6 @@ class World:
 
     def http_transport(self, origin: str, max_slots: int) -> httpx.AsyncBaseTransport:
         """A transport to one backend origin, with at most `max_slots` connections."""
-        from tink.backends.transport import SlotTransport
+        from tink.transport import SlotTransport
 
         return SlotTransport(origin, max_slots)

@@ -29,8 +29,8 @@ from tests.bench.figures import Figure
 from tests.bench.servers import vllm_servers
 from tests.live import LiveServer
 from tests.processes import cpu_seconds
-from tink.backends.transport import SlotTransport
 from tink.pretrained import BUILT_IN
+from tink.transport import SlotTransport
 
 SUMMARY = "tokens a second through Tink, against straight to vLLM"
 # As many as the worker holds a poll.

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
                 http_server.run(serve, settings, home, world, listener)
                 return 0
-        from tink.cli.turns import keep_serving
+        from tink.cli.standby import keep_serving
 
         keep_serving(settings, home, world)
     return 0

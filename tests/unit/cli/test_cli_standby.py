@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tink.cli.serving import Past
-from tink.cli.turns import _pause
+from tink.cli.standby import _pause
 from tink.errors import DatabaseInUse, JournalUnavailable, StartupError, TinkError
 from tink.limits import DATABASE_LOOK_SECONDS
 

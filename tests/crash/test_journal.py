@@ -27,7 +27,7 @@ KILLS = 15
 WRITER = """
 import os, sys, trio
 from pathlib import Path
-from tests.integration.test_journal_crash import body
+from tests.crash.test_journal import body
 from tink.domain.events import JobAccepted, SessionCreated, Subject
 from tink.home import Home
 from tink.journal.journal import Journal

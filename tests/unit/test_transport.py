@@ -14,8 +14,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.unit.journal.journal_kit import cancel_at
-from tink.backends import transport
-from tink.backends.transport import SlotTransport
+from tink import transport
+from tink.transport import SlotTransport
 
 Handler = Callable[["Connection"], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
