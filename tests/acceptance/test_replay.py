@@ -299,7 +299,9 @@ def test_a_replay_that_is_interrupted_leaves_nothing_behind(copied: Recorded) ->
     wait_for_trainer(copied)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) == ("", "")
-    assert process.returncode == 130
+    # Either is 130 to a shell. Python ends itself by the signal if it came in the middle of an exec(), of
+    # which imports have many.
+    assert process.returncode in (130, -signal.SIGINT)
     assert left_behind(copied) == []
 
 

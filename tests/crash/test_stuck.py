@@ -29,7 +29,7 @@ from tinker import types
 
 from tests.crash.faulty import Fault, calls_file, faults_file
 from tests.live import LiveServer
-from tink.limits import PAUSE_SECONDS
+from tink.limits import PAUSE_SECONDS, SHORT_BODY
 
 pytestmark = [
     pytest.mark.slow,
@@ -198,6 +198,10 @@ def train(
         if step == DISTURBED and idle:
             disturb()
     return numbers
+
+
+# So many data are no short body.
+LONG = SHORT_BODY // 40
 
 
 def _datum(step: int) -> types.Datum:
@@ -395,11 +399,11 @@ def test_a_full_disk_stops_the_worker_and_the_next_one_goes_on(
 
     def fill() -> None:
         with limited(server.pid, 4096):
-            # A command is in its event, data are in the body store.
+            # A command is in its event, long data are in the body store.
             if what == "the journal":
                 more.append(client.optim_step(types.AdamParams(learning_rate=1e-2)))
             else:
-                more.append(client.forward_backward([_datum(0)], "cross_entropy"))
+                more.append(client.forward_backward([_datum(0)] * LONG, "cross_entropy"))
             assert server.wait_for_exit() == 3
         server.restart()
 

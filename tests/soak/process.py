@@ -124,11 +124,10 @@ class SoakWorker:
     def _look(self, bodies: sqlite3.Connection, journal: sqlite3.Connection) -> Look:
         proc = Path(f"/proc/{self._process.pid}")
         pages = int((proc / "statm").read_text().split()[1])
-        ((short,),) = journal.execute("SELECT coalesce(sum(size), 0) FROM short_bodies")
         return Look(
             rss=pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
             handles=len(os.listdir(proc / "fd")),
-            bodies=(_used(bodies) + short) / 1e6,
+            bodies=(_used(bodies) + _short(journal)) / 1e6,
             directories=sum(len(inside) for _, inside, _ in os.walk(self.home.artifacts)),
         )
 
@@ -136,10 +135,9 @@ class SoakWorker:
         return cpu_seconds(self._process.pid)
 
     def _journal(self) -> int:
-        """With what is not in the file yet, but in the log beside it, and with the short bodies that are
-        kept."""
+        """With what is not in the file yet, but in the log beside it. Without what does not stay."""
         with closing(_reader(self.home.journal)) as journal:
-            return _used(journal)
+            return _used(journal) - _short(journal)
 
 
 def _reader(path: Path) -> sqlite3.Connection:
@@ -153,6 +151,14 @@ def _used(connection: sqlite3.Connection) -> int:
         for name in ("page_size", "page_count", "freelist_count")
     )
     return size * (pages - free)
+
+
+def _short(journal: sqlite3.Connection) -> int:
+    """Bytes of the pages that have short bodies."""
+    query = "SELECT name FROM sqlite_master WHERE tbl_name = 'short_bodies'"
+    trees = journal.execute(query).fetchall()
+    sizes = [journal.execute("SELECT sum(pgsize) FROM dbstat WHERE name = ?", tree) for tree in trees]
+    return sum(int(size) for rows in sizes for (size,) in rows)
 
 
 @contextmanager
