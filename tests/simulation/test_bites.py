@@ -17,7 +17,7 @@ SEEDS = 120
 # Those that need the most: the seed that has noticed it before is tried first, which saves minutes.
 NOTICED = {
     "base-model-for-a-missing-adapter": 88,
-    "damage-unnoticed": 73,
+    "damage-unnoticed": 158,
     "eviction-of-what-is-in-use": 25,
     "restore-goes-back": 30,
 }
