@@ -78,8 +78,10 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
 
 
 def connect(url: str) -> Any:
-    service = tinker.ServiceClient(base_url=url, api_key=os.environ.get("TINKER_API_KEY", "tml-local"))
-    model = service.get_server_capabilities().supported_models[0].model_name
+    key = os.environ.get("TINKER_API_KEY", "tml-local")
+    rest = tinker.RestClient(base_url=url, api_key=key)
+    model = rest.get_server_capabilities().result().supported_models[0].model_name
+    service = tinker.ServiceClient(base_url=url, api_key=key)
     return service.create_lora_training_client(model, rank=8, seed=1).result()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import __main__ as bench
 from tests.bench import samples
 from tests.bench.__main__ import main
 
@@ -65,3 +66,16 @@ def test_a_bench_gives_its_figures(name: str, tmp_path: Path, monkeypatch: pytes
             0,
             0,
         ]
+
+
+def test_all_of_them_give_what_they_have_if_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "figures.json"
+    monkeypatch.setattr(bench, "BENCHES", {"nonesuch": samples, "calls": samples})
+    monkeypatch.setattr(bench, "SHORTER", {"calls": SHORT["calls"]})
+    assert main(["all", "--json", str(written)]) == 1
+    assert {figure["name"] for figure in json.loads(written.read_text())["figures"]} == NAMES["calls"]
+    out, err = capfd.readouterr()
+    assert out.startswith("call_cpu ")
+    assert err.endswith("tools/bench: failed: nonesuch\n")
