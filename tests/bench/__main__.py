@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.add_arguments(options)
         options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
         options.set_defaults(run=bench.run, name=name)
-    options = benches.add_parser("all", help="every one of these, an hour and a half")
+    options = benches.add_parser("all", help="every one of these, half an hour")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options.set_defaults(name="all")
     chosen = parser.parse_args(arguments)

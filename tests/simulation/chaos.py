@@ -158,7 +158,11 @@ def trio_determinism() -> Iterator[None]:
 
 def check(seed: int, mutant: str | None = None) -> str | None:
     """Runs a seed; what is wrong with it, or None."""
-    return judge(seed, program(seed), mutant).wrong
+    return verdict_of(seed, mutant).wrong
+
+
+def verdict_of(seed: int, mutant: str | None = None) -> Verdict:
+    return judge(seed, program(seed), mutant)
 
 
 def judge(seed: int, what: Program, mutant: str | None = None) -> Verdict:
@@ -212,28 +216,25 @@ def main() -> int:
     seeds = range(options.start, options.start + options.seeds)
     failed, counts = 0, Counter[str]()
     with ProcessPoolExecutor(options.jobs) as pool:
-        verdicts = pool.map(partial(_verdict, mutant=options.mutant), seeds, chunksize=4)
+        verdicts = pool.map(partial(verdict_of, mutant=options.mutant), seeds, chunksize=4)
         for seed, verdict in zip(seeds, verdicts, strict=True):
             counts += verdict.counts
             if verdict.wrong is not None:
                 failed += 1
                 print(f"seed {seed}: {verdict.wrong[:500]}", flush=True)
-    print(_summary(counts))
+    for name, row in reached(counts).items():
+        print(f"{name}: " + ", ".join(f"{what} {count}" for what, count in row.items()))
     print(f"seeds={options.seeds} failed={failed}")
     return 1 if failed else 0
 
 
-def _verdict(seed: int, mutant: str | None) -> Verdict:
-    return judge(seed, program(seed), mutant)
-
-
-def _summary(counts: Counter[str]) -> str:
-    """What the programs have reached."""
+def reached(counts: Counter[str]) -> dict[str, dict[str, int]]:
+    """What the programs have met, and how often."""
     struck = {
         occasion: sum(counts[f"{what} during {occasion}"] for what in get_args(What))
         for occasion in ("redo", "restore", "snapshot", "op", "sample", "ahead", "commit", "boot")
     }
-    rows = {
+    return {
         "faults": {what: counts[what] for what in get_args(What)},
         "vLLM servers": {what: counts[f"vllm {what}"] for what in get_args(Mishap)},
         "commits that met": {what: counts[f"commits that met: {what}"] for what in get_args(Meets)},
@@ -258,10 +259,6 @@ def _summary(counts: Counter[str]) -> str:
             )
         },
     }
-    return "\n".join(
-        f"{name}: " + ", ".join(f"{what} {count}" for what, count in row.items())
-        for name, row in rows.items()
-    )
 
 
 if __name__ == "__main__":

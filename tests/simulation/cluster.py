@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import trio
 
-from tests.simulation.doubles import Died, Nature, Network, SimulatedTrainer, SimulatedWorld
+from tests.simulation.doubles import Died, Nature, Network, SimulatedTrainer, SimulatedWorld, work
 from tests.simulation.power import Image, Storage
 from tests.simulation.watch import Watch
 from tink.actors.router import Router
@@ -225,7 +225,7 @@ class Cluster:
 
     def perform(self, world: WorkerWorld, fn: Callable[..., T], *args: Any) -> T:
         """What the worker does in a thread, and what may happen to it there."""
-        ambush = self.ambush if getattr(fn, "__name__", "") == "_commit" else None
+        ambush = self.ambush if work(fn) == "commit" else None
         if ambush is None:
             result = fn(*args)
             if isinstance(result, Journal):

@@ -23,6 +23,8 @@ import trio.lowlevel
 from tests.simulation.watch import Watch
 from tink.backends.endpoint import Endpoint
 from tink.errors import BackendError, UserError
+from tink.journal.commits import GroupCommit
+from tink.journal.journal import Journal, prepare
 from tink.trainer import lanes
 from tink.trainer.artifacts import Artifacts
 from tink.trainer.books import Book
@@ -70,7 +72,16 @@ class Nature:
 
 
 # The work in threads that has a name for faults.
-_WORK = {"_commit": "commit", "prepare": "boot", "_load": "boot"}
+_WORK: dict[object, str] = {
+    GroupCommit._commit_in_turn: "commit",
+    prepare: "boot",
+    Journal._load: "boot",
+}
+
+
+def work(fn: Callable[..., object]) -> str:
+    """What a thread is to do."""
+    return _WORK.get(getattr(fn, "__func__", fn), "work")
 
 
 class SimulatedWorld(World):
@@ -103,8 +114,7 @@ class SimulatedWorld(World):
             await limiter.acquire_on_behalf_of(token)
         try:
             # Shielded: a thread cannot be cancelled.
-            what = _WORK.get(getattr(fn, "__name__", ""), "work")
-            with trio.CancelScope(shield=True), self._nature.during(what):
+            with trio.CancelScope(shield=True), self._nature.during(work(fn)):
                 await trio.sleep(self.seconds(fn))
                 if self.dead:
                     raise Died
