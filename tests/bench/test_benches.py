@@ -73,7 +73,7 @@ def test_all_of_them_give_what_they_have_if_one_fails(
 ) -> None:
     written = tmp_path / "figures.json"
     monkeypatch.setattr(bench, "BENCHES", {"nonesuch": samples, "calls": samples})
-    monkeypatch.setattr(bench, "SHORTER", {"calls": SHORT["calls"]})
+    monkeypatch.setattr(bench, "OPTIONS", {"calls": SHORT["calls"]})
     assert main(["all", "--json", str(written)]) == 1
     assert {figure["name"] for figure in json.loads(written.read_text())["figures"]} == NAMES["calls"]
     out, err = capfd.readouterr()
