@@ -1,7 +1,7 @@
 """What Tink adds to an operation that does nothing: how long the unmodified SDK waits for optim_step, for
 forward_backward, and for both sent as one, one after the other; of a fresh worker, and of one that has done
 `--operations` more. The baseline is the SDK against a server that answers at once (tests/bench/instant.py):
-its own time.
+its own time. The old worker is compared with another fresh one, too, asked in turn with it.
 
 A real `tink serve`, durable as always, and a training server that computes nothing, each in a process of
 its own. In turn, `--each` of one kind and then of the other server. The CPU time of the worker is told for
@@ -53,25 +53,35 @@ def run(arguments: argparse.Namespace) -> Iterator[Figure]:
         port = stack.enter_context(rig.instant(Path(name)))
         url = arguments.url if worker is None else worker.live.url
         client, instant = connect(url), connect(f"http://127.0.0.1:{port}")
+        young = None
         for age in ("fresh", "old"):
             if age == "old":
                 work(client, arguments.operations)
-            for one in (instant, client):
+                if worker is not None:
+                    folder = Path(name) / "young"
+                    folder.mkdir()
+                    young = connect(stack.enter_context(rig.worker(folder)).live.url)
+            for one in filter(None, (instant, client, young)):
                 wait(one, arguments.each // 5)  # what is done once
-            tink, base, cpu = [], [], 0.0
+            tink, base, new, cpu = [], [], [], 0.0
             for _ in range(arguments.rounds):
                 base.append(wait(instant, arguments.each))
                 before = worker.cpu if worker else 0.0
                 tink.append(wait(client, arguments.each))
                 cpu += (worker.cpu if worker else 0.0) - before
+                if young is not None:
+                    new.append(wait(young, arguments.each))
             for kind in Waits._fields:
-                found, floors = (
-                    [second for waits in some for second in getattr(waits, kind)] for some in (tink, base)
+                found, floors, youngs = (
+                    [second for waits in some for second in getattr(waits, kind)]
+                    for some in (tink, base, new)
                 )
                 yield Figure(f"{age}_{kind}_p50", median(found) * 1000, "ms", median(floors) * 1000)
                 yield Figure(
                     f"{age}_{kind}_p95", percentile(found, 95) * 1000, "ms", percentile(floors, 95) * 1000
                 )
+                if youngs:
+                    yield Figure(f"aged_{kind}_p50", median(found) * 1000, "ms", median(youngs) * 1000)
             if worker is not None:
                 operations = arguments.rounds * arguments.each * 4
                 yield Figure(f"{age}_cpu", cpu / operations * 1000, "ms/operation")

@@ -30,7 +30,7 @@ SHORT = {
 }
 # Of each the figures that matter most.
 NAMES = {
-    "overhead": {"fresh_optim_step_p50", "old_pair_p95", "old_cpu"},
+    "overhead": {"fresh_optim_step_p50", "old_pair_p95", "aged_optim_step_p50", "old_cpu"},
     "accept": {"small_1_rate", "small_32_p99", "small_256_cpu", "large_8_rate", "small_beside_large_p99"},
     "polls": {"memory", "optim_step_p99", "heartbeat_p50"},
     "samples": {"samples_1_rate", "samples_8_cpu", "sdk_8"},

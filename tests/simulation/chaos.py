@@ -169,8 +169,8 @@ def judge(seed: int, what: Program, mutant: str | None = None) -> Verdict:
     """Runs a program twice, and compares."""
     quiet()
     registered = partial(VLLMActor, registered=what.registered)
-    # A mutant that cannot be applied is an error here: it would pass for one that was noticed.
     short = SHORT_BODIES[seed % len(SHORT_BODIES)]
+    # A mutant that cannot be applied is an error here: it would pass for one that was noticed.
     with (
         patch.object(pool, "VLLMActor", registered),
         patch.object(bodies, "SHORT_BODY", short),

@@ -135,7 +135,8 @@ class Journal:
         the entries are committed all the same.
         """
         storable, sizes = zip(*map(_storable, entries), strict=True) if entries else ((), ())
-        bodies = sum(body.size for _, event in entries for body in self._short(event))
+        named = (digest for _, event in entries for digest in _bodies_named(event))
+        bodies = sum(len(self.bodies.short(digest) or b"") for digest in named)
         await self._commits.submit(list(storable), sum(sizes) + bodies)
 
     @property
@@ -214,7 +215,7 @@ class Journal:
         """Deletes these short bodies: durable when it returns."""
         await self._commits.submit(list(drops), 0)
 
-    def _short(self, event: AnyEvent, now: float = 0.0) -> Iterator[Put]:
+    def _short(self, event: AnyEvent, now: float) -> Iterator[Put]:
         """The bodies that are to be committed with the event."""
         for digest in _bodies_named(event):
             content = self.bodies.short(digest)

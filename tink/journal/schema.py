@@ -333,28 +333,24 @@ usage = Table(
     Column("sampling_ms", Double, nullable=False),
 )
 
+
+def _bodies(name: str, metadata: MetaData) -> Table:
+    return Table(
+        name,
+        metadata,
+        Column("sha256", Text, primary_key=True),
+        Column("size", BigInteger, nullable=False),
+        Column("stored_at", Double, nullable=False),
+        Column("content", LargeBinary, nullable=False),
+        # Retention takes the oldest first.
+        Index(f"ix_{name}_stored_at", "stored_at", "sha256"),
+    )
+
+
 # A short body is committed with the event that names it.
-short_bodies = Table(
-    "short_bodies",
-    metadata,
-    Column("sha256", Text, primary_key=True),
-    Column("size", BigInteger, nullable=False),
-    Column("stored_at", Double, nullable=False),
-    Column("content", LargeBinary, nullable=False),
-    Index("ix_short_bodies_stored_at", "stored_at", "sha256"),
-)
+short_bodies = _bodies("short_bodies", metadata)
 
 # Longer bodies live beside the journal, with a writer lane of their own: eight of them would hold the
 # events' lane for 50 ms. On SQLite that is another file.
 bodies_metadata = MetaData()
-
-bodies = Table(
-    "bodies",
-    bodies_metadata,
-    Column("sha256", Text, primary_key=True),
-    Column("size", BigInteger, nullable=False),
-    Column("stored_at", Double, nullable=False),
-    Column("content", LargeBinary, nullable=False),
-    # Retention takes the oldest first.
-    Index("ix_bodies_stored_at", "stored_at", "sha256"),
-)
+bodies = _bodies("bodies", bodies_metadata)
